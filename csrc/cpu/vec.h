@@ -1,0 +1,158 @@
+// Vectors of floats as wide as the instruction set of this build, and exp and tanh on them.
+//
+// Every file of csrc/cpu is compiled once per instruction set; CLAA_ISA (plain, avx2, avx512) names
+// the namespace of that build, so that dispatch.cpp can choose between them at run time. Kernels
+// use no standard-library templates: a copy compiled with AVX-512 could be the one that the linker
+// keeps for all.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "csrc/kernels.h"
+
+namespace claa::cpu::CLAA_ISA {
+
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+
+using Vec = float __attribute__((vector_size(kLanes * 4)));
+using VecInt = int32_t __attribute__((vector_size(kLanes * 4)));
+using VecHalf = uint16_t __attribute__((vector_size(kLanes * 2)));
+using Vec4 = float __attribute__((vector_size(16)));
+
+constexpr float kInfinity = __builtin_inff();
+
+// Terms that are added up before they join a longer sum: two levels keep the rounding error of a
+// sum near that of a tree.
+constexpr int64_t kSumBlock = 16;
+
+template <class V>
+inline V load(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+template <class V>
+inline void store(void* to, V v) {
+  std::memcpy(to, &v, sizeof(V));
+}
+
+inline Vec splat(float x) { return x - Vec{}; }
+
+template <class V>
+inline V bits_as(auto from) {
+  static_assert(sizeof(V) == sizeof(from));
+  return load<V>(&from);
+}
+
+template <class T>
+inline T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+inline T max(T a, T b) {
+  return a < b ? b : a;
+}
+// The larger one; NaN if either is NaN.
+inline float max_or_nan(float a, float b) { return (b > a) | (b != b) ? b : a; }
+inline Vec4 max_or_nan(Vec4 a, Vec4 b) { return (b > a) | (b != b) ? b : a; }
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// e^x within 2 units in the last place; exactly 0 for x < -87.3 (the result would be subnormal),
+// infinity above 88.7, NaN for NaN. Reduction to |r| <= ln(2)/2, then a polynomial of degree 6.
+inline Vec exp(Vec x) {
+  constexpr float kLow = -87.33f, kHigh = 88.72f, kRound = 12582912.f;  // 1.5 * 2^23
+  const Vec clamped = x > kHigh ? splat(kHigh) : (x < kLow ? splat(kLow) : x);
+  const Vec shifted = clamped * 1.44269504f + kRound;
+  const Vec n = shifted - kRound;
+  Vec r = clamped - n * 0.693359375f;  // ln(2) in two parts; the first is exact times n
+  r = r + n * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  // Scaling by 2^n in two steps keeps 2^128 out of the way.
+  const VecInt exponent = bits_as<VecInt>(shifted) - bits_as<VecInt>(splat(kRound));
+  const VecInt half = exponent >> 1;
+  p = p * bits_as<Vec>((half + 127) << 23) * bits_as<Vec>((exponent - half + 127) << 23);
+  p = x > kHigh ? splat(kInfinity) : p;
+  return x < kLow ? Vec{} : p;
+}
+
+// tanh within 2 units in the last place: a polynomial near 0, where 1 - 2 / (e^2x + 1) cancels.
+inline Vec tanh(Vec x) {
+  const Vec square = x * x;
+  Vec p = splat(-5.70498872745e-3f);
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const Vec near_zero = x + x * square * p;
+  const Vec magnitude = x < 0.f ? -x : x;
+  const Vec far = 1.f - 2.f / (exp(2.f * magnitude) + 1.f);
+  return magnitude < 0.625f ? near_zero : (x < 0.f ? -far : far);
+}
+
+// kLanes values of any input type as floats.
+struct F32 {
+  static constexpr int64_t kBytes = 4;
+  static Vec to_float(const void* from) { return load<Vec>(from); }
+  static float to_float_one(const void* from) { return load<float>(from); }
+};
+
+struct BF16 {
+  static constexpr int64_t kBytes = 2;
+  static Vec to_float(const void* from) {
+    return bits_as<Vec>(__builtin_convertvector(load<VecHalf>(from), VecInt) << 16);
+  }
+  static float to_float_one(const void* from) {
+    return bits_as<float>(int32_t(load<uint16_t>(from)) << 16);
+  }
+};
+
+// Shifts exponent and mantissa into place and repairs the bias by a multiplication, which also
+// makes subnormals right; infinity and NaN get the largest exponent back.
+template <class Float, class Int>
+inline Float half_to_float(Int half) {
+  const Int sign = (half & 0x8000) << 16;
+  const Int magnitude = (half & 0x7fff) << 13;
+  const Float scaled = bits_as<Float>(magnitude) * 0x1p112f;
+  const Int is_special = magnitude >= (0x7c00 << 13) ? Int{} - 1 : Int{};
+  return bits_as<Float>(sign | bits_as<Int>(scaled) | (is_special & 0x7f800000));
+}
+
+struct F16 {
+  static constexpr int64_t kBytes = 2;
+  static Vec to_float(const void* from) {
+    return half_to_float<Vec>(__builtin_convertvector(load<VecHalf>(from), VecInt));
+  }
+  static float to_float_one(const void* from) {
+    return half_to_float<float>(int32_t(load<uint16_t>(from)));
+  }
+};
+
+// Calls fn with the type that reads `dtype`.
+template <class Fn>
+inline void with_dtype(DType dtype, Fn fn) {
+  switch (dtype) {
+    case DType::f32: return fn(F32{});
+    case DType::f16: return fn(F16{});
+    case DType::bf16: return fn(BF16{});
+  }
+}
+
+}  // namespace claa::cpu::CLAA_ISA

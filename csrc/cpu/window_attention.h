@@ -1,0 +1,258 @@
+// The window's attention to every key: the engine of score_window and score_tokens.
+//
+// Cost: every key is read once (`lse` given), or once more for the tiles that were not retained.
+// Without `lse` the softmax needs all logits of a row before the first result, so:
+//   measure  each tile of keys: logits, and per row their maximum and sum of exponentials
+//   join     the measures of all tiles of a row
+//   emit     each tile: probabilities, summed over the window's queries
+// The first kRetainBytes of logits stay in memory between measure and emit, which then need not
+// multiply again; a round takes as many key heads as fit. The rest is multiplied twice, so memory
+// is bounded whatever the number of keys.
+//
+// Tiles are counted from the last key. So the tiles, and with them every sum, are the same whether
+// a prompt stands alone or padded on the left.
+
+#pragma once
+
+#include "csrc/cpu/attention.h"
+
+namespace claa::cpu::CLAA_ISA {
+
+constexpr int64_t kRetainBytes = 16 << 20;
+
+struct WindowPlan {
+  const WindowAttention& a;
+  int64_t halo;  // keys on each side of a tile that pooling looks at
+  int64_t rows, row_stride, tiles, tile_keys, tile_floats, heads, heads_per_round, rounds, retained;
+  int64_t slot_floats, measure_floats, shift_floats, tile_offset;
+
+  WindowPlan(const WindowAttention& attention, int64_t halo) : a(attention), halo(halo) {
+    rows = a.group() * a.window;
+    row_stride = round_up(rows, kRowAlign);
+    tiles = ceil_div(a.total, kTileKeys);
+    tile_keys = min(kTileKeys + 2 * halo, a.total);
+    tile_floats = round_up(tile_keys * row_stride, kRowAlign);
+    heads = a.batch * a.kv_heads;
+    retained = min(tiles, kRetainBytes / 4 / max(tile_floats, int64_t(1)));
+    heads_per_round = heads;
+    if (!a.lse) heads_per_round = retained < tiles ? 1 : kRetainBytes / 4 / (tiles * tile_floats);
+    heads_per_round = max(int64_t(1), min(heads, heads_per_round));
+    rounds = ceil_div(heads, heads_per_round);
+    slot_floats = AttentionSlot::floats(row_stride, a.group(), a.dim, tile_keys);
+    measure_floats = 2 * tiles * row_stride;  // of one head
+    shift_floats = 2 * row_stride;            // of one head
+    tile_offset = a.workers * slot_floats + heads_per_round * (measure_floats + shift_floats);
+  }
+
+  Schedule schedule() const {
+    const int64_t logits = a.lse ? 0 : heads_per_round * retained * tile_floats;
+    return {.units = a.workers,
+            .unit_cost = heads_per_round * a.total * a.dim * rows / a.workers,
+            .phases = a.lse ? 1 : int(3 * rounds),
+            .workspace_bytes = 4 * (tile_offset + logits)};
+  }
+
+  float* workspace() const { return static_cast<float*>(a.workspace); }
+  AttentionSlot slot(int64_t worker) const {
+    return {workspace() + worker * slot_floats, row_stride, a.group(), a.dim, tile_keys};
+  }
+  float* measures(int64_t head) const {
+    return workspace() + a.workers * slot_floats + head % heads_per_round * measure_floats;
+  }
+  float* shifts(int64_t head) const {
+    return workspace() + a.workers * slot_floats + heads_per_round * measure_floats +
+           head % heads_per_round * shift_floats;
+  }
+  // Where the logits of a tile wait for `emit`, or nullptr.
+  float* retained_tile(int64_t head, int64_t tile) const {
+    if (tile >= retained) return nullptr;
+    return workspace() + tile_offset + (head % heads_per_round * retained + tile) * tile_floats;
+  }
+};
+
+// One key head of one prompt.
+struct WindowHead {
+  int64_t b, g;
+  QueryRows queries;
+  Keys keys;
+  int64_t start;  // first valid key
+
+  WindowHead(const WindowAttention& a, int64_t head, int64_t item_bytes)
+      : b(head / a.kv_heads), g(head % a.kv_heads) {
+    const int64_t query_offset = b * a.query_stride_b + g * a.group() * a.query_stride_h;
+    queries = {.first = static_cast<const char*>(a.query) + query_offset * item_bytes,
+               .outer = a.window,
+               .inner = a.group(),
+               .stride_outer = a.query_stride_w,
+               .stride_inner = a.query_stride_h,
+               .dim = a.dim};
+    const int64_t key_offset = b * a.key_stride_b + g * a.key_stride_g;
+    keys = {.first = static_cast<const char*>(a.key) + key_offset * item_bytes,
+            .stride = a.key_stride_n};
+    start = a.start.data ? a.start[b] : 0;
+  }
+};
+
+// The keys of a tile, [begin, end), and with its halo what to multiply, [low, high).
+struct TileRange {
+  int64_t begin, end, low, high;
+
+  TileRange(const WindowPlan& plan, int64_t tile, int64_t limit) {
+    const int64_t last = plan.a.total - tile * kTileKeys;
+    begin = max(int64_t(0), last - kTileKeys);
+    end = min(last, limit);
+    low = max(int64_t(0), begin - plan.halo);
+    high = min(last + plan.halo, limit);
+  }
+};
+
+// Hides what a query must not see: later keys, padding, keys outside the sliding window. Rows are
+// in the order of the window's queries, so the visible ones of a key are neighbours.
+inline void mask_tile(const WindowAttention& a, int64_t start, const TileRange& range,
+                      int64_t row_stride, float* tile) {
+  const int64_t context = a.context(), group = a.group();
+  if (range.low >= start && range.high <= context && !a.sliding_window) return;
+  for (int64_t j = range.low; j < range.high; ++j) {
+    int64_t from = max(int64_t(0), j - context), to = a.window;  // queries that see key j
+    if (a.sliding_window) to = min(to, max(from, j - context + a.sliding_window));
+    if (j < start) to = from;
+    float* row = tile + (j - range.low) * row_stride;
+    for (int64_t r = 0; r < from * group; ++r) row[r] = -kInfinity;
+    for (int64_t r = to * group; r < a.window * group; ++r) row[r] = -kInfinity;
+  }
+}
+
+template <class T>
+void compute_tile(const WindowPlan& plan, const WindowHead& head, const TileRange& range,
+                  const AttentionSlot& slot, float* tile) {
+  const WindowAttention& a = plan.a;
+  multiply_tile<T>(head.queries, head.keys, range.low, range.high, a.scale, slot, tile,
+                   plan.row_stride);
+  if (a.softcap != 0.f) {
+    const Vec cap = splat(a.softcap);
+    const int64_t count = (range.high - range.low) * plan.row_stride;  // a multiple of kRowAlign
+    for (int64_t i = 0; i < count; i += kLanes)
+      store(tile + i, cap * tanh(load<Vec>(tile + i) / cap));
+  }
+  mask_tile(a, head.start, range, plan.row_stride, tile);
+}
+
+// The sink logit of each row.
+inline void load_sinks(const WindowAttention& a, const WindowHead& head, float* rows) {
+  with_dtype(a.sinks_dtype, [&](auto type) {
+    using T = decltype(type);
+    const char* sinks = static_cast<const char*>(a.sinks);
+    for (int64_t r = 0; r < a.window * a.group(); ++r) {
+      const int64_t h = head.g * a.group() + r % a.group();
+      rows[r] = T::to_float_one(sinks + h * T::kBytes);
+    }
+  });
+}
+
+// shift and factor of each row from the attention's own logsumexp.
+inline void shifts_from_lse(const WindowPlan& plan, const WindowHead& head,
+                            const AttentionSlot& slot) {
+  const WindowAttention& a = plan.a;
+  if (a.sinks) load_sinks(a, head, slot.row);
+  for (int64_t r = 0; r < plan.rows; ++r) {
+    const int64_t w = r / a.group(), h = head.g * a.group() + r % a.group();
+    const bool is_padding = a.context() + w < head.start;
+    float lse = a.lse[head.b * a.lse_stride_b + h * a.lse_stride_h + w];
+    if (a.sinks) {
+      const float top = max(lse, slot.row[r]);
+      lse = top + std::log(std::exp(lse - top) + std::exp(slot.row[r] - top));
+    }
+    slot.shift[r] = is_padding ? 0.f : lse;
+    slot.factor[r] = is_padding ? 0.f : 1.f;
+  }
+  for (int64_t r = plan.rows; r < plan.row_stride; ++r) slot.shift[r] = slot.factor[r] = 0.f;
+}
+
+// slot.sums[h, j - low] = sum over the window's queries of their probability of key j
+inline void sum_queries(const WindowPlan& plan, const AttentionSlot& slot, const float* tile,
+                        int64_t n_keys, const float* shift, const float* factor) {
+  const int64_t group = plan.a.group(), window = plan.a.window;
+  for (int64_t j = 0; j < n_keys; ++j) {
+    for (int64_t r = 0; r < plan.rows; r += kLanes) {
+      const Vec z = load<Vec>(tile + j * plan.row_stride + r);
+      store(slot.row + r, exp(z - load<Vec>(shift + r)) * load<Vec>(factor + r));
+    }
+    for (int64_t h = 0; h < group; h += 4) {
+      Vec4 sum = {};  // lanes beyond the group hold sums of other rows and are dropped
+      for (int64_t first = 0; first < window; first += kSumBlock) {
+        Vec4 part = {};
+        for (int64_t w = first; w < min(first + kSumBlock, window); ++w)
+          part += load<Vec4>(slot.row + w * group + h);
+        sum += part;
+      }
+      for (int64_t i = h; i < min(h + 4, group); ++i)
+        slot.sums[i * plan.tile_keys + j] = sum[i - h];
+    }
+  }
+}
+
+// Runs one phase for the workers [begin, end). `emit(b, g, sums, sums_stride, range)` gets the
+// summed probabilities of each query head of the group for the context keys [low, high) of a tile
+// and writes the results of [begin, end).
+template <class Emit>
+void run_window(const WindowPlan& plan, int phase, int64_t begin, int64_t end, Emit emit) {
+  const WindowAttention& a = plan.a;
+  const int64_t first_head = a.lse ? 0 : phase / 3 * plan.heads_per_round;
+  const int64_t round_heads = min(plan.heads_per_round, plan.heads - first_head);
+  const int step = a.lse ? 2 : phase % 3;  // measure, join, emit
+
+  with_dtype(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    for (int64_t worker = begin; worker < end; ++worker) {
+      const AttentionSlot slot = plan.slot(worker);
+      if (step == 1) {
+        for (int64_t i = worker; i < round_heads; i += a.workers) {
+          const WindowHead head(a, first_head + i, T::kBytes);
+          for (int64_t r = 0; r < plan.row_stride; ++r) slot.row[r] = -kInfinity;
+          if (a.sinks) load_sinks(a, head, slot.row);
+          float* shifts = plan.shifts(first_head + i);
+          join_measures(plan.measures(first_head + i), plan.tiles, plan.row_stride, plan.rows,
+                        a.sinks ? slot.row : nullptr, shifts, shifts + plan.row_stride);
+        }
+        continue;
+      }
+      const int64_t work = round_heads * plan.tiles;
+      int64_t packed = -1;  // the head whose queries are in the slot
+      for (int64_t i = worker * work / a.workers; i < (worker + 1) * work / a.workers; ++i) {
+        const int64_t head_index = first_head + i / plan.tiles, tile_index = i % plan.tiles;
+        const WindowHead head(a, head_index, T::kBytes);
+        if (packed != head_index) {
+          packed = head_index;
+          pack_queries<T>(head.queries, slot.panel);
+          if (a.lse) shifts_from_lse(plan, head, slot);
+        }
+        float* retained = a.lse ? nullptr : plan.retained_tile(head_index, tile_index);
+        float* tile = retained ? retained : slot.tile;
+        if (step == 0) {
+          const TileRange range(plan, tile_index, a.total);
+          // The halo is measured by the neighbours; it is multiplied here only to be retained.
+          const TileRange exact = [&] {
+            TileRange r = range;
+            r.low = r.begin, r.high = r.end;
+            return r;
+          }();
+          const TileRange& wanted = retained ? range : exact;
+          compute_tile<T>(plan, head, wanted, slot, tile);
+          float* measure = plan.measures(head_index) + 2 * tile_index * plan.row_stride;
+          measure_tile(tile + (range.begin - wanted.low) * plan.row_stride, range.end - range.begin,
+                       plan.row_stride, plan.rows, measure, measure + plan.row_stride);
+        } else {
+          const TileRange range(plan, tile_index, a.context());
+          if (range.begin >= range.end) continue;  // only window keys
+          if (!retained) compute_tile<T>(plan, head, range, slot, tile);
+          const float* shift = a.lse ? slot.shift : plan.shifts(head_index);
+          const float* factor = a.lse ? slot.factor : shift + plan.row_stride;
+          sum_queries(plan, slot, tile, range.high - range.low, shift, factor);
+          emit(head.b, head.g, slot.sums, plan.tile_keys, range);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace claa::cpu::CLAA_ISA

@@ -1,0 +1,179 @@
+// The contract between the border (src/claa_ops) and the kernels (csrc).
+//
+// One params struct per op. Pointers are raw, strides count elements, the last dimension is
+// contiguous unless a stride says otherwise, outputs are contiguous. Nothing in csrc knows what a
+// tensor is. The caller has checked every size and allocated every buffer; kernels do neither.
+//
+// CPU: an op runs in phases, one after the other. Each phase has independent units, which the
+// caller spreads over its threads (`Schedule` below). What is computed does not depend on how the
+// units are spread, so results do not depend on the number of threads.
+
+#pragma once
+
+#include <cstdint>
+
+namespace claa {
+
+enum class DType : uint8_t { f32, f16, bf16 };
+enum class PoolMode : uint8_t { avg, max };
+
+// int32 or int64 integers, as the caller has them.
+struct Indices {
+  const void* data;  // may be nullptr where the op says so
+  bool is_int32;
+
+  int64_t operator[](int64_t i) const {
+    return is_int32 ? static_cast<const int32_t*>(data)[i] : static_cast<const int64_t*>(data)[i];
+  }
+};
+
+// The last `window` queries of a prompt and all its keys: what score_window and score_tokens share.
+// Query row i stands at position total - window + i; context = total - window.
+struct WindowAttention {
+  const void* query;  // [batch, heads, window, dim]
+  const void* key;    // [batch, kv_heads, total, dim]
+  const float* lse;   // [batch, heads, window], may be nullptr
+  Indices start;      // [batch], may be nullptr
+  const void* sinks;  // [heads], may be nullptr
+  void* workspace;    // schedule().workspace_bytes
+
+  DType dtype;  // of query and key
+  DType sinks_dtype;
+  int64_t batch, heads, kv_heads, window, total, dim;
+  int64_t query_stride_b, query_stride_h, query_stride_w;
+  int64_t key_stride_b, key_stride_g, key_stride_n;
+  int64_t lse_stride_b, lse_stride_h;
+  float scale, softcap;    // softcap 0: none
+  int64_t sliding_window;  // 0: none
+  int64_t workers;         // CPU: threads at hand, each with its own part of the workspace
+
+  int64_t context() const { return total - window; }
+  int64_t group() const { return heads / kv_heads; }
+};
+
+struct ScoreWindowParams {
+  WindowAttention attention;
+  float* out;  // [batch, heads, context]
+};
+
+struct ScoreTokensParams {
+  WindowAttention attention;
+  float* out;  // [batch, kv_heads, context]
+  int64_t kernel_size;
+  PoolMode mode;
+};
+
+struct PoolHeadsParams {
+  const float* scores;  // [batch, heads, context]
+  float* out;           // [batch, kv_heads, context]
+  int64_t batch, heads, kv_heads, context;
+  int64_t scores_stride_b, scores_stride_h;
+  int64_t kernel_size;
+  PoolMode mode;
+};
+
+struct AggregateScoresParams {
+  const float* running;  // [batch, context]
+  const float* scores;   // [batch, kv_heads, context]
+  float* out;            // [batch, context]
+  int64_t batch, kv_heads, context;
+  int64_t running_stride_b, scores_stride_b, scores_stride_g;
+};
+
+struct SelectTopkParams {
+  const float* scores;  // [batch, inner, context]
+  Indices start;        // [batch], may be nullptr
+  void* out;            // [batch, inner, k], int32 or int64
+  bool out_is_int32;
+  int64_t batch, inner, context, k, window, sink;
+  int64_t scores_stride_b, scores_stride_inner;
+};
+
+// Rows are moved as bytes: sizes and strides of key and value count bytes here.
+struct GatherKvParams {
+  const char* key;    // [batch, kv_heads, total] rows of key_row_bytes
+  const char* value;  // [batch, kv_heads, total] rows of value_row_bytes
+  Indices index;      // [batch, kv_heads or 1, kept]; -1 gives a row of zeros
+  char* key_out;      // [batch, kv_heads, kept] rows
+  char* value_out;    // [batch, kv_heads, kept] rows
+  int64_t batch, kv_heads, total, kept;
+  int64_t key_row_bytes, value_row_bytes;
+  int64_t key_stride_b, key_stride_g, key_stride_n;
+  int64_t value_stride_b, value_stride_g, value_stride_n;
+  int64_t index_stride_b, index_stride_g;  // in elements; stride_g is 0 for a shared index
+};
+
+// Rows are moved as bytes: sizes and strides of x count bytes here.
+struct GatherTokensParams {
+  const char* x;  // [batch, total] rows of row_bytes
+  Indices index;  // [batch, kept]; -1 gives a row of zeros
+  char* out;      // [batch, kept] rows
+  int64_t batch, total, kept;
+  int64_t row_bytes;
+  int64_t x_stride_b, x_stride_n;  // stride_b is 0 for an x shared by the batch
+  int64_t index_stride_b;          // in elements
+};
+
+struct PeakAttentionParams {
+  const void* query;     // [batch, heads, queries, dim]
+  const void* key;       // [batch, kv_heads, total, dim]
+  const float* running;  // [batch, queries, total], may be nullptr
+  Indices start;         // [batch], may be nullptr
+  float* out;            // [batch, queries, total]
+  void* workspace;       // schedule().workspace_bytes
+
+  DType dtype;
+  int64_t batch, heads, kv_heads, queries, total, dim;
+  int64_t query_stride_b, query_stride_h, query_stride_t;
+  int64_t key_stride_b, key_stride_g, key_stride_n;
+  int64_t running_stride_b, running_stride_t;
+  float scale;
+  int64_t workers;
+
+  int64_t group() const { return heads / kv_heads; }
+};
+
+struct RankVarianceParams {
+  const float* scores;  // [layers, batch, context]
+  float* out;           // [batch]
+  void* workspace;      // schedule().workspace_bytes
+  int64_t layers, batch, context, k;
+  int64_t scores_stride_l, scores_stride_b;
+  int64_t workers;
+};
+
+namespace cpu {
+
+// The instruction sets that the kernels are built for, and the one in use: the best that the
+// processor has and `limit_isa` allows. Tests use the limit to run every build.
+enum class Isa : int { plain, avx2, avx512 };
+Isa active_isa();
+void limit_isa(Isa best);
+
+#define CLAA_FOR_EACH_OP(DECLARE) \
+  DECLARE(ScoreWindowParams)      \
+  DECLARE(PoolHeadsParams)        \
+  DECLARE(ScoreTokensParams)      \
+  DECLARE(AggregateScoresParams)  \
+  DECLARE(SelectTopkParams)       \
+  DECLARE(GatherKvParams)         \
+  DECLARE(GatherTokensParams)     \
+  DECLARE(PeakAttentionParams)    \
+  DECLARE(RankVarianceParams)
+
+// How the caller runs an op: `units` pieces of work in each of `phases`, one piece costing about
+// `unit_cost` bytes of traffic, with `workspace_bytes` of scratch memory.
+struct Schedule {
+  int64_t units;
+  int64_t unit_cost;
+  int phases = 1;
+  int64_t workspace_bytes = 0;
+};
+
+#define CLAA_DECLARE_CPU_OP(Params)   \
+  Schedule schedule(const Params& p); \
+  void run(const Params& p, int phase, int64_t begin, int64_t end);
+CLAA_FOR_EACH_OP(CLAA_DECLARE_CPU_OP)
+
+}  // namespace cpu
+}  // namespace claa

@@ -1,0 +1,1 @@
+"""One module per op: its Python signature, its manual page, its fake for `torch.compile`."""

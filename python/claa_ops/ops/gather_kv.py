@@ -1,0 +1,70 @@
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def gather_kv(key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of a layer's keys and values at the kept positions.
+
+    ``key'[b, g, i] = key[b, g, index[b, g, i]]``, the same for value; rows are moved as bytes.
+
+    Args:
+        key: ``[B, G, N, D]`` of any dtype of 1, 2 or 4 bytes (float8 included); any strides,
+            last dimension contiguous.
+        value: ``[B, G, N, Dv]``, likewise; its dtype may differ.
+        index: ``[B, G, k]``, or ``[B, k]`` for all heads alike; int64 or int32, contiguous in
+            the last dimension. -1 is padding and gives a row of zeros.
+
+    Returns:
+        ``[B, G, k, D]`` and ``[B, G, k, Dv]``, contiguous, dtypes of ``key`` and ``value``.
+
+    Raises:
+        RuntimeError: a rank, size, dtype, device or stride is not as above, or on the CPU an
+            index outside [-1, N).
+
+    Exact. Differentiable in ``key`` and ``value``.
+
+    Source: KV compression of SnapKV (arXiv 2404.14469) and FastKV (arXiv 2502.01068).
+
+    Example:
+        >>> key = torch.tensor([[[[1.0], [2.0], [3.0]]]])
+        >>> gather_kv(key, -key, torch.tensor([[0, 2]]))
+        (tensor([[[[1.],
+                  [3.]]]]), tensor([[[[-1.],
+                  [-3.]]]]))
+    """
+    return torch.ops.claa.gather_kv(key, value, index)
+
+
+@torch.library.register_fake("claa::gather_kv")
+def _gather_kv_fake(key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    batch, kv_heads, _, dim = key.shape
+    kept = index.shape[-1]
+    return (
+        key.new_empty((batch, kv_heads, kept, dim)),
+        value.new_empty((batch, kv_heads, kept, value.shape[-1])),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    key, _, index = inputs
+    ctx.save_for_backward(index)
+    ctx.total = key.shape[2]
+
+
+def _backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor, None]:
+    (index,) = ctx.saved_tensors
+    if index.dim() == 2:
+        index = index[:, None].expand(-1, grad_key.shape[1], -1)
+    row = index.long().clamp_min(0)[..., None]
+
+    def scatter(grad: Tensor) -> Tensor:
+        grad = grad.masked_fill((index < 0)[..., None], 0)
+        zeros = grad.new_zeros((*grad.shape[:2], ctx.total, grad.shape[-1]))
+        return zeros.scatter_add(2, row.expand_as(grad), grad)
+
+    return scatter(grad_key), scatter(grad_value), None
+
+
+torch.library.register_autograd("claa::gather_kv", _backward, setup_context=_setup_context)

@@ -1,0 +1,57 @@
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """The rows of the kept tokens: hidden states, position embeddings, position ids.
+
+    ``out[b, i] = x[b, index[b, i]]``; rows are moved as bytes.
+
+    Args:
+        x: ``[B, N, C]``, or ``[1, N, C]`` for all batch rows alike, of any dtype of 1, 2, 4 or
+            8 bytes; any strides, last dimension contiguous.
+        index: ``[B, k]``, int64 or int32, contiguous in the last dimension. -1 is padding and
+            gives a row of zeros.
+
+    Returns:
+        ``[B, k, C]``, contiguous, dtype of ``x``.
+
+    Raises:
+        RuntimeError: a rank, size, dtype, device or stride is not as above, or on the CPU an
+            index outside [-1, N).
+
+    Exact. Differentiable in ``x``.
+
+    Source: token-selective propagation, FastKV (arXiv 2502.01068) and CLAA (arXiv 2602.16054).
+
+    Example:
+        >>> hidden = torch.tensor([[[1.0, 1.5], [2.0, 2.5], [3.0, 3.5]]])
+        >>> gather_tokens(hidden, torch.tensor([[0, 2]]))
+        tensor([[[1.0000, 1.5000],
+                 [3.0000, 3.5000]]])
+    """
+    return torch.ops.claa.gather_tokens(x, index)
+
+
+@torch.library.register_fake("claa::gather_tokens")
+def _gather_tokens_fake(x: Tensor, index: Tensor) -> Tensor:
+    return x.new_empty((index.shape[0], index.shape[1], x.shape[-1]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    x, index = inputs
+    ctx.save_for_backward(index)
+    ctx.rows, ctx.total = x.shape[:2]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (index,) = ctx.saved_tensors
+    grad = grad.masked_fill((index < 0)[..., None], 0)
+    zeros = grad.new_zeros((grad.shape[0], ctx.total, grad.shape[-1]))
+    row = index.long().clamp_min(0)[..., None].expand_as(grad)
+    return zeros.scatter_add(1, row, grad).sum_to_size(ctx.rows, ctx.total, grad.shape[-1]), None
+
+
+torch.library.register_autograd("claa::gather_tokens", _backward, setup_context=_setup_context)

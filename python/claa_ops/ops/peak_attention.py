@@ -1,0 +1,62 @@
+import torch
+from torch import Tensor
+
+
+def peak_attention(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | None = None,
+    running: Tensor | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """The most attention that any head pays from each query to each key.
+
+    ``out[b, t, j] = max_h softmax_j(query[b, h, t] . key[b, h // (H // G), j] * scale)``, and
+    the maximum with ``running``. The softmax runs over all N keys, without a causal mask: the
+    queries are those of the answer, the keys those of the prompt. The probabilities
+    ``[B, H, T, N]`` are never written to memory.
+
+    Args:
+        query: ``[B, H, T, D]``, float32, bfloat16 or float16, after the rotary embedding. Any
+            strides, last dimension contiguous.
+        key: ``[B, G, N, D]``, dtype of ``query``; G divides H. Any strides, last dimension
+            contiguous.
+        scale: factor on the products; ``D ** -0.5`` if not given.
+        running: ``[B, T, N]``, float32, last dimension contiguous: the peak over the layers so
+            far.
+        start: ``[B]``, int64 or int32: the first valid key of each row (left padding); earlier
+            keys get 0.
+
+    Returns:
+        ``[B, T, N]``, float32, contiguous; entries of one layer are in [0, 1]. NaN propagates.
+
+    Raises:
+        RuntimeError: a rank, size, dtype, device or stride is not as above.
+
+    Accumulates in float32. Deterministic: the bits of a row depend neither on the rest of the
+    batch nor on the number of threads. Not differentiable.
+
+    Source: the Answer-Informed Oracle of CLAA (arXiv 2602.16054) and Speculative Prefill
+    (arXiv 2502.02789).
+
+    Example:
+        Zero logits give every key the same share.
+
+        >>> peak_attention(torch.zeros(1, 2, 1, 8), torch.zeros(1, 1, 4, 8))
+        tensor([[[0.2500, 0.2500, 0.2500, 0.2500]]])
+    """
+    return torch.ops.claa.peak_attention(query, key, scale=scale, running=running, start=start)
+
+
+@torch.library.register_fake("claa::peak_attention")
+def _peak_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | None = None,
+    running: Tensor | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    batch, _, queries, _ = query.shape
+    return query.new_empty((batch, queries, key.shape[2]), dtype=torch.float32)

@@ -1,0 +1,48 @@
+import torch
+from torch import Tensor
+
+from claa_ops.ops._pool_mode import PoolMode, pool_mode_code
+
+
+def pool_heads(
+    scores: Tensor, num_kv_heads: int, *, kernel_size: int = 7, mode: PoolMode = "avg"
+) -> Tensor:
+    """Smooth each query head's scores over neighbouring tokens, then sum each head group.
+
+    Pooling has stride 1 and keeps the length. ``"avg"`` divides by ``kernel_size`` also at the
+    edges, as if zeros stood outside, so the first and the last tokens are damped; ``"max"``
+    ignores what lies outside.
+
+    Args:
+        scores: ``[B, H, M]``, float32; any strides, last dimension contiguous.
+        num_kv_heads: G, the number of groups of ``H // G`` consecutive heads; divides H.
+        kernel_size: odd number of neighbouring tokens.
+        mode: ``"avg"`` or ``"max"``.
+
+    Returns:
+        ``[B, G, M]``, float32, contiguous.
+
+    Raises:
+        RuntimeError: a rank, size, dtype or stride is not as above, or ``kernel_size`` is even.
+        ValueError: ``mode`` is neither ``"avg"`` nor ``"max"``.
+
+    Deterministic; heads are added in index order. Not differentiable.
+
+    Source: SnapKV (arXiv 2404.14469, section 4.2) pools; the sum over the group is FastKV's
+    (arXiv 2502.01068) and CLAA's (arXiv 2602.16054).
+
+    Example:
+        >>> pool_heads(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, 6.0]]]), 1, kernel_size=3)
+        tensor([[[1., 3., 2.]]])
+    """
+    return torch.ops.claa.pool_heads(
+        scores, num_kv_heads, kernel_size=kernel_size, mode=pool_mode_code(mode)
+    )
+
+
+@torch.library.register_fake("claa::pool_heads")
+def _pool_heads_fake(
+    scores: Tensor, num_kv_heads: int, *, kernel_size: int = 7, mode: int = 0
+) -> Tensor:
+    batch, _, context = scores.shape
+    return scores.new_empty((batch, num_kv_heads, context))

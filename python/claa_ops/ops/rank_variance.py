@@ -1,0 +1,39 @@
+import torch
+from torch import Tensor
+
+
+def rank_variance(scores: Tensor, k: int) -> Tensor:
+    """How much the ranking of the important tokens still moves between layers.
+
+    Rank each layer's tokens from 1 (best) to M; a tie goes to the lower position. Take the
+    tokens that are among the k best of at least one layer. The result is the population
+    variance over layers of a token's rank, averaged over those tokens.
+
+    Args:
+        scores: ``[L, B, M]``, float32: one row of token scores per layer; any strides, last
+            dimension contiguous.
+        k: 0 <= k <= M.
+
+    Returns:
+        ``[B]``, float32; 0 where no token is taken.
+
+    Raises:
+        RuntimeError: a rank, size, dtype or stride is not as above, or k is out of range.
+
+    Exact ranks, deterministic. Not differentiable.
+
+    Source: adaptive layer selection, ASL (arXiv 2601.07667, section 3).
+
+    Example:
+        The best token is 1st in both layers; 2nd and 3rd swap: (0 + 0.25) / 2 for k = 2 would
+        leave out the third, which is in the second layer's top 2, so (0 + 0.25 + 0.25) / 3.
+
+        >>> rank_variance(torch.tensor([[[9.0, 5.0, 4.0]], [[9.0, 4.0, 5.0]]]), 2)
+        tensor([0.1667])
+    """
+    return torch.ops.claa.rank_variance(scores, k)
+
+
+@torch.library.register_fake("claa::rank_variance")
+def _rank_variance_fake(scores: Tensor, k: int) -> Tensor:
+    return scores.new_empty((scores.shape[1],))

@@ -1,0 +1,64 @@
+import torch
+from torch import Tensor
+
+
+def select_topk(
+    scores: Tensor,
+    k: int,
+    *,
+    window: int = 0,
+    sink: int = 0,
+    start: Tensor | None = None,
+    int32: bool = False,
+) -> Tensor:
+    """Positions of the k tokens to keep, in ascending order.
+
+    The tokens are the M that have a score and, after them, the last ``window`` ones that have
+    none. Always kept: the window (positions M .. M + window - 1) and the first ``sink`` valid
+    tokens. The rest of k goes to the best scores; a tie goes to the lower position, NaN ranks
+    above every number, as in ``torch.topk``. Padding is kept only when nothing else is left.
+    If k is smaller than the window, its last k positions are kept.
+
+    Args:
+        scores: ``[..., M]``, float32; any strides, last dimension contiguous.
+        k: how many tokens to keep, window and sinks included; 0 <= k <= M + window.
+        window: number of tokens after the scored ones.
+        sink: number of first valid tokens that are always kept.
+        start: ``[B]``, int64 or int32, for scores ``[B, ..., M]``: the first valid token of
+            each row (left padding).
+        int32: return int32 instead of int64.
+
+    Returns:
+        ``[..., k]``, int64 (or int32), contiguous; strictly ascending along the last dimension.
+
+    Raises:
+        RuntimeError: a rank, size, dtype or stride is not as above, or k is out of range.
+
+    Exact and deterministic. Not differentiable.
+
+    Source: token propagation of CLAA (arXiv 2602.16054) and FastKV (arXiv 2502.01068), and the
+    KV budget of SnapKV (arXiv 2404.14469).
+
+    Example:
+        Of five scored tokens and a window of two, keep four: the window and the two best.
+
+        >>> select_topk(torch.tensor([0.1, 0.7, 0.2, 0.9, 0.3]), 4, window=2)
+        tensor([1, 3, 5, 6])
+    """
+    return torch.ops.claa.select_topk(
+        scores, k, window=window, sink=sink, start=start, int32=int32
+    )
+
+
+@torch.library.register_fake("claa::select_topk")
+def _select_topk_fake(
+    scores: Tensor,
+    k: int,
+    *,
+    window: int = 0,
+    sink: int = 0,
+    start: Tensor | None = None,
+    int32: bool = False,
+) -> Tensor:
+    dtype = torch.int32 if int32 else torch.int64
+    return scores.new_empty((*scores.shape[:-1], k), dtype=dtype)

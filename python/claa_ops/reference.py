@@ -1,0 +1,195 @@
+"""The specification: every op in plain PyTorch, one short function each.
+
+Tests compare the kernels with these functions in float64, and the bench uses them as the eager
+baseline: they follow the chain of tensor operations of the published code (keys repeated to the
+query heads, one softmax over all logits), so they read and write what that code does. Scores are
+float32 whatever the input dtype, and float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def score_window(
+    query: Tensor,  # [B, H, W, D]: the last W of the N positions
+    key: Tensor,  # [B, G, N, D]
+    *,
+    scale: float | None = None,
+    lse: Tensor | None = None,  # [B, H, W]
+    start: Tensor | None = None,  # [B]
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,  # [H]
+) -> Tensor:
+    """Attention that the last W queries pay to each context key, summed over those queries."""
+    window, total = query.shape[2], key.shape[2]
+    logits = _logits(query, key, scale)  # [B, H, W, N]
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+
+    key_position = torch.arange(total, device=key.device)
+    query_position = key_position[total - window :, None]
+    visible = key_position <= query_position
+    if sliding_window:
+        visible = visible & (key_position > query_position - sliding_window)
+    visible = visible & _valid_keys(start, key_position)  # [B or 1, 1, W, N]
+    logits = logits.masked_fill(~visible, -torch.inf)
+
+    if lse is None:
+        columns = logits
+        if sinks is not None:
+            sink_column = sinks.to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)
+            columns = torch.cat([logits, sink_column], dim=-1)
+        probability = columns.softmax(dim=-1)[..., :total]
+    else:
+        lse = lse.to(logits.dtype)
+        if sinks is not None:
+            lse = torch.logaddexp(lse, sinks.to(logits.dtype)[:, None])
+        probability = torch.exp(logits - lse[..., None])
+    # A query that sees no key is padding: it has no vote.
+    probability = probability.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
+    return probability.sum(dim=2)[..., : total - window]
+
+
+def pool_heads(
+    scores: Tensor, num_kv_heads: int, *, kernel_size: int = 7, mode: str = "avg"
+) -> Tensor:
+    """Pool [B, H, M] along the tokens of each head, then sum the heads of each group."""
+    pool = F.avg_pool1d if mode == "avg" else F.max_pool1d
+    if scores.numel():
+        scores = pool(scores, kernel_size, stride=1, padding=kernel_size // 2)
+    return scores.unflatten(1, (num_kv_heads, -1)).sum(dim=2)
+
+
+def score_tokens(
+    query: Tensor,
+    key: Tensor,
+    *,
+    kernel_size: int = 7,
+    mode: str = "avg",
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    start: Tensor | None = None,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`score_window`, then `pool_heads`: [B, G, M]."""
+    scores = score_window(
+        query,
+        key,
+        scale=scale,
+        lse=lse,
+        start=start,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    return pool_heads(scores, key.shape[1], kernel_size=kernel_size, mode=mode)
+
+
+def aggregate_scores(running: Tensor, scores: Tensor) -> Tensor:
+    """Running maximum over layers, and over heads where `scores` still has them."""
+    if scores.dim() == 3:
+        scores = scores.amax(dim=1)
+    return torch.maximum(running, scores)
+
+
+def select_topk(
+    scores: Tensor,  # [..., M]
+    k: int,
+    *,
+    window: int = 0,
+    sink: int = 0,
+    start: Tensor | None = None,  # [B] for scores [B, ..., M]
+    int32: bool = False,
+) -> Tensor:
+    """Ascending positions of the k best of M + window tokens.
+
+    Four tiers, best first: the window (latest first, which matters only for k < window), the
+    sinks (earliest first), the other tokens by score (NaN first, then the lower position on a
+    tie), padding.
+    """
+    context = scores.shape[-1]
+    position = torch.arange(context + window, device=scores.device)
+    first = torch.zeros(1, dtype=torch.int64, device=scores.device) if start is None else start
+    first = first.view(-1, *[1] * (scores.dim() - 1))
+    in_window = position >= context
+    is_padding = ~in_window & (position < first)
+    is_sink = ~in_window & ~is_padding & (position < first + sink)
+
+    tier = 1 + is_sink.long() + 2 * in_window.long() - is_padding.long()
+    value = F.pad(scores, (0, window))
+    value = torch.where(in_window, position, torch.where(is_sink, -position, value))
+    value = torch.where(is_padding, 0.0, value)
+    by_value = value.sort(dim=-1, descending=True, stable=True).indices
+    tier = tier.expand(value.shape).gather(-1, by_value)
+    by_tier = tier.sort(dim=-1, descending=True, stable=True).indices
+    best = by_value.gather(-1, by_tier)[..., :k]
+    return best.sort(dim=-1).values.to(torch.int32 if int32 else torch.int64)
+
+
+def gather_kv(key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of key and value at `index` ([B, G, k], or [B, k] for all heads alike)."""
+    if index.dim() == 2:
+        index = index[:, None].expand(-1, key.shape[1], -1)
+    index = index.long()
+
+    def rows(x: Tensor) -> Tensor:
+        kept = x.gather(2, index.clamp_min(0)[..., None].expand(-1, -1, -1, x.shape[-1]))
+        return kept.masked_fill((index < 0)[..., None], 0)
+
+    return rows(key), rows(value)
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x [B or 1, N, C] at `index` [B, k]."""
+    index = index.long()[..., None].expand(-1, -1, x.shape[-1])
+    kept = x.expand(index.shape[0], -1, -1).gather(1, index.clamp_min(0))
+    return kept.masked_fill(index < 0, 0)
+
+
+def peak_attention(
+    query: Tensor,  # [B, H, T, D]
+    key: Tensor,  # [B, G, N, D]
+    *,
+    scale: float | None = None,
+    running: Tensor | None = None,  # [B, T, N]
+    start: Tensor | None = None,  # [B]
+) -> Tensor:
+    """The largest attention over heads that each query pays to each key: [B, T, N]."""
+    logits = _logits(query, key, scale)
+    visible = _valid_keys(start, torch.arange(key.shape[2], device=key.device))
+    probability = logits.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+    probability = probability.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
+    peak = probability.amax(dim=1)
+    return peak if running is None else torch.maximum(running, peak)
+
+
+def rank_variance(scores: Tensor, k: int) -> Tensor:
+    """Variance over L layers of the ranks of all tokens that are in some layer's top k: [B]."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices  # [L, B, M]
+    one_based = torch.arange(1, scores.shape[-1] + 1, device=scores.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(-1, order, one_based)
+    in_union = (rank <= k).any(dim=0)  # [B, M]
+    spread = rank.double().var(dim=0, correction=0)  # [B, M], population variance over layers
+    total = spread.masked_fill(~in_union, 0.0).sum(dim=-1)
+    return (total / in_union.sum(dim=-1).clamp_min(1)).to(scores.dtype)
+
+
+def _logits(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
+    """Scaled products of each query head with the keys of its group, in the dtype of scores."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # [B, H, N, D]
+    logits = query @ key.transpose(-1, -2)
+    logits = logits * (query.shape[-1] ** -0.5 if scale is None else scale)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _valid_keys(start: Tensor | None, position: Tensor) -> Tensor:
+    """[B or 1, 1, 1, N]: which keys are not left padding."""
+    if start is None:
+        return torch.ones_like(position, dtype=torch.bool)[None, None, None]
+    return (position >= start[:, None])[:, None, None]

@@ -1,0 +1,61 @@
+// The table of contents: every op's schema, then the function behind it.
+//
+// Enumerations are ints here: the stable ABI leaks `str` arguments before torch 2.14. Sizes are
+// SymInt, so one compiled graph serves every prompt length.
+
+#include <torch/csrc/stable/library.h>
+
+#include "csrc/kernels.h"
+#include "src/claa_ops/ops.h"
+
+STABLE_TORCH_LIBRARY(claa, m) {
+  m.def(
+      "score_window(Tensor query, Tensor key, *, float? scale=None, Tensor? lse=None, "
+      "Tensor? start=None, SymInt sliding_window=0, float softcap=0.0, Tensor? sinks=None) "
+      "-> Tensor");
+  m.def(
+      "pool_heads(Tensor scores, SymInt num_kv_heads, *, SymInt kernel_size=7, int mode=0) "
+      "-> Tensor");
+  m.def(
+      "score_tokens(Tensor query, Tensor key, *, SymInt kernel_size=7, int mode=0, "
+      "float? scale=None, Tensor? lse=None, Tensor? start=None, SymInt sliding_window=0, "
+      "float softcap=0.0, Tensor? sinks=None) -> Tensor");
+  m.def("aggregate_scores(Tensor running, Tensor scores) -> Tensor");
+  m.def(
+      "select_topk(Tensor scores, SymInt k, *, SymInt window=0, SymInt sink=0, "
+      "Tensor? start=None, bool int32=False) -> Tensor");
+  m.def("gather_kv(Tensor key, Tensor value, Tensor index) -> (Tensor, Tensor)");
+  m.def("gather_tokens(Tensor x, Tensor index) -> Tensor");
+  m.def(
+      "peak_attention(Tensor query, Tensor key, *, float? scale=None, Tensor? running=None, "
+      "Tensor? start=None) -> Tensor");
+  m.def("rank_variance(Tensor scores, SymInt k) -> Tensor");
+  m.def("_cpu_isa(int limit) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(claa, CPU, m) {
+  m.impl("score_window", TORCH_BOX(&claa::score_window));
+  m.impl("pool_heads", TORCH_BOX(&claa::pool_heads));
+  m.impl("score_tokens", TORCH_BOX(&claa::score_tokens));
+  m.impl("aggregate_scores", TORCH_BOX(&claa::aggregate_scores));
+  m.impl("select_topk", TORCH_BOX(&claa::select_topk));
+  m.impl("gather_kv", TORCH_BOX(&claa::gather_kv));
+  m.impl("gather_tokens", TORCH_BOX(&claa::gather_tokens));
+  m.impl("peak_attention", TORCH_BOX(&claa::peak_attention));
+  m.impl("rank_variance", TORCH_BOX(&claa::rank_variance));
+}
+
+namespace {
+
+// The CPU instruction set in use (0 plain, 1 AVX2, 2 AVX-512), after limiting it to `limit`; a
+// negative limit only asks.
+int64_t cpu_isa(int64_t limit) {
+  if (limit >= 0) claa::cpu::limit_isa(static_cast<claa::cpu::Isa>(limit));
+  return static_cast<int64_t>(claa::cpu::active_isa());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(claa, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_isa", TORCH_BOX(&cpu_isa));
+}

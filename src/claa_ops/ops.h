@@ -1,0 +1,40 @@
+// The ops behind the schemas of library.cpp: each checks its arguments, allocates the result and
+// launches the kernel of its device.
+
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace claa {
+
+using torch::stable::Tensor;
+
+Tensor score_window(const Tensor& query, const Tensor& key, std::optional<double> scale,
+                    const std::optional<Tensor>& lse, const std::optional<Tensor>& start,
+                    int64_t sliding_window, double softcap, const std::optional<Tensor>& sinks);
+
+Tensor pool_heads(const Tensor& scores, int64_t num_kv_heads, int64_t kernel_size, int64_t mode);
+
+Tensor score_tokens(const Tensor& query, const Tensor& key, int64_t kernel_size, int64_t mode,
+                    std::optional<double> scale, const std::optional<Tensor>& lse,
+                    const std::optional<Tensor>& start, int64_t sliding_window, double softcap,
+                    const std::optional<Tensor>& sinks);
+
+Tensor aggregate_scores(const Tensor& running, const Tensor& scores);
+
+Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t sink,
+                   const std::optional<Tensor>& start, bool int32);
+
+std::tuple<Tensor, Tensor> gather_kv(const Tensor& key, const Tensor& value, const Tensor& index);
+
+Tensor gather_tokens(const Tensor& x, const Tensor& index);
+
+Tensor peak_attention(const Tensor& query, const Tensor& key, std::optional<double> scale,
+                      const std::optional<Tensor>& running, const std::optional<Tensor>& start);
+
+Tensor rank_variance(const Tensor& scores, int64_t k);
+
+}  // namespace claa

@@ -1,0 +1,26 @@
+// score_tokens: check the arguments, allocate the output, fill the params, launch.
+
+#include "src/claa_ops/ops.h"
+#include "src/claa_ops/window_attention.h"
+
+namespace claa {
+
+Tensor score_tokens(const Tensor& query, const Tensor& key, int64_t kernel_size, int64_t mode,
+                    std::optional<double> scale, const std::optional<Tensor>& lse,
+                    const std::optional<Tensor>& start, int64_t sliding_window, double softcap,
+                    const std::optional<Tensor>& sinks) {
+  constexpr const char* op = "score_tokens";
+  const WindowAttention attention =
+      window_attention(op, query, key, scale, lse, start, sliding_window, softcap, sinks);
+  check_kernel_size(op, kernel_size);
+  const PoolMode pool_mode = pool_mode_of(op, mode);
+  const Tensor out = torch::stable::new_empty(
+      query, {attention.batch, attention.kv_heads, attention.context()}, ScalarType::Float);
+  return launch_window(ScoreTokensParams{.attention = attention,
+                                         .out = out.mutable_data_ptr<float>(),
+                                         .kernel_size = kernel_size,
+                                         .mode = pool_mode},
+                       out);
+}
+
+}  // namespace claa

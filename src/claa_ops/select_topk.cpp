@@ -1,0 +1,50 @@
+// select_topk: check the arguments, allocate the output, fill the params, launch.
+
+#include <vector>
+
+#include "src/claa_ops/launch.h"
+#include "src/claa_ops/ops.h"
+
+namespace claa {
+
+Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t sink,
+                   const std::optional<Tensor>& start, bool int32) {
+  constexpr const char* op = "select_topk";
+  const int64_t rank = scores.dim();
+  check(rank >= 1 && rank <= 3, op, "scores must have shape [M], [B, M] or [B, G, M], got ",
+        shape_of(scores));
+  check_dtype(op, "scores", scores, ScalarType::Float);
+  check_last_dim_contiguous(op, "scores", scores);
+  check(window >= 0, op, "window must not be negative, got ", window);
+  check(sink >= 0, op, "sink must not be negative, got ", sink);
+  const int64_t context = scores.size(rank - 1);
+  check(k >= 0 && k <= context + window, op, "k must be in [0, M + window] = [0, ",
+        context + window, "], got ", k);
+  check(!start || rank > 1, op, "start needs scores of shape [B, M] or [B, G, M], got ",
+        shape_of(scores));
+  const int64_t batch = rank > 1 ? scores.size(0) : 1, inner = rank > 2 ? scores.size(1) : 1;
+  const Indices first_valid = start_of(op, start, batch, scores, "scores");
+
+  std::vector<int64_t> shape(scores.sizes().begin(), scores.sizes().end());
+  shape.back() = k;
+  const Tensor out =
+      torch::stable::new_empty(scores, shape, int32 ? ScalarType::Int : ScalarType::Long);
+  if (out.numel() == 0) return out;
+  launch(SelectTopkParams{
+      .scores = scores.const_data_ptr<float>(),
+      .start = first_valid,
+      .out = out.mutable_data_ptr(),
+      .out_is_int32 = int32,
+      .batch = batch,
+      .inner = inner,
+      .context = context,
+      .k = k,
+      .window = window,
+      .sink = sink,
+      .scores_stride_b = rank > 1 ? scores.stride(0) : 0,
+      .scores_stride_inner = rank > 2 ? scores.stride(1) : 0,
+  });
+  return out;
+}
+
+}  // namespace claa

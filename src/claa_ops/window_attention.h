@@ -1,0 +1,102 @@
+// Checks and params of the window's queries against all keys: score_window and score_tokens.
+
+#pragma once
+
+#include <cmath>
+
+#include "src/claa_ops/checks.h"
+#include "src/claa_ops/launch.h"
+
+namespace claa {
+
+// The factor on query-key products: `scale`, or 1 / sqrt(D).
+inline float scale_or_default(std::optional<double> scale, int64_t dim) {
+  return float(scale ? *scale : 1.0 / std::sqrt(double(dim)));
+}
+
+// What query and key must agree on; `query_shape` is how messages write the shape of query.
+inline void check_query_key(const char* op, const Tensor& query, const Tensor& key,
+                            const char* query_shape) {
+  check_rank(op, "query", query, 4, query_shape);
+  check_rank(op, "key", key, 4, "[B, G, N, D]");
+  float_dtype(op, "query", query);
+  check_dtype_like(op, "key", key, query, "query");
+  check_device_like(op, "key", key, query, "query");
+  check_size(op, "key", key, 0, "B", query.size(0), "query");
+  check_size(op, "key", key, 3, "D", query.size(3), "query");
+  check(query.size(3) > 0, op, "D must be at least 1, got 0");
+  check_groups(op, query.size(1), key.size(1));
+  check_last_dim_contiguous(op, "query", query);
+  check_last_dim_contiguous(op, "key", key);
+}
+
+inline WindowAttention window_attention(const char* op, const Tensor& query, const Tensor& key,
+                                        std::optional<double> scale,
+                                        const std::optional<Tensor>& lse,
+                                        const std::optional<Tensor>& start, int64_t sliding_window,
+                                        double softcap, const std::optional<Tensor>& sinks) {
+  check_query_key(op, query, key, "[B, H, W, D]");
+  const int64_t batch = query.size(0), heads = query.size(1), window = query.size(2);
+  const int64_t total = key.size(2);
+  check(total >= window, op, "N must be at least W = ", window, ", got ", total);
+  check(sliding_window >= 0, op, "sliding_window must not be negative, got ", sliding_window);
+  check(softcap >= 0, op, "softcap must not be negative, got ", softcap);
+  if (lse) {
+    check_rank(op, "lse", *lse, 3, "[B, H, W]");
+    check_size(op, "lse", *lse, 0, "B", batch, "query");
+    check_size(op, "lse", *lse, 1, "H", heads, "query");
+    check_size(op, "lse", *lse, 2, "W", window, "query");
+    check_dtype(op, "lse", *lse, ScalarType::Float);
+    check_device_like(op, "lse", *lse, query, "query");
+    check_last_dim_contiguous(op, "lse", *lse);
+  }
+  DType sinks_dtype = DType::f32;
+  if (sinks) {
+    check_rank(op, "sinks", *sinks, 1, "[H]");
+    check_size(op, "sinks", *sinks, 0, "H", heads, "query");
+    sinks_dtype = float_dtype(op, "sinks", *sinks);
+    check_device_like(op, "sinks", *sinks, query, "query");
+    check_last_dim_contiguous(op, "sinks", *sinks);
+  }
+  return {
+      .query = query.const_data_ptr(),
+      .key = key.const_data_ptr(),
+      .lse = lse ? lse->const_data_ptr<float>() : nullptr,
+      .start = start_of(op, start, batch, query, "query"),
+      .sinks = sinks ? sinks->const_data_ptr() : nullptr,
+      .workspace = nullptr,
+      .dtype = float_dtype(op, "query", query),
+      .sinks_dtype = sinks_dtype,
+      .batch = batch,
+      .heads = heads,
+      .kv_heads = key.size(1),
+      .window = window,
+      .total = total,
+      .dim = query.size(3),
+      .query_stride_b = query.stride(0),
+      .query_stride_h = query.stride(1),
+      .query_stride_w = query.stride(2),
+      .key_stride_b = key.stride(0),
+      .key_stride_g = key.stride(1),
+      .key_stride_n = key.stride(2),
+      .lse_stride_b = lse ? lse->stride(0) : 0,
+      .lse_stride_h = lse ? lse->stride(1) : 0,
+      .scale = scale_or_default(scale, query.size(3)),
+      .softcap = float(softcap),
+      .sliding_window = sliding_window,
+      .workers = workers(),
+  };
+}
+
+// Allocates the scratch memory and launches. Without queries nothing has a score.
+template <class Params>
+Tensor launch_window(Params params, Tensor out) {
+  if (out.numel() == 0) return out;
+  if (params.attention.window == 0) return torch::stable::zero_(out);
+  const Tensor workspace = workspace_for(params, out);
+  params.attention.workspace = workspace.mutable_data_ptr();
+  launch(params);
+  return out;
+}
+
+}  // namespace claa
