@@ -45,9 +45,7 @@ def select_topk(
         >>> select_topk(torch.tensor([0.1, 0.7, 0.2, 0.9, 0.3]), 4, window=2)
         tensor([1, 3, 5, 6])
     """
-    return torch.ops.claa.select_topk(
-        scores, k, window=window, sink=sink, start=start, int32=int32
-    )
+    return torch.ops.claa.select_topk(scores, k, window=window, sink=sink, start=start, int32=int32)
 
 
 @torch.library.register_fake("claa::select_topk")
