@@ -7,10 +7,18 @@
 namespace claa::cpu::CLAA_ISA {
 
 // An integer that grows with the score.
-inline uint32_t order_of(float score) {
-  const uint32_t bits = bits_as<uint32_t>(score == 0.f ? 0.f : score);
-  const uint32_t ordered = bits ^ (int32_t(bits) < 0 ? 0xffffffffu : 0x80000000u);
-  return score != score ? 0xffffffffu : ordered;
+inline int32_t order_of(float score) {
+  const int32_t bits = bits_as<int32_t>(score == 0.f ? 0.f : score);
+  return score != score ? INT32_MAX : bits ^ ((bits >> 31) & INT32_MAX);
 }
+
+inline VecInt order_of(Vec score) {
+  const VecInt bits = bits_as<VecInt>(score == 0.f ? Vec{} : score);
+  const VecInt order = bits ^ ((bits >> 31) & INT32_MAX);
+  return score != score ? VecInt{} + INT32_MAX : order;
+}
+
+// The same order in unsigned integers, whose digits can be counted.
+inline uint32_t digits_of(int32_t order) { return uint32_t(order) ^ 0x80000000u; }
 
 }  // namespace claa::cpu::CLAA_ISA

@@ -25,7 +25,7 @@ Entry* entries(const RankVarianceParams& p, int64_t worker) {
 
 void rank_layer(const RankVarianceParams& p, int64_t layer, int64_t b, Entry* from, Entry* to) {
   const float* scores = p.scores + layer * p.scores_stride_l + b * p.scores_stride_b;
-  for (int64_t j = 0; j < p.context; ++j) from[j] = {~order_of(scores[j]), uint32_t(j)};
+  for (int64_t j = 0; j < p.context; ++j) from[j] = {~digits_of(order_of(scores[j])), uint32_t(j)};
   for (int shift = 0; shift < 32; shift += 11) {
     int64_t next[2048] = {};
     for (int64_t j = 0; j < p.context; ++j) ++next[(from[j].order >> shift) & 2047];

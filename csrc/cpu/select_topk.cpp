@@ -3,7 +3,8 @@
 // Radix selection: three histograms (11, 11, 10 bits of the score's order) find the threshold and
 // how many of the scores equal to it are wanted; one more pass in token order writes the positions,
 // so they ascend without a sort and a tie goes to the lower position. Reads a row four times,
-// writes k positions, needs no scratch memory.
+// writes k positions, needs no scratch memory. Only the first histogram looks at every score one by
+// one; the other passes compare whole vectors and visit the few scores that matter.
 
 #include "csrc/cpu/order.h"
 
@@ -15,35 +16,75 @@ Schedule schedule(const SelectTopkParams& p) {
 
 namespace {
 
+// Calls visit(j, order) for each score j in [begin, end), in order, for which wanted(order) holds.
+// `wanted` takes one order or a vector of them.
+template <class Wanted, class Visit>
+inline void for_each_wanted(const float* scores, int64_t begin, int64_t end, Wanted wanted,
+                            Visit visit) {
+  int64_t j = begin;
+  for (; j + kLanes <= end; j += kLanes) {
+    const VecInt order = order_of(load<Vec>(scores + j));
+    int32_t one[kLanes];
+    store(one, order);
+    for (uint32_t lanes = mask_of(wanted(order)); lanes; lanes &= lanes - 1) {
+      const int lane = __builtin_ctz(lanes);
+      visit(j + lane, one[lane]);
+    }
+  }
+  for (; j < end; ++j) {
+    const int32_t order = order_of(scores[j]);
+    if (wanted(order)) visit(j, order);
+  }
+}
+
 struct Threshold {
-  uint32_t order;  // scores above it are all kept
-  int64_t ties;    // how many of those equal to it are
+  int32_t order;  // scores above it are all kept
+  int64_t ties;   // how many of those equal to it are
+};
+
+// How often each digit occurs. Two histograms: neighbouring scores are often equal, and adding to
+// one counter twice in a row waits for the first addition.
+struct Histogram {
+  uint32_t count[2][2048] = {};
+
+  void add(int64_t j, uint32_t digit) { ++count[j & 1][digit]; }
+
+  // The digit of the wanted-th largest; `wanted` becomes its rank within the digit.
+  uint32_t find(int64_t& wanted) const {
+    uint32_t digit = 2047;
+    for (;; --digit) {
+      const int64_t here = int64_t(count[0][digit]) + count[1][digit];
+      if (here >= wanted) return digit;
+      wanted -= here;
+    }
+  }
 };
 
 // The threshold that keeps `wanted` of `n` scores, 0 < wanted <= n.
 Threshold find_threshold(const float* scores, int64_t n, int64_t wanted) {
-  constexpr int kShift[] = {21, 10, 0};
-  constexpr int kBins[] = {2048, 2048, 1024};
-  uint32_t prefix = 0, prefix_mask = 0;
-  for (int pass = 0; pass < 3; ++pass) {
-    // Two histograms: neighbouring scores are often equal, and adding to one bin twice in a row
-    // waits for the first addition.
-    uint32_t count[2][2048] = {};
-    const uint32_t bin_mask = kBins[pass] - 1;
-    for (int64_t j = 0; j < n; ++j) {
-      const uint32_t order = order_of(scores[j]);
-      if ((order & prefix_mask) == prefix) ++count[j & 1][(order >> kShift[pass]) & bin_mask];
-    }
-    int64_t bin = kBins[pass] - 1;
-    for (;; --bin) {
-      const int64_t here = int64_t(count[0][bin]) + count[1][bin];
-      if (here >= wanted) break;
-      wanted -= here;
-    }
-    prefix |= uint32_t(bin) << kShift[pass];
-    prefix_mask |= bin_mask << kShift[pass];
+  Histogram high;
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    int32_t one[kLanes];
+    store(one, order_of(load<Vec>(scores + j)));
+    for (int64_t lane = 0; lane < kLanes; ++lane) high.add(lane, digits_of(one[lane]) >> 21);
   }
-  return {prefix, wanted};
+  for (; j < n; ++j) high.add(j, digits_of(order_of(scores[j])) >> 21);
+  uint32_t prefix = high.find(wanted);
+
+  Histogram middle;
+  const int32_t top = int32_t(prefix) - 1024;  // as the arithmetic shift of an order gives it
+  for_each_wanted(
+      scores, 0, n, [=](auto order) { return (order >> 21) == top; },
+      [&](int64_t at, int32_t order) { middle.add(at, (order >> 10) & 2047); });
+  prefix = prefix << 11 | middle.find(wanted);
+
+  Histogram low;
+  const int32_t upper = int32_t(prefix) - (1024 << 11);
+  for_each_wanted(
+      scores, 0, n, [=](auto order) { return (order >> 10) == upper; },
+      [&](int64_t at, int32_t order) { low.add(at, order & 1023); });
+  return {.order = int32_t((prefix << 10 | low.find(wanted)) ^ 0x80000000u), .ties = wanted};
 }
 
 template <class Index>
@@ -67,14 +108,11 @@ void select_row(const SelectTopkParams& p, int64_t row) {
     for (int64_t j = first; j < p.context; ++j) *out++ = Index(j);
   } else if (n_scored > 0) {
     Threshold threshold = find_threshold(scores + first, p.context - first, n_scored);
-    const Index* full = out + n_scored;
-    for (int64_t j = first; out < full; ++j) {
-      const uint32_t order = order_of(scores[j]);
-      const bool is_tie = (order == threshold.order) & (threshold.ties > 0);
-      threshold.ties -= is_tie;
-      *out = Index(j);  // kept only if `out` moves on
-      out += (order > threshold.order) | is_tie;
-    }
+    for_each_wanted(
+        scores, first, p.context, [=](auto order) { return order >= threshold.order; },
+        [&](int64_t j, int32_t order) {
+          if (order > threshold.order || threshold.ties-- > 0) *out++ = Index(j);
+        });
   }
   for (int64_t i = 0; i < n_window; ++i) *out++ = Index(p.context + p.window - n_window + i);
 }

@@ -7,6 +7,8 @@
 
 #pragma once
 
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -65,6 +67,17 @@ inline T max(T a, T b) {
 // The larger one; NaN if either is NaN.
 inline float max_or_nan(float a, float b) { return (b > a) | (b != b) ? b : a; }
 inline Vec4 max_or_nan(Vec4 a, Vec4 b) { return (b > a) | (b != b) ? b : a; }
+
+// One bit for each lane of a comparison that holds.
+inline uint32_t mask_of(VecInt comparison) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(bits_as<__m512i>(comparison));
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(bits_as<__m256>(comparison));
+#else
+  return _mm_movemask_ps(bits_as<__m128>(comparison));
+#endif
+}
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
