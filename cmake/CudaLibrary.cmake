@@ -38,25 +38,37 @@ find_package(CUDAToolkit REQUIRED)
 set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+set(CMAKE_CUDA_FLAGS_RELEASE "-O3")  # without NDEBUG: an index out of range is a device assertion
 set(CLAA_CUDA_VERSION ${CUDAToolkit_VERSION})
 set(CLAA_CUDA_BUILT "${CLAA_CUDA_ARCHITECTURES}")
 list(JOIN CLAA_CUDA_BUILT " " CLAA_CUDA_BUILT)
 message(STATUS "claa_ops: CUDA ${CLAA_CUDA_VERSION} for ${CLAA_CUDA_BUILT}, "
                "CUTLASS ${CLAA_CUTLASS_VERSION}")
 
-add_library(claa_cuda OBJECT csrc/cuda/device_code.cu)
+list(TRANSFORM CLAA_OPS REPLACE "(.+)" "csrc/cuda/\\1.cu" OUTPUT_VARIABLE cuda_sources)
+add_library(claa_cuda OBJECT csrc/cuda/device_code.cu ${cuda_sources})
 target_include_directories(claa_cuda PRIVATE "${CMAKE_SOURCE_DIR}")
 target_include_directories(claa_cuda SYSTEM PRIVATE "${CLAA_CUTLASS_DIR}/include")
+target_compile_definitions(claa_cuda PRIVATE CLAA_CUDA)
 target_compile_options(claa_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr
   -Xcompiler=-fno-gnu-unique --compress-mode=size>)
 if(CLAA_WERROR)
   target_compile_options(claa_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--Werror=all-warnings>)
 endif()
 
-add_library(claa_ops_cuda SHARED src/claa_ops/library_cuda.cpp $<TARGET_OBJECTS:claa_cuda>)
+# Stands in for libtorch_cuda.so at link time, so that a machine with a CPU torch builds the same
+# library, and any other symbol of libtorch_cuda is a link error.
+file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/torch_cuda_stub.c"
+     "void aoti_torch_get_current_cuda_stream(void) {}\n")
+add_library(torch_cuda_stub SHARED "${CMAKE_CURRENT_BINARY_DIR}/torch_cuda_stub.c")
+set_target_properties(torch_cuda_stub PROPERTIES OUTPUT_NAME torch_cuda C_VISIBILITY_PRESET default
+                      LIBRARY_OUTPUT_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/stubs")
+
+add_library(claa_ops_cuda SHARED src/claa_ops/library.cpp ${border_sources}
+            $<TARGET_OBJECTS:claa_cuda>)
 target_include_directories(claa_ops_cuda PRIVATE "${CMAKE_SOURCE_DIR}")
+target_compile_definitions(claa_ops_cuda PRIVATE CLAA_CUDA USE_CUDA)
 # cudart is linked statically, so the library does not care which CUDA torch was built with.
-target_link_libraries(claa_ops_cuda PRIVATE claa_torch CUDA::cudart_static)
-target_compile_definitions(claa_ops_cuda PRIVATE USE_CUDA)
+target_link_libraries(claa_ops_cuda PRIVATE claa_torch torch_cuda_stub CUDA::cudart_static)
 target_link_options(claa_ops_cuda PRIVATE ${strict_link})
 install(TARGETS claa_ops_cuda LIBRARY DESTINATION claa_ops/lib)

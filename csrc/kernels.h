@@ -4,6 +4,8 @@
 // contiguous unless a stride says otherwise, outputs are contiguous. Nothing in csrc knows what a
 // tensor is. The caller has checked every size and allocated every buffer; kernels do neither.
 //
+// The kernels of both devices take the same params.
+//
 // CPU: an op runs in phases, one after the other. Each phase has independent units, which the
 // caller spreads over its threads (`Schedule` below). What is computed does not depend on how the
 // units are spread, so results do not depend on the number of threads.
@@ -11,6 +13,13 @@
 #pragma once
 
 #include <cstdint>
+
+#ifdef CLAA_CUDA
+#include <cuda_runtime_api.h>
+#define CLAA_HOST_DEVICE __host__ __device__
+#else
+#define CLAA_HOST_DEVICE
+#endif
 
 namespace claa {
 
@@ -22,7 +31,7 @@ struct Indices {
   const void* data;  // may be nullptr where the op says so
   bool is_int32;
 
-  int64_t operator[](int64_t i) const {
+  CLAA_HOST_DEVICE int64_t operator[](int64_t i) const {
     return is_int32 ? static_cast<const int32_t*>(data)[i] : static_cast<const int64_t*>(data)[i];
   }
 };
@@ -35,7 +44,7 @@ struct WindowAttention {
   const float* lse;   // [batch, heads, window], may be nullptr
   Indices start;      // [batch], may be nullptr
   const void* sinks;  // [heads], may be nullptr
-  void* workspace;    // schedule().workspace_bytes
+  void* workspace;    // scratch memory, as much as the device asks for
 
   DType dtype;  // of query and key
   DType sinks_dtype;
@@ -47,8 +56,8 @@ struct WindowAttention {
   int64_t sliding_window;  // 0: none
   int64_t workers;         // CPU: threads at hand, each with its own part of the workspace
 
-  int64_t context() const { return total - window; }
-  int64_t group() const { return heads / kv_heads; }
+  CLAA_HOST_DEVICE int64_t context() const { return total - window; }
+  CLAA_HOST_DEVICE int64_t group() const { return heads / kv_heads; }
 };
 
 struct ScoreWindowParams {
@@ -120,7 +129,7 @@ struct PeakAttentionParams {
   const float* running;  // [batch, queries, total], may be nullptr
   Indices start;         // [batch], may be nullptr
   float* out;            // [batch, queries, total]
-  void* workspace;       // schedule().workspace_bytes
+  void* workspace;       // scratch memory, as much as the device asks for
 
   DType dtype;
   int64_t batch, heads, kv_heads, queries, total, dim;
@@ -130,25 +139,17 @@ struct PeakAttentionParams {
   float scale;
   int64_t workers;
 
-  int64_t group() const { return heads / kv_heads; }
+  CLAA_HOST_DEVICE int64_t group() const { return heads / kv_heads; }
 };
 
 struct RankVarianceParams {
   const float* scores;  // [layers, batch, context]
   float* out;           // [batch]
-  void* workspace;      // schedule().workspace_bytes
+  void* workspace;      // scratch memory, as much as the device asks for
   int64_t layers, batch, context, k;
   int64_t scores_stride_l, scores_stride_b;
   int64_t workers;
 };
-
-namespace cpu {
-
-// The instruction sets that the kernels are built for, and the one in use: the best that the
-// processor has and `limit_isa` allows. Tests use the limit to run every build.
-enum class Isa : int { plain, avx2, avx512 };
-Isa active_isa();
-void limit_isa(Isa best);
 
 #define CLAA_FOR_EACH_OP(DECLARE) \
   DECLARE(ScoreWindowParams)      \
@@ -160,6 +161,14 @@ void limit_isa(Isa best);
   DECLARE(GatherTokensParams)     \
   DECLARE(PeakAttentionParams)    \
   DECLARE(RankVarianceParams)
+
+namespace cpu {
+
+// The instruction sets that the kernels are built for, and the one in use: the best that the
+// processor has and `limit_isa` allows. Tests use the limit to run every build.
+enum class Isa : int { plain, avx2, avx512 };
+Isa active_isa();
+void limit_isa(Isa best);
 
 // How the caller runs an op: `units` pieces of work in each of `phases`, one piece costing about
 // `unit_cost` bytes of traffic, with `workspace_bytes` of scratch memory.
@@ -176,4 +185,20 @@ struct Schedule {
 CLAA_FOR_EACH_OP(CLAA_DECLARE_CPU_OP)
 
 }  // namespace cpu
+
+#ifdef CLAA_CUDA
+namespace cuda {
+
+// CUDA: `run` enqueues the whole op on `stream`, on the current device; it neither waits nor
+// allocates, so it can be captured in a graph.
+#define CLAA_DECLARE_CUDA_OP(Params)        \
+  int64_t workspace_bytes(const Params& p); \
+  cudaError_t run(const Params& p, cudaStream_t stream);
+CLAA_FOR_EACH_OP(CLAA_DECLARE_CUDA_OP)
+
+// Sets `sm` to the architecture (90 for sm_90) of the code that runs on the current device.
+cudaError_t device_code(int* sm);
+
+}  // namespace cuda
+#endif
 }  // namespace claa

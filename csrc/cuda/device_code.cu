@@ -4,7 +4,7 @@
 
 #include <cute/config.hpp>
 
-#include "csrc/cuda/device_code.h"
+#include "csrc/kernels.h"
 
 namespace claa::cuda {
 namespace {

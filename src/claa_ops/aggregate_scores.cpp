@@ -24,7 +24,7 @@ Tensor aggregate_scores(const Tensor& running, const Tensor& scores) {
 
   const Tensor out = torch::stable::new_empty(running, {batch, context});
   if (out.numel() == 0) return out;
-  launch(AggregateScoresParams{
+  launch(running, AggregateScoresParams{
       .running = running.const_data_ptr<float>(),
       .scores = scores.const_data_ptr<float>(),
       .out = out.mutable_data_ptr<float>(),

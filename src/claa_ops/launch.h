@@ -1,4 +1,5 @@
-// The only place that knows whether this library runs on the CPU or on CUDA.
+// The only place that knows whether this library runs on the CPU or on CUDA: the border is compiled
+// once for each.
 
 #pragma once
 
@@ -6,9 +7,37 @@
 
 #include "src/claa_ops/checks.h"
 
+#ifdef CLAA_CUDA
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
 namespace claa {
 
-// Threads that a CPU kernel may prepare scratch memory for.
+#ifdef CLAA_CUDA
+
+inline int64_t workers() { return 1; }
+
+// Scratch memory for `params`, empty if it needs none. Keep it until the launch.
+template <class Params>
+Tensor workspace_for(const Params& params, const Tensor& like) {
+  return torch::stable::new_empty(like, {cuda::workspace_bytes(params)}, ScalarType::Byte);
+}
+
+// Enqueues `params` on the current stream of the device where `like` lives.
+template <class Params>
+void launch(const Tensor& like, const Params& params) {
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+  const cudaError_t status = cuda::run(params, static_cast<cudaStream_t>(stream));
+  check(status == cudaSuccess, "CUDA launch", cudaGetErrorName(status), ": ",
+        cudaGetErrorString(status));
+}
+
+#else
+
+// Threads that a kernel may prepare scratch memory for.
 inline int64_t workers() { return torch::stable::get_num_threads(); }
 
 // Scratch memory for `params`, empty if it needs none. Keep it until the launch.
@@ -19,7 +48,7 @@ Tensor workspace_for(const Params& params, const Tensor& like) {
 
 // Runs `params` on torch's CPU threads, phase by phase.
 template <class Params>
-void launch(const Params& params) {
+void launch(const Tensor&, const Params& params) {
   constexpr int64_t kWorthAThread = 64 << 10;  // bytes of traffic
   const cpu::Schedule plan = cpu::schedule(params);
   const int64_t grain = kWorthAThread / std::max<int64_t>(1, plan.unit_cost);
@@ -28,5 +57,7 @@ void launch(const Params& params) {
         0, plan.units, std::max<int64_t>(1, grain),
         [&](int64_t begin, int64_t end) { cpu::run(params, phase, begin, end); });
 }
+
+#endif
 
 }  // namespace claa

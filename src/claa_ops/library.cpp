@@ -1,12 +1,60 @@
 // The table of contents: every op's schema, then the function behind it.
 //
+// Compiled into both libraries. The CPU library is always loaded and has the schemas.
+//
 // Enumerations are ints here: the stable ABI leaks `str` arguments before torch 2.14. Sizes are
 // SymInt, so one compiled graph serves every prompt length.
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+
+#include <stdexcept>
+#include <string>
 
 #include "csrc/kernels.h"
 #include "src/claa_ops/ops.h"
+
+#ifdef CLAA_CUDA
+#define CLAA_DEVICE CUDA
+#else
+#define CLAA_DEVICE CPU
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(claa, CLAA_DEVICE, m) {
+  m.impl("score_window", TORCH_BOX(&claa::score_window));
+  m.impl("pool_heads", TORCH_BOX(&claa::pool_heads));
+  m.impl("score_tokens", TORCH_BOX(&claa::score_tokens));
+  m.impl("aggregate_scores", TORCH_BOX(&claa::aggregate_scores));
+  m.impl("select_topk", TORCH_BOX(&claa::select_topk));
+  m.impl("gather_kv", TORCH_BOX(&claa::gather_kv));
+  m.impl("gather_tokens", TORCH_BOX(&claa::gather_tokens));
+  m.impl("peak_attention", TORCH_BOX(&claa::peak_attention));
+  m.impl("rank_variance", TORCH_BOX(&claa::rank_variance));
+}
+
+#ifdef CLAA_CUDA
+
+namespace {
+
+// The architecture of the code in this library that runs on a device: 90 for sm_90.
+int64_t cuda_device_code(int64_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  int sm = 0;
+  const cudaError_t status = claa::cuda::device_code(&sm);
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("_cuda_device_code: ") + cudaGetErrorString(status));
+  return sm;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(claa, m) { m.def("_cuda_device_code(int device) -> int"); }
+
+STABLE_TORCH_LIBRARY_IMPL(claa, CompositeExplicitAutograd, m) {
+  m.impl("_cuda_device_code", TORCH_BOX(&cuda_device_code));
+}
+
+#else
 
 STABLE_TORCH_LIBRARY(claa, m) {
   m.def(
@@ -33,18 +81,6 @@ STABLE_TORCH_LIBRARY(claa, m) {
   m.def("_cpu_isa(int limit) -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(claa, CPU, m) {
-  m.impl("score_window", TORCH_BOX(&claa::score_window));
-  m.impl("pool_heads", TORCH_BOX(&claa::pool_heads));
-  m.impl("score_tokens", TORCH_BOX(&claa::score_tokens));
-  m.impl("aggregate_scores", TORCH_BOX(&claa::aggregate_scores));
-  m.impl("select_topk", TORCH_BOX(&claa::select_topk));
-  m.impl("gather_kv", TORCH_BOX(&claa::gather_kv));
-  m.impl("gather_tokens", TORCH_BOX(&claa::gather_tokens));
-  m.impl("peak_attention", TORCH_BOX(&claa::peak_attention));
-  m.impl("rank_variance", TORCH_BOX(&claa::rank_variance));
-}
-
 namespace {
 
 // The CPU instruction set in use (0 plain, 1 AVX2, 2 AVX-512), after limiting it to `limit`; a
@@ -59,3 +95,5 @@ int64_t cpu_isa(int64_t limit) {
 STABLE_TORCH_LIBRARY_IMPL(claa, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isa", TORCH_BOX(&cpu_isa));
 }
+
+#endif

@@ -50,7 +50,7 @@ Tensor peak_attention(const Tensor& query, const Tensor& key, std::optional<doub
   if (out.numel() == 0) return out;
   const Tensor workspace = workspace_for(params, out);
   params.workspace = workspace.mutable_data_ptr();
-  launch(params);
+  launch(query, params);
   return out;
 }
 

@@ -19,7 +19,7 @@ Tensor pool_heads(const Tensor& scores, int64_t num_kv_heads, int64_t kernel_siz
   const Tensor out = torch::stable::new_empty(scores, {batch, num_kv_heads, context});
   if (out.numel() == 0) return out;
   if (scores.numel() == 0) return torch::stable::zero_(const_cast<Tensor&>(out));
-  launch(PoolHeadsParams{
+  launch(scores, PoolHeadsParams{
       .scores = scores.const_data_ptr<float>(),
       .out = out.mutable_data_ptr<float>(),
       .batch = batch,

@@ -31,7 +31,7 @@ Tensor rank_variance(const Tensor& scores, int64_t k) {
   };
   const Tensor workspace = workspace_for(params, scores);
   params.workspace = workspace.mutable_data_ptr();
-  launch(params);
+  launch(scores, params);
   return out;
 }
 

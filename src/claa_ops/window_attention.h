@@ -54,6 +54,9 @@ inline WindowAttention window_attention(const char* op, const Tensor& query, con
   if (sinks) {
     check_rank(op, "sinks", *sinks, 1, "[H]");
     check_size(op, "sinks", *sinks, 0, "H", heads, "query");
+    check(sinks->scalar_type() == ScalarType::Float || sinks->scalar_type() == query.scalar_type(),
+          op, "sinks must have dtype float32 or that of query (", name_of(query.scalar_type()),
+          "), got ", name_of(sinks->scalar_type()));
     sinks_dtype = float_dtype(op, "sinks", *sinks);
     check_device_like(op, "sinks", *sinks, query, "query");
     check_last_dim_contiguous(op, "sinks", *sinks);
@@ -95,7 +98,7 @@ Tensor launch_window(Params params, Tensor out) {
   if (params.attention.window == 0) return torch::stable::zero_(out);
   const Tensor workspace = workspace_for(params, out);
   params.attention.workspace = workspace.mutable_data_ptr();
-  launch(params);
+  launch(out, params);
   return out;
 }
 
