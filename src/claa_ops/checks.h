@@ -97,6 +97,14 @@ inline void check_last_dim_contiguous(const char* op, const char* name, const Te
         " must be contiguous in its last dimension, got strides ", strides_of(t));
 }
 
+// Bytes of one item of a tensor whose rows are moved as bytes.
+inline int64_t item_bytes_of(const char* op, const char* name, const Tensor& t) {
+  const int64_t bytes = t.element_size();
+  check(bytes <= 8, op, name, " must have a dtype of at most 8 bytes, got ",
+        name_of(t.scalar_type()));
+  return bytes;
+}
+
 // The float dtypes that the kernels read.
 inline DType float_dtype(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {

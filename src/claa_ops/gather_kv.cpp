@@ -25,12 +25,13 @@ std::tuple<Tensor, Tensor> gather_kv(const Tensor& key, const Tensor& value, con
   check_device_like(op, "index", index, key, "key");
   const Indices positions = indices_of(op, "index", index);
   check_index_range(op, index, total);
+  const int64_t key_bytes = item_bytes_of(op, "key", key);
+  const int64_t value_bytes = item_bytes_of(op, "value", value);
 
   const int64_t kept = index.size(index.dim() - 1);
   const Tensor key_out = torch::stable::new_empty(key, {batch, kv_heads, kept, key.size(3)});
   const Tensor value_out = torch::stable::new_empty(value, {batch, kv_heads, kept, value.size(3)});
   if (key_out.numel() == 0 && value_out.numel() == 0) return {key_out, value_out};
-  const int64_t key_bytes = key.element_size(), value_bytes = value.element_size();
   launch(GatherKvParams{
       .key = static_cast<const char*>(key.const_data_ptr()),
       .value = static_cast<const char*>(value.const_data_ptr()),

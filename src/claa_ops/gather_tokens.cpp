@@ -16,10 +16,10 @@ Tensor gather_tokens(const Tensor& x, const Tensor& index) {
   check_last_dim_contiguous(op, "x", x);
   const Indices positions = indices_of(op, "index", index);
   check_index_range(op, index, total);
+  const int64_t item_bytes = item_bytes_of(op, "x", x);
 
   const Tensor out = torch::stable::new_empty(x, {batch, kept, x.size(2)});
   if (out.numel() == 0) return out;
-  const int64_t item_bytes = x.element_size();
   launch(GatherTokensParams{
       .x = static_cast<const char*>(x.const_data_ptr()),
       .index = positions,

@@ -11,8 +11,7 @@ Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t sink
                    const std::optional<Tensor>& start, bool int32) {
   constexpr const char* op = "select_topk";
   const int64_t rank = scores.dim();
-  check(rank >= 1 && rank <= 3, op, "scores must have shape [M], [B, M] or [B, G, M], got ",
-        shape_of(scores));
+  check(rank >= 1, op, "scores must have shape [..., M], got ", shape_of(scores));
   check_dtype(op, "scores", scores, ScalarType::Float);
   check_last_dim_contiguous(op, "scores", scores);
   check(window >= 0, op, "window must not be negative, got ", window);
@@ -20,9 +19,16 @@ Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t sink
   const int64_t context = scores.size(rank - 1);
   check(k >= 0 && k <= context + window, op, "k must be in [0, M + window] = [0, ",
         context + window, "], got ", k);
-  check(!start || rank > 1, op, "start needs scores of shape [B, M] or [B, G, M], got ",
-        shape_of(scores));
-  const int64_t batch = rank > 1 ? scores.size(0) : 1, inner = rank > 2 ? scores.size(1) : 1;
+  check(!start || rank > 1, op, "start needs scores of shape [B, ..., M], got ", shape_of(scores));
+  const int64_t batch = rank > 1 ? scores.size(0) : 1;
+  int64_t inner = 1;  // rows of one batch entry; one stride must lead through them
+  for (int64_t dim = 1; dim < rank - 1; ++dim) {
+    inner *= scores.size(dim);
+    check(dim == 1 || scores.size(dim - 1) <= 1 ||
+              scores.stride(dim - 1) == scores.size(dim) * scores.stride(dim),
+          op, "scores must be contiguous between its first and its last dimension, got strides ",
+          strides_of(scores));
+  }
   const Indices first_valid = start_of(op, start, batch, scores, "scores");
 
   std::vector<int64_t> shape(scores.sizes().begin(), scores.sizes().end());
@@ -42,7 +48,7 @@ Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t sink
       .window = window,
       .sink = sink,
       .scores_stride_b = rank > 1 ? scores.stride(0) : 0,
-      .scores_stride_inner = rank > 2 ? scores.stride(1) : 0,
+      .scores_stride_inner = rank > 2 ? scores.stride(rank - 2) : 0,
   });
   return out;
 }

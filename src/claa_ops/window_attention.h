@@ -54,6 +54,9 @@ inline WindowAttention window_attention(const char* op, const Tensor& query, con
   if (sinks) {
     check_rank(op, "sinks", *sinks, 1, "[H]");
     check_size(op, "sinks", *sinks, 0, "H", heads, "query");
+    check(sinks->scalar_type() == ScalarType::Float || sinks->scalar_type() == query.scalar_type(),
+          op, "sinks must have dtype float32 or that of query (", name_of(query.scalar_type()),
+          "), got ", name_of(sinks->scalar_type()));
     sinks_dtype = float_dtype(op, "sinks", *sinks);
     check_device_like(op, "sinks", *sinks, query, "query");
     check_last_dim_contiguous(op, "sinks", *sinks);
