@@ -5,8 +5,8 @@ manual pages. ``claa_ops.methods`` has the ranking systems, ``claa_ops.prefill``
 model.
 """
 
-from claa_ops import _build_info
 from claa_ops import _library as _library  # loads the ops; the modules below need them
+from claa_ops._build_info import version
 from claa_ops.ops.aggregate_scores import aggregate_scores
 from claa_ops.ops.gather_kv import gather_kv
 from claa_ops.ops.gather_tokens import gather_tokens
@@ -17,7 +17,7 @@ from claa_ops.ops.score_tokens import score_tokens
 from claa_ops.ops.score_window import score_window
 from claa_ops.ops.select_topk import select_topk
 
-__version__ = _build_info.version
+__version__ = version
 
 __all__ = [
     "aggregate_scores",

@@ -10,7 +10,7 @@ def gather_kv(key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor
     ``key'[b, g, i] = key[b, g, index[b, g, i]]``, the same for value; rows are moved as bytes.
 
     Args:
-        key: ``[B, G, N, D]`` of any dtype of 1, 2 or 4 bytes (float8 included); any strides,
+        key: ``[B, G, N, D]`` of any dtype of at most 8 bytes (float8 included); any strides,
             last dimension contiguous.
         value: ``[B, G, N, Dv]``, likewise; its dtype may differ.
         index: ``[B, G, k]``, or ``[B, k]`` for all heads alike; int64 or int32, contiguous in

@@ -10,7 +10,7 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     ``out[b, i] = x[b, index[b, i]]``; rows are moved as bytes.
 
     Args:
-        x: ``[B, N, C]``, or ``[1, N, C]`` for all batch rows alike, of any dtype of 1, 2, 4 or
+        x: ``[B, N, C]``, or ``[1, N, C]`` for all batch rows alike, of any dtype of at most
             8 bytes; any strides, last dimension contiguous.
         index: ``[B, k]``, int64 or int32, contiguous in the last dimension. -1 is padding and
             gives a row of zeros.

@@ -1,0 +1,102 @@
+"""The attention function of an attached model: the base attention, then the functional API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from claa_ops.prefill.cache import ClaaCache, SlidingLayer
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def register_attention(base_name: str, base: AttentionFunction, family: str) -> str:
+    """Register ``base`` with scoring and compression; return the name to configure it by."""
+    # Each family of models has its own eager attention. Transformers loads flash attention by
+    # the name in the configuration, so that one has to keep its name; without a ClaaCache the
+    # function that takes its place only calls it.
+    name = {"sdpa": "claa_sdpa", "eager": f"claa_eager_{family}"}.get(base_name, base_name)
+    AttentionInterface.register(name, _with_prefill(base, base_name))
+    # Without this twin the model would find no mask for the name, and ignore padding.
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base_name])
+    return name
+
+
+def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
+    def claa_attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        claa_cache: ClaaCache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if claa_cache is None:
+            return base(module, query, key, value, attention_mask, **kwargs)
+        layer: Any = module.layer_idx
+        held = claa_cache.layers[layer]
+        if not claa_cache.prefilling and held.is_sliding and held.positions is not None:
+            attention_mask = _window_mask(claa_cache, held, query, additive=base_name == "eager")
+        elif attention_mask is not None:
+            attention_mask = attention_mask[..., -key.shape[2] :]
+        if "flash" in base_name:
+            if claa_cache.prefilling and held.is_sliding and claa_cache.has_selected:
+                raise ValueError(
+                    f"ClaaCache: a sliding window behind a selection must go by position, use "
+                    f"sdpa or eager attention, got {base_name} in layer {layer}"
+                )
+            # Positions with gaps would be taken for several sequences packed into one.
+            kwargs.pop("position_ids", None)
+        output = base(module, query, key, value, attention_mask, **kwargs)
+        if claa_cache.prefilling:
+            _observe_and_compress(claa_cache, layer, query, key, kwargs)
+        return output
+
+    vars(claa_attention)["claa_base"] = base
+    return claa_attention
+
+
+def unwrapped(attention: AttentionFunction) -> AttentionFunction:
+    """The attention under what :func:`register_attention` has put on it, if anything."""
+    return getattr(attention, "claa_base", attention)
+
+
+def _observe_and_compress(
+    cache: ClaaCache, layer: int, query: Tensor, key: Tensor, attention: dict[str, Any]
+) -> None:
+    state, held = cache.state, cache.layers[layer]
+    assert state is not None  # begin_forward made it
+    state.observe(
+        layer,
+        query,
+        key,
+        scale=attention.get("scaling"),
+        sliding_window=attention.get("sliding_window") or 0,
+        softcap=attention.get("softcap") or 0.0,
+        sinks=attention.get("s_aux"),
+    )
+    if not held.is_sliding:
+        if held.keys.shape[1] != key.shape[1]:
+            raise ValueError(
+                f"ClaaCache: the cache must hold the {key.shape[1]} heads that attention sees, "
+                f"got {held.keys.shape[1]} in layer {layer} (latent attention)"
+            )
+        held.keys, held.values = state.compress(layer, held.keys, held.values)
+    elif state.positions is not None:
+        held.place(state.positions, state.start)
+
+
+def _window_mask(cache: ClaaCache, held: SlidingLayer, query: Tensor, *, additive: bool) -> Tensor:
+    """The sliding window of later tokens over selected entries: by position, not by index."""
+    seen = cache.get_seq_length()
+    visible = held.visible(torch.arange(seen - query.shape[2], seen, device=query.device))[:, None]
+    if not additive:
+        return visible
+    hidden = torch.finfo(query.dtype).min
+    return torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, hidden)

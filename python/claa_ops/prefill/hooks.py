@@ -1,0 +1,152 @@
+"""The hooks of an attached model: they act only when a ClaaCache is passed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from claa_ops.ops.gather_tokens import gather_tokens
+from claa_ops.prefill.cache import ClaaCache
+
+Arguments = dict[str, Any]
+
+
+def install_hooks(
+    model: nn.Module,
+    decoder: nn.Module,
+    layers: list[nn.Module],
+    attentions: list[nn.Module],
+) -> list[RemovableHandle]:
+    """Hooks stay for good: torch.compile does not see those that come after it."""
+    handles = [
+        model.register_forward_pre_hook(_refuse_labels(model), with_kwargs=True),
+        decoder.register_forward_pre_hook(_begin_forward(decoder), with_kwargs=True),
+        decoder.register_forward_hook(_end_forward(decoder), with_kwargs=True),
+    ]
+    for index, layer in enumerate(layers[1:], start=1):
+        hook = _continue_with_selected(layer, index)
+        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    for attention in attentions:
+        hook = _pass_cache(attention)
+        handles.append(attention.register_forward_pre_hook(hook, with_kwargs=True))
+    return handles
+
+
+def _refuse_labels(model: nn.Module) -> Callable[..., None]:
+    names = parameters(model)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
+        arguments = _bind(names, args, kwargs)
+        cache = arguments.get("past_key_values")
+        if isinstance(cache, ClaaCache) and arguments.get("labels") is not None:
+            raise ValueError("ClaaCache: labels must be None: logits are of selected tokens only")
+
+    return hook
+
+
+def _begin_forward(decoder: nn.Module) -> Callable[..., None]:
+    names = parameters(decoder)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
+        arguments = _bind(names, args, kwargs)
+        cache = arguments.get("past_key_values")
+        if not isinstance(cache, ClaaCache):
+            return
+        if module.training:
+            raise ValueError("ClaaCache: the model must be in eval mode, call model.eval()")
+        tokens = arguments.get("input_ids")
+        if tokens is None:
+            tokens = arguments["inputs_embeds"]
+        cache.begin_forward(tokens.shape[1], arguments.get("attention_mask"))
+
+    return hook
+
+
+def _end_forward(decoder: nn.Module) -> Callable[..., None]:
+    names = parameters(decoder)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any) -> None:
+        cache = _bind(names, args, kwargs).get("past_key_values")
+        if isinstance(cache, ClaaCache):
+            cache.end_forward()
+
+    return hook
+
+
+def _continue_with_selected(layer: nn.Module, index: int) -> Callable[..., Any]:
+    """Before a layer: select after the layer before it, and hand on what was selected."""
+    names = parameters(layer)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
+        arguments = _bind(names, args, kwargs)
+        cache = arguments.get("past_key_values")
+        if not isinstance(cache, ClaaCache) or not cache.prefilling:
+            return None
+        hidden = arguments.pop("hidden_states")
+        if hidden.dim() != 3:
+            raise TypeError(
+                f"attach: hidden states must have shape [batch, tokens, width], "
+                f"got {list(hidden.shape)} in {type(module).__name__}"
+            )
+        state = cache.state
+        assert state is not None  # begin_forward made it
+        selected = state.select(index - 1)
+        if selected is not None:
+            cache.selected.clear()
+            hidden = gather_tokens(hidden, selected)
+        if state.positions is not None:
+            # The model hands the same tensors to all layers of a type, so gather them once.
+            kind = cache.layer_types[index]
+            if kind not in cache.selected:
+                cache.selected[kind] = _gather(arguments, state.positions)
+            arguments.update(cache.selected[kind])
+        return (hidden,), arguments
+
+    return hook
+
+
+def _pass_cache(attention: nn.Module) -> Callable[..., Any]:
+    """Some layers do not forward what they do not know: the attention module gets the cache."""
+    names = parameters(attention)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
+        cache = _bind(names, args, kwargs).get("past_key_values")
+        return (args, {**kwargs, "claa_cache": cache}) if isinstance(cache, ClaaCache) else None
+
+    return hook
+
+
+def _gather(arguments: Arguments, positions: Tensor) -> Arguments:
+    """What goes with the tokens, for the selected positions; these keep their rotary angles."""
+    embeddings = arguments["position_embeddings"]
+    if not isinstance(embeddings, tuple) or any(x.dim() != 3 for x in embeddings):
+        raise TypeError("attach: position_embeddings must be cosines and sines [batch, tokens, D]")
+    # Some models transpose theirs, and rows are moved whole.
+    rows = (gather_tokens(x.contiguous(), positions) for x in embeddings)
+    selected: Arguments = {"position_embeddings": tuple(rows)}
+    ids, mask = arguments.get("position_ids"), arguments.get("attention_mask")
+    if ids is not None:
+        selected["position_ids"] = ids.expand(positions.shape[0], -1).gather(1, positions)
+    if mask is not None and mask.dim() == 2:
+        selected["attention_mask"] = mask.gather(1, positions)
+    elif mask is not None:
+        row = torch.arange(positions.shape[0], device=positions.device)[:, None, None]
+        mask = mask.expand(positions.shape[0], -1, -1, -1)
+        kept = mask[row, :, positions[:, :, None], positions[:, None, :]]  # [B, k, k, heads]
+        selected["attention_mask"] = kept.movedim(-1, 1)
+    return selected
+
+
+def parameters(module: nn.Module) -> list[str]:
+    """The names of what a module's forward takes."""
+    return list(inspect.signature(module.forward).parameters)
+
+
+def _bind(names: list[str], args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
+    """All arguments by name: models differ in what they pass by position."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}

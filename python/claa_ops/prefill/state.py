@@ -1,0 +1,212 @@
+"""The functional API: one prefill of one request, four calls in a model's layer loop."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from claa_ops.methods.base import Method
+from claa_ops.ops.gather_kv import gather_kv
+
+_CALLS = ("observe", "compress", "select")
+
+
+def begin(
+    method: Method,
+    *,
+    num_layers: int,
+    prompt_length: int,
+    start: Tensor | None = None,
+    keep_scores: bool = False,
+) -> PrefillState:
+    """Start the prefill of one batch of prompts.
+
+    In the layer loop, after the attention of each layer::
+
+        state.observe(layer, query, key)
+        key, value = state.compress(layer, key, value)   # for the decode cache
+
+    and after the whole layer::
+
+        index = state.select(layer)
+        if index is not None:
+            hidden = claa_ops.gather_tokens(hidden, index)   # and cos, sin, position ids
+
+    Args:
+        method: the ranking system, such as :class:`claa_ops.methods.CLAA`.
+        num_layers: how many layers the model has.
+        prompt_length: N, the length of the (padded) prompts.
+        start: ``[B]``, int64 or int32: the first token of each row that is not left padding.
+        keep_scores: record ``state.scores`` for plots, which scores all layers that the method
+            ranks.
+
+    Returns:
+        The state of this prefill. It belongs to this request alone; drop it when the prefill is
+        over, or keep it to read what was selected.
+
+    Raises:
+        ValueError: ``prompt_length`` is below 1, or the method does not fit the model.
+
+    Example:
+        >>> from claa_ops.methods import CLAA
+        >>> state = begin(CLAA(keep=0.1), num_layers=32, prompt_length=4096)
+    """
+    if prompt_length < 1:
+        raise ValueError(f"begin: prompt_length must be at least 1, got {prompt_length}")
+    method.check(num_layers)
+    return PrefillState(method, num_layers, prompt_length, start, keep_scores)
+
+
+class PrefillState:
+    """What one prefill has seen and selected so far; made by :func:`begin`.
+
+    Attributes:
+        method: the ranking system.
+        num_layers: how many layers the model has.
+        prompt_length: N, the length of the prompts, padding included.
+        length: n, how many tokens the current layer sees: N until some are selected.
+        start: ``[B]`` or None: the first of these n that is not left padding.
+        positions: ``[B, n]``, int64, ascending: where these n stood in the prompt; None while
+            they are the whole prompt.
+        importance: ``[B, M]``, float32: the method's ranking so far, or None.
+        scores: with ``keep_scores``, for each layer its token scores, ``[B, M]``: the maximum
+            over key/value heads.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        num_layers: int,
+        prompt_length: int,
+        start: Tensor | None,
+        keep_scores: bool,
+    ) -> None:
+        self.method = method
+        self.num_layers = num_layers
+        self.prompt_length = prompt_length
+        self.length = prompt_length
+        self.start = start
+        self.positions: Tensor | None = None
+        self.importance: Tensor | None = None
+        self.scores: dict[int, Tensor] = {}
+        self._keep_scores = keep_scores
+        self._layer_scores: Tensor | None = None
+        self._layer, self._call = -1, "select"
+
+    @property
+    def layer_scores(self) -> Tensor:
+        """``[B, G, M]``, float32: the scores of the current layer, if the method needs them."""
+        if self._layer_scores is None:
+            raise RuntimeError(f"layer_scores: layer {self._layer} was not scored")
+        return self._layer_scores
+
+    def observe(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        *,
+        lse: Tensor | None = None,
+        scale: float | None = None,
+        sliding_window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> None:
+        """Show the method the queries and keys of a layer; it scores the tokens if it needs to.
+
+        Args:
+            layer: the layer, from 0; layers come in ascending order.
+            query: ``[B, H, n, D]``, after the rotary embedding. Only the last ``window`` rows
+                are read, and it may hold just these.
+            key: ``[B, G, n, D]``, likewise.
+            lse: ``[B, H, n]`` or the last rows of it, float32: the attention's logsumexp.
+            scale, sliding_window, softcap, sinks: what the layer's attention uses, as in
+                :func:`claa_ops.score_window`.
+
+        Raises:
+            RuntimeError: layers do not ascend.
+            ValueError: the layer is out of range, or ``key`` does not have n rows.
+        """
+        self._advance(layer, "observe")
+        self._layer_scores = None
+        if key.shape[2] != self.length:
+            raise ValueError(
+                f"observe: key of layer {layer} must have the {self.length} tokens that the layer "
+                f"sees, got {key.shape[2]}"
+            )
+        recorded = self._keep_scores and self.method.ranks(layer)
+        if not recorded and not self.method.needs_scores(self, layer):
+            return
+        window = self.method.window
+        # A ranking has no gradient; its queries and keys may.
+        self._layer_scores = self.method.score(
+            query[:, :, -window:].detach(),
+            key.detach(),
+            lse=None if lse is None else lse[:, :, -window:].detach(),
+            scale=scale,
+            start=self.start,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=None if sinks is None else sinks.detach(),
+        )
+        self.method.observe(self, layer)
+        if recorded:
+            self.scores[layer] = self._layer_scores.amax(dim=1)
+
+    def compress(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What the decode cache of an observed layer keeps.
+
+        Args:
+            layer: the layer that was observed last.
+            key: ``[B, G, n, D]``.
+            value: ``[B, G, n, Dv]``.
+
+        Returns:
+            The kept rows, ``[B, G, k, D]`` and ``[B, G, k, Dv]``; the arguments themselves if
+            the layer keeps all. Heads may keep different tokens; each head's are in ascending
+            order.
+
+        Raises:
+            RuntimeError: the layer was not observed just before.
+        """
+        self._advance(layer, "compress")
+        index = self.method.compress(self, layer)
+        return (key, value) if index is None else gather_kv(key, value, index)
+
+    def select(self, layer: int) -> Tensor | None:
+        """Which tokens go on to the layers after an observed layer.
+
+        Returns:
+            ``[B, k]``, int64, ascending, into the n tokens of this layer; None if all go on.
+            The caller gathers hidden states, position embeddings and ids with
+            :func:`claa_ops.gather_tokens`.
+
+        Raises:
+            RuntimeError: the layer was not observed just before, or selects a second time.
+        """
+        self._advance(layer, "select")
+        index = self.method.select(self, layer)
+        if index is None:
+            return None
+        kept = index.shape[-1]
+        if self.start is not None:
+            # Padding is kept only when nothing else is left, so dropping spends it first.
+            self.start = (self.start - (self.length - kept)).clamp_min(0)
+        self.positions = index if self.positions is None else self.positions.gather(1, index)
+        self.length = kept
+        return index
+
+    def _advance(self, layer: int, call: str) -> None:
+        """Check that calls come in order: layers ascend; observe, then compress, then select."""
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"{call}: layer must be in [0, {self.num_layers - 1}], got {layer}")
+        if call == "observe":
+            in_order = layer > self._layer
+        else:
+            in_order = layer == self._layer and _CALLS.index(call) > _CALLS.index(self._call)
+        if not in_order:
+            expected = "after lower layers" if call == "observe" else "once, after its observe"
+            raise RuntimeError(
+                f"{call}: must be called for layer {layer} {expected}; "
+                f"the last call was {self._call} for layer {self._layer}"
+            )
+        self._layer, self._call = layer, call

@@ -1,0 +1,81 @@
+"""Tiny random models of many families, and greedy generation that returns the logits."""
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from claa_ops.prefill import ClaaCache
+
+VOCABULARY = 99
+SLIDING_WINDOW = 16
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_ALTERNATING = {
+    "sliding_window": SLIDING_WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+_EXTRA = {
+    "mistral": {"sliding_window": SLIDING_WINDOW},
+    "gemma2": {**_ALTERNATING, "query_pre_attn_scalar": 8},
+    "gemma3_text": {**_ALTERNATING, "query_pre_attn_scalar": 8},
+    "gpt_oss": {**_ALTERNATING, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def build(family: str, attention: str | None = None, **changes) -> PreTrainedModel:
+    """A model whose weights are large enough for its attention to be far from uniform."""
+    torch.manual_seed(0)
+    settings = {**_COMMON, **_EXTRA.get(family, {}), **changes}
+    if "layer_types" in settings:
+        settings["layer_types"] = settings["layer_types"][: settings["num_hidden_layers"]]
+    config = AutoConfig.for_model(family, **settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.25)
+    return model
+
+
+def prompt(*lengths: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random prompts, padded on the left to the longest, and their attention mask."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, -length:] = torch.randint(2, VOCABULARY, (length,), generator=generator)
+        mask[row, -length:] = 1
+    return ids, mask
+
+
+def generate(
+    model: PreTrainedModel,
+    ids: Tensor,
+    cache: ClaaCache | None = None,
+    mask: Tensor | None = None,
+    steps: int = 6,
+    **settings,
+) -> tuple[Tensor, Tensor]:
+    """New tokens [B, steps] and their logits [B, steps, vocabulary]."""
+    output = model.generate(
+        ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        max_new_tokens=steps,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **settings,
+    )
+    return output.sequences[:, ids.shape[1] :], torch.stack(output.logits, dim=1)
