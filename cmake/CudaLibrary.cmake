@@ -46,7 +46,8 @@ message(STATUS "claa_ops: CUDA ${CLAA_CUDA_VERSION} for ${CLAA_CUDA_BUILT}, "
                "CUTLASS ${CLAA_CUTLASS_VERSION}")
 
 list(TRANSFORM CLAA_OPS REPLACE "(.+)" "csrc/cuda/\\1.cu" OUTPUT_VARIABLE cuda_sources)
-add_library(claa_cuda OBJECT csrc/cuda/device_code.cu ${cuda_sources})
+add_library(claa_cuda OBJECT ${cuda_sources} csrc/cuda/device_code.cu csrc/cuda/softmax.cu
+                             csrc/cuda/window_attention.cu)
 target_include_directories(claa_cuda PRIVATE "${CMAKE_SOURCE_DIR}")
 target_include_directories(claa_cuda SYSTEM PRIVATE "${CLAA_CUTLASS_DIR}/include")
 target_compile_definitions(claa_cuda PRIVATE CLAA_CUDA)

@@ -27,7 +27,11 @@ __host__ __device__ constexpr T max(T a, T b) {
 }
 
 // The larger one; NaN if either is NaN.
-__device__ inline float max_or_nan(float a, float b) { return b > a || b != b ? b : a; }
+__device__ inline float max_or_nan(float a, float b) {
+  float largest;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(largest) : "f"(a), "f"(b));
+  return largest;
+}
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }

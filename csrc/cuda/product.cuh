@@ -8,6 +8,8 @@
 
 #pragma once
 
+#include <cstring>
+
 #include "csrc/cuda/common.cuh"
 
 namespace claa::cuda {
@@ -15,11 +17,26 @@ namespace claa::cuda {
 constexpr int kTileKeys = 16;
 constexpr int kTileColumns = 8;
 
-// Keys of one head: row n starts at first + n * stride.
+// Exponentials of half-width inputs, which are rounded more than these are: base 2, approximate.
+struct FastExp {
+  static constexpr float kUnit = kLog2E;  // what a natural logarithm counts in this base
+  __device__ static float exp(float x) { return exp2_approx(x); }
+  __device__ static float log(float x) { return log2f(x); }
+};
+
+struct ExactExp {
+  static constexpr float kUnit = 1.f;
+  __device__ static float exp(float x) { return expf(x); }
+  __device__ static float log(float x) { return logf(x); }
+};
+
+// Rows of one head, of queries or of keys: row n starts at first + n * stride.
 template <class T>
-struct KeyRows {
+struct Rows {
   const T* first;
   int64_t stride;
+  int dim;
+  bool is_aligned;  // of queries: every 8 items are 16 bytes that one load may take
 };
 
 __device__ inline void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
@@ -38,54 +55,88 @@ __device__ inline void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// T is __half or __nv_bfloat16, the head dimension a multiple of 32, keys aligned to 16 bytes.
-template <class T, int kDim>
+// T is __half or __nv_bfloat16; the head dimension is filled up to kDim with zeros. kAligned: every
+// 8 items of a key are 16 bytes that one load may take.
+template <class T, int kDim, bool kAligned>
 struct TensorCoreProduct {
   using Type = T;
-  static constexpr bool kIsExact = false;  // the dtype rounds more than a fast exponential
-  static constexpr int kSlices = kDim / 32;  // 32 of the head dimension: two mma steps
+  using Math = FastExp;
+  static constexpr int kBlocks = kDim > 128 ? 1 : 2;  // on a multiprocessor, as registers allow
+  static constexpr bool kIsFast = kAligned;           // worth a kernel of its own for its shape
+  static constexpr int kSlices = kDim / 32;           // 32 of the head dimension: two mma steps
 
   uint4 key[2][kSlices];  // of key r and key r + 8
 
-  // Bytes of shared memory for `columns` queries.
-  static int64_t query_bytes(int64_t columns, int64_t) { return columns * kDim * int64_t(sizeof(T)); }
+  // Bytes of shared memory for the queries of one tile of columns.
+  static int64_t tile_bytes(int64_t) { return kTileColumns * kDim * int64_t(sizeof(T)); }
 
-  // `at(column)` is the query row of a column, or nullptr for zeros.
+  // Items [d, d + 8) of a row, one by one.
+  __device__ static uint4 gather_eight(const T* row, int d, int dim) {
+    alignas(16) T item[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) item[i] = d + i < dim ? row[d + i] : T(0.f);
+    uint4 value;
+    memcpy(&value, item, sizeof(value));
+    return value;
+  }
+
+  // Fills the shared memory of `tiles` tiles of columns; `at(column)` is the row of a column.
   template <class At>
-  __device__ static void load_queries(void* shared, int columns, int64_t, At at) {
+  __device__ static void load_queries(void* shared, int tiles, const Rows<T>& rows, At at) {
     uint4* to = static_cast<uint4*>(shared);
-    for (int i = threadIdx.x; i < columns * kSlices * 4; i += blockDim.x) {
+    for (int i = threadIdx.x; i < tiles * kTileColumns * kSlices * 4; i += blockDim.x) {
       const int piece = i % 4, slice = i / 4 % kSlices, column = i / 4 / kSlices;
-      const T* row = at(column);
+      const T* row = rows.first + at(column);
+      const int d = slice * 32 + piece * 8;
       uint4 value{};
-      if (row) memcpy(&value, row + slice * 32 + piece * 8, sizeof(value));
+      if (!rows.is_aligned) {
+        value = gather_eight(row, d, rows.dim);
+      } else if (d < rows.dim) {
+        value = *reinterpret_cast<const uint4*>(row + d);
+      }
       to[(column / kTileColumns * kSlices + slice) * kWarp + column % kTileColumns * 4 + piece] =
           value;
     }
   }
 
-  __device__ void load_keys(const KeyRows<T>& keys, int64_t n, int64_t end, int64_t) {
+  // Keys from n on; beyond the end the last key stands in, and the caller drops its columns.
+  template <bool kReadOnce>
+  __device__ void load_keys(const Rows<T>& rows, int n, int end) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // Beyond the end the last key is read again; its columns are dropped.
-      const int64_t at = min(n + lane / 4 + half * 8, end - 1);
-      const T* row = keys.first + at * keys.stride + lane % 4 * 8;
+      const T* row = rows.first + int64_t(min(n + lane / 4 + half * 8, end - 1)) * rows.stride;
 #pragma unroll
-      for (int slice = 0; slice < kSlices; ++slice)
-        key[half][slice] = load_streaming(row + slice * 32);
+      for (int slice = 0; slice < kSlices; ++slice) {
+        const int d = slice * 32 + lane % 4 * 8;
+        if constexpr (!kAligned) {
+          key[half][slice] = gather_eight(row, d, rows.dim);
+        } else {
+          key[half][slice] = {};
+          if (d < rows.dim)
+            key[half][slice] = kReadOnce ? load_streaming(row + d)
+                                         : __ldg(reinterpret_cast<const uint4*>(row + d));
+        }
+      }
     }
   }
 
-  __device__ void multiply(const void* shared, int tile, int64_t, float (&sum)[4]) const {
+  // One read of the queries of a tile serves kTiles tiles of keys.
+  template <int kTiles>
+  __device__ static void multiply(const TensorCoreProduct (&keys)[kTiles], const void* shared,
+                                  int tile, int, float (&sum)[kTiles][4]) {
     const uint4* query = static_cast<const uint4*>(shared) + tile * kSlices * kWarp;
-    sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.f;
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
       const uint4 q = query[slice * kWarp + threadIdx.x % kWarp];
-      const uint4 low = key[0][slice], high = key[1][slice];
-      mma(sum, {low.x, high.x, low.y, high.y}, q.x, q.y, T{});
-      mma(sum, {low.z, high.z, low.w, high.w}, q.z, q.w, T{});
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        const uint4 low = keys[i].key[0][slice], high = keys[i].key[1][slice];
+        mma(sum[i], {low.x, high.x, low.y, high.y}, q.x, q.y, T{});
+        mma(sum[i], {low.z, high.z, low.w, high.w}, q.z, q.w, T{});
+      }
     }
   }
 };
@@ -94,66 +145,89 @@ struct TensorCoreProduct {
 template <class T>
 struct PlainProduct {
   using Type = T;
-  static constexpr bool kIsExact = sizeof(T) == 4;
+  using Math = ExactExp;
+  static constexpr bool kIsFast = false;
+  static constexpr int kBlocks = 2;
+  static constexpr int kSumBlock = 32;  // products summed on their own: the error grows less
 
   const T* key[2];
 
-  static int64_t query_bytes(int64_t columns, int64_t dim) {
-    return columns * round_up(dim, 4) * int64_t(sizeof(float));
+  // An odd number of floats to a column keeps the four columns of a warp on different banks.
+  __host__ __device__ static int padded(int64_t dim) { return int(dim | 1); }
+
+  static int64_t tile_bytes(int64_t dim) {
+    return kTileColumns * padded(dim) * int64_t(sizeof(float));
   }
 
   template <class At>
-  __device__ static void load_queries(void* shared, int columns, int64_t dim, At at) {
+  __device__ static void load_queries(void* shared, int tiles, const Rows<T>& rows, At at) {
     float* to = static_cast<float*>(shared);
-    const int padded = int(round_up(dim, 4));
-    for (int i = threadIdx.x; i < columns * padded; i += blockDim.x) {
-      const int d = i % padded;
-      const T* row = at(i / padded);
-      to[i] = row && d < dim ? to_float(row[d]) : 0.f;
+    for (int i = threadIdx.x; i < tiles * kTileColumns * rows.dim; i += blockDim.x) {
+      const int column = i / rows.dim, d = i % rows.dim;
+      to[column * padded(rows.dim) + d] = to_float(rows.first[at(column) + d]);
     }
   }
 
-  __device__ void load_keys(const KeyRows<T>& keys, int64_t n, int64_t end, int64_t) {
+  template <bool kReadOnce>
+  __device__ void load_keys(const Rows<T>& rows, int n, int end) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      key[half] = keys.first + min(n + threadIdx.x % kWarp / 4 + half * 8, end - 1) * keys.stride;
+    for (int half = 0; half < 2; ++half) {
+      const int at = min(n + int(threadIdx.x % kWarp) / 4 + half * 8, end - 1);
+      key[half] = rows.first + at * rows.stride;
+    }
   }
 
-  __device__ void multiply(const void* shared, int tile, int64_t dim, float (&sum)[4]) const {
-    const int padded = int(round_up(dim, 4));
+  template <int kTiles>
+  __device__ static void multiply(const PlainProduct (&keys)[kTiles], const void* shared, int tile,
+                                  int dim, float (&sum)[kTiles][4]) {
     const float* first = static_cast<const float*>(shared) +
-                         (tile * kTileColumns + threadIdx.x % 4 * 2) * padded;
-    const float* second = first + padded;
-    sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
+                         (tile * kTileColumns + threadIdx.x % 4 * 2) * padded(dim);
+    const float* second = first + padded(dim);
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.f;
+      for (int begin = 0; begin < dim; begin += kSumBlock) {
+        float part[4] = {};
 #pragma unroll 4
-    for (int d = 0; d < dim; ++d) {
-      const float low = to_float(key[0][d]), high = to_float(key[1][d]);
-      sum[0] += low * first[d];
-      sum[1] += low * second[d];
-      sum[2] += high * first[d];
-      sum[3] += high * second[d];
+        for (int d = begin; d < min(begin + kSumBlock, dim); ++d) {
+          const float low = to_float(keys[i].key[0][d]), high = to_float(keys[i].key[1][d]);
+          part[0] += low * first[d];
+          part[1] += low * second[d];
+          part[2] += high * first[d];
+          part[3] += high * second[d];
+        }
+        for (int j = 0; j < 4; ++j) sum[i][j] += part[j];
+      }
     }
   }
 };
 
-// Calls fn with the product that fits: tensor cores if the dtype, the head dimension and the
-// alignment of the keys (`key_bits`: address and strides in bytes, or'ed together) allow them.
+// Calls fn with the product that fits: tensor cores for the half-width dtypes.
 template <class Fn>
-cudaError_t with_product(DType dtype, int64_t dim, uint64_t key_bits, Fn fn) {
+cudaError_t with_product(DType dtype, int64_t dim, bool keys_aligned, Fn fn) {
   return with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (sizeof(T) == 2) {
-      if (key_bits % 16 == 0) {
-        switch (dim) {
-          case 64: return fn(TensorCoreProduct<T, 64>{});
-          case 96: return fn(TensorCoreProduct<T, 96>{});
-          case 128: return fn(TensorCoreProduct<T, 128>{});
-          case 256: return fn(TensorCoreProduct<T, 256>{});
-        }
+      if (keys_aligned) {
+        if (dim <= 64) return fn(TensorCoreProduct<T, 64, true>{});
+        if (dim <= 128) return fn(TensorCoreProduct<T, 128, true>{});
+        if (dim <= 256) return fn(TensorCoreProduct<T, 256, true>{});
+      } else {
+        if (dim <= 64) return fn(TensorCoreProduct<T, 64, false>{});
+        if (dim <= 128) return fn(TensorCoreProduct<T, 128, false>{});
+        if (dim <= 256) return fn(TensorCoreProduct<T, 256, false>{});
       }
     }
     return fn(PlainProduct<T>{});
   });
+}
+
+// Whether every 8 items of rows with this address and these strides (in items) are 16 bytes at a
+// multiple of 16.
+inline bool rows_are_aligned(DType dtype, int64_t dim, const void* first, int64_t stride_0,
+                             int64_t stride_1, int64_t stride_2) {
+  return dtype != DType::f32 && dim % 8 == 0 && uint64_t(first) % 16 == 0 &&
+         (stride_0 | stride_1 | stride_2) % 8 == 0;
 }
 
 }  // namespace claa::cuda

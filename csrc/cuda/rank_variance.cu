@@ -4,6 +4,9 @@
 // then goes over its tokens. The sums are of integers and, per thread and then over threads, in a
 // fixed order.
 
+#include <thrust/iterator/counting_iterator.h>
+#include <thrust/iterator/transform_iterator.h>
+
 #include <cub/device/device_segmented_radix_sort.cuh>
 
 #include "csrc/cuda/common.cuh"

@@ -18,7 +18,8 @@ def _find(name: str) -> Path | None:
         return path if path.exists() else None
 
 
-def _load() -> None:
+def _load() -> bool:
+    """Load the libraries; whether there are CUDA kernels."""
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < _MINIMUM_TORCH:
         raise ImportError(f"claa_ops needs torch >= 2.11, got {torch.__version__}")
@@ -27,8 +28,10 @@ def _load() -> None:
         raise ImportError("claa_ops: lib/libclaa_ops.so is missing from the installation")
     torch.ops.load_library(cpu)
     cuda = _find("libclaa_ops_cuda.so")
-    if cuda is not None and torch.version.cuda is not None:
-        torch.ops.load_library(cuda)
+    if cuda is None or torch.version.cuda is None:
+        return False
+    torch.ops.load_library(cuda)
+    return True
 
 
 def _refuse_cuda(library: torch.library.Library, op: str) -> None:
@@ -36,15 +39,15 @@ def _refuse_cuda(library: torch.library.Library, op: str) -> None:
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError(
-            f"{op}: this version of claa_ops has no CUDA kernel for it; expected tensors on the "
+            f"{op}: this build of claa_ops has no CUDA kernel for it; expected tensors on the "
             f"cpu, got {args[0].device}"
         )
 
     library.impl(op, refuse, "CUDA")
 
 
-_load()
-_cuda = torch.library.Library("claa", "IMPL")
-for _module in iter_modules(ops.__path__):
-    if not _module.name.startswith("_"):
-        _refuse_cuda(_cuda, _module.name)
+if not _load():
+    _cuda = torch.library.Library("claa", "IMPL")
+    for _module in iter_modules(ops.__path__):
+        if not _module.name.startswith("_"):
+            _refuse_cuda(_cuda, _module.name)

@@ -28,8 +28,8 @@ template <class Params>
 void launch(const Tensor& like, const Params& params) {
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+  check(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream) == 0, "CUDA launch",
+        "torch has no current stream for device ", like.get_device_index());
   const cudaError_t status = cuda::run(params, static_cast<cudaStream_t>(stream));
   check(status == cudaSuccess, "CUDA launch", cudaGetErrorName(status), ": ",
         cudaGetErrorString(status));
