@@ -1,8 +1,8 @@
 // What score_window, score_tokens and peak_attention share: query columns, visibility, softmax.
 //
 // A (prompt, key head) has the queries of its group as columns, head after head. The queries of a
-// head are filled up to a multiple of kTileColumns, so a tile of columns belongs to one head. The
-// columns that fill up repeat the head's last query and get shift +infinity: no probability.
+// head are filled up to a multiple of kHeadAlign, so the two halves of a tile of columns belong to
+// one head each. The columns that fill up repeat a query and get shift +infinity: no probability.
 //
 // The probability of a logit z, in units of Math, is exp(z - shift) * factor; factor is 1 where Math
 // is FastExp, its logarithm being part of the shift.
@@ -19,14 +19,14 @@ constexpr int kAttentionThreads = 256;
 constexpr int kAttentionWarps = kAttentionThreads / kWarp;
 constexpr int64_t kQueryBytes = 64 << 10;  // shared memory for the queries of a block
 
-__host__ __device__ inline int tiles_of_head(const WindowAttention& a) {
-  return int(ceil_div(a.window, kTileColumns));
+constexpr int kHeadAlign = 8;
+
+// Columns of a query head, and of all heads of a group.
+__host__ __device__ inline int head_columns(const WindowAttention& a) {
+  return int(round_up(a.window, kHeadAlign));
 }
-__host__ __device__ inline int tiles_of_group(const WindowAttention& a) {
-  return int(a.group()) * tiles_of_head(a);
-}
-__host__ __device__ inline int64_t columns_of_group(const WindowAttention& a) {
-  return int64_t(tiles_of_group(a)) * kTileColumns;
+__host__ __device__ inline int group_columns(const WindowAttention& a) {
+  return int(round_up(a.group() * head_columns(a), kTileColumns));
 }
 
 // Keys from `base` on.
@@ -35,31 +35,31 @@ __device__ Rows<T> key_rows(const WindowAttention& a, int64_t b, int64_t g, int6
   return {.first = static_cast<const T*>(a.key) + b * a.key_stride_b + g * a.key_stride_g +
                    base * a.key_stride_n,
           .stride = a.key_stride_n,
-          .dim = int(a.dim),
-          .is_aligned = false};
+          .dim = int(a.dim)};
 }
 
 // Its stride is not used: a column says where its row is (query_offset).
 template <class T>
-__device__ Rows<T> query_rows(const WindowAttention& a, int64_t b, int64_t g, bool is_aligned) {
+__device__ Rows<T> query_rows(const WindowAttention& a, int64_t b, int64_t g) {
   return {.first = static_cast<const T*>(a.query) + b * a.query_stride_b +
                    g * a.group() * a.query_stride_h,
           .stride = 0,
-          .dim = int(a.dim),
-          .is_aligned = is_aligned};
+          .dim = int(a.dim)};
 }
 
 struct Column {
-  int head;   // of the group
+  int head;   // of the group; may be beyond the last
   int query;  // may be beyond the last
 
   __device__ Column(const WindowAttention& a, int column)
-      : head(column / kTileColumns / tiles_of_head(a)),
-        query(column - head * tiles_of_head(a) * kTileColumns) {}
+      : head(column / head_columns(a)), query(column % head_columns(a)) {}
 
-  __device__ bool exists(const WindowAttention& a) const { return query < a.window; }
+  __device__ bool exists(const WindowAttention& a) const {
+    return head < a.group() && query < a.window;
+  }
   __device__ int64_t query_offset(const WindowAttention& a) const {
-    return head * a.query_stride_h + min(int64_t(query), a.window - 1) * a.query_stride_w;
+    return min(int64_t(head), a.group() - 1) * a.query_stride_h +
+           min(int64_t(query), a.window - 1) * a.query_stride_w;
   }
 };
 
@@ -80,9 +80,9 @@ struct Visibility {
         lowest(a.sliding_window ? near(a.context() - a.sliding_window - base) : -int(kFar)),
         window(int(a.window)) {}
 
-  __device__ bool sees(int query, int key) const {
-    return key >= start && key < end && key <= context + query && key > lowest + query;
-  }
+  // The keys [from, to) that a query sees.
+  __device__ int from(int query) const { return max(start, lowest + query + 1); }
+  __device__ int to(int query) const { return min(end, context + query + 1); }
   // The first key that any query sees.
   __device__ int first() const { return max(start, lowest + 1); }
   // Whether every query sees all keys [from, to).
@@ -100,20 +100,24 @@ __device__ inline float load_sink(const WindowAttention& a, int64_t head) {
   }
 }
 
-// Logits from products.
-template <class Math>
-struct Logit {
-  float scale, softcap;
-
-  __device__ explicit Logit(const WindowAttention& a) : scale(a.scale), softcap(a.softcap) {}
-
-  // The factor of a product where there is no softcap.
-  __device__ float factor() const { return scale * Math::kUnit; }
-  __device__ float operator()(float product) const {
-    if (softcap == 0.f) return product * factor();
-    return softcap * tanhf(product * scale / softcap) * Math::kUnit;
+// Replaces the products of one tile of columns by logits, -infinity where a query does not see the
+// key. `tile_column` is the first column of the tile, `k` the first key.
+template <class Math, bool kSoftcap, int kKeyTiles>
+__device__ void mask_logits(const WindowAttention& a, const Visibility& visible, int tile_column,
+                            int k, float (&x)[kKeyTiles][2][4]) {
+  const int lane = threadIdx.x % kWarp;
+  const Column low(a, tile_column + lane / 4), high(a, tile_column + lane / 4 + 8);
+  const int from[2] = {visible.from(low.query), visible.from(high.query)};
+  const int to[2] = {visible.to(low.query), visible.to(high.query)};
+#pragma unroll
+  for (int i = 0; i < kKeyTiles * 8; ++i) {
+    float& value = x[i / 8][i / 4 % 2][i % 4];
+    const int key = k + i / 4 * 8 + lane % 4 * 2 + i % 2, row = i % 4 / 2;
+    value *= a.scale;
+    if (kSoftcap && a.softcap != 0.f) value = a.softcap * tanhf(value / a.softcap);
+    value = key >= from[row] && key < to[row] ? value * Math::kUnit : -INFINITY;
   }
-};
+}
 
 inline bool keys_are_aligned(const WindowAttention& a) {
   return rows_are_aligned(a.dtype, a.dim, a.key, a.key_stride_b, a.key_stride_g, a.key_stride_n);
@@ -124,7 +128,7 @@ inline bool queries_are_aligned(const WindowAttention& a) {
 }
 
 // shift and factor of every column of every (prompt, key head), from all keys: [batch * kv_heads,
-// columns_of_group] at softmax_columns(a), in the workspace of softmax_bytes(a) at its front.
+// group_columns] at softmax_columns(a), in the workspace of softmax_bytes(a) at its front.
 int64_t softmax_bytes(const WindowAttention& a);
 const float2* softmax_columns(const WindowAttention& a);
 cudaError_t run_softmax(const WindowAttention& a, bool is_causal, cudaStream_t stream);

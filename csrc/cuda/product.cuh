@@ -1,5 +1,8 @@
-// Products of 16 keys with 8 query columns by one warp, in the layout of mma.m16n8k16: lane 4r + c
-// gets the keys r and r + 8 of the columns 2c and 2c + 1.
+// Products of 16 keys with 16 query columns by one warp, in the layout of two mma.m16n8k16: lane
+// 4r + c gets the columns r and r + 8 of the keys 2c, 2c + 1, 2c + 8 and 2c + 9:
+//
+//   sum[half][0] column r,     key 8 * half + 2c        sum[half][2] column r + 8, key 8 * half + 2c
+//   sum[half][1] column r,     key 8 * half + 2c + 1    sum[half][3] column r + 8, ... + 1
 //
 // Keys go from global memory straight into the registers that the tensor cores read: a product does
 // not care in which order the head dimension is summed, so a lane takes 16 consecutive bytes of its
@@ -15,7 +18,7 @@
 namespace claa::cuda {
 
 constexpr int kTileKeys = 16;
-constexpr int kTileColumns = 8;
+constexpr int kTileColumns = 16;
 
 // Exponentials of half-width inputs, which are rounded more than these are: base 2, approximate.
 struct FastExp {
@@ -36,23 +39,27 @@ struct Rows {
   const T* first;
   int64_t stride;
   int dim;
-  bool is_aligned;  // of queries: every 8 items are 16 bytes that one load may take
 };
 
-__device__ inline void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+__device__ inline void mma(float (&sum)[4], const uint4& a, uint32_t b0, uint32_t b1,
                            __nv_bfloat16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-__device__ inline void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                           __half) {
+__device__ inline void mma(float (&sum)[4], const uint4& a, uint32_t b0, uint32_t b1, __half) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+template <int kKeyTiles>
+__device__ void clear(float (&sum)[kKeyTiles][2][4]) {
+#pragma unroll
+  for (int i = 0; i < kKeyTiles * 8; ++i) sum[i / 8][i / 4 % 2][i % 4] = 0.f;
 }
 
 // T is __half or __nv_bfloat16; the head dimension is filled up to kDim with zeros. kAligned: every
@@ -81,21 +88,25 @@ struct TensorCoreProduct {
   }
 
   // Fills the shared memory of `tiles` tiles of columns; `at(column)` is the row of a column.
-  template <class At>
+  template <bool kQueriesAligned, class At>
   __device__ static void load_queries(void* shared, int tiles, const Rows<T>& rows, At at) {
     uint4* to = static_cast<uint4*>(shared);
-    for (int i = threadIdx.x; i < tiles * kTileColumns * kSlices * 4; i += blockDim.x) {
-      const int piece = i % 4, slice = i / 4 % kSlices, column = i / 4 / kSlices;
-      const T* row = rows.first + at(column);
-      const int d = slice * 32 + piece * 8;
-      uint4 value{};
-      if (!rows.is_aligned) {
-        value = gather_eight(row, d, rows.dim);
+    for (int i = threadIdx.x; i < tiles * kSlices * kWarp; i += blockDim.x) {
+      const int lane = i % kWarp, slice = i / kWarp % kSlices, tile = i / kWarp / kSlices;
+      const int column = tile * kTileColumns + lane / 4, d = slice * 32 + lane % 4 * 8;
+      uint4 low{}, high{};  // of columns lane / 4 and lane / 4 + 8
+      const T* low_row = rows.first + at(column);
+      const T* high_row = rows.first + at(column + 8);
+      if constexpr (!kQueriesAligned) {
+        low = gather_eight(low_row, d, rows.dim);
+        high = gather_eight(high_row, d, rows.dim);
       } else if (d < rows.dim) {
-        value = *reinterpret_cast<const uint4*>(row + d);
+        low = *reinterpret_cast<const uint4*>(low_row + d);
+        high = *reinterpret_cast<const uint4*>(high_row + d);
       }
-      to[(column / kTileColumns * kSlices + slice) * kWarp + column % kTileColumns * 4 + piece] =
-          value;
+      uint4* fragments = to + i / kWarp * 2 * kWarp + lane;
+      fragments[0] = {low.x, high.x, low.y, high.y};
+      fragments[kWarp] = {low.z, high.z, low.w, high.w};
     }
   }
 
@@ -121,21 +132,24 @@ struct TensorCoreProduct {
     }
   }
 
-  // One read of the queries of a tile serves kTiles tiles of keys.
-  template <int kTiles>
-  __device__ static void multiply(const TensorCoreProduct (&keys)[kTiles], const void* shared,
-                                  int tile, int, float (&sum)[kTiles][4]) {
-    const uint4* query = static_cast<const uint4*>(shared) + tile * kSlices * kWarp;
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.f;
+  // One read of the queries of a tile serves kKeyTiles tiles of keys.
+  template <int kKeyTiles>
+  __device__ static void multiply(const TensorCoreProduct (&keys)[kKeyTiles], const void* shared,
+                                  int tile, int, float (&sum)[kKeyTiles][2][4]) {
+    const uint4* query =
+        static_cast<const uint4*>(shared) + tile * kSlices * 2 * kWarp + threadIdx.x % kWarp;
+    clear(sum);
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
-      const uint4 q = query[slice * kWarp + threadIdx.x % kWarp];
+      const uint4 first = query[slice * 2 * kWarp], second = query[(slice * 2 + 1) * kWarp];
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        const uint4 low = keys[i].key[0][slice], high = keys[i].key[1][slice];
-        mma(sum[i], {low.x, high.x, low.y, high.y}, q.x, q.y, T{});
-        mma(sum[i], {low.z, high.z, low.w, high.w}, q.z, q.w, T{});
+      for (int i = 0; i < kKeyTiles; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint4& k = keys[i].key[half][slice];
+          mma(sum[i][half], first, k.x, k.y, T{});
+          mma(sum[i][half], second, k.z, k.w, T{});
+        }
       }
     }
   }
@@ -150,16 +164,16 @@ struct PlainProduct {
   static constexpr int kBlocks = 2;
   static constexpr int kSumBlock = 32;  // products summed on their own: the error grows less
 
-  const T* key[2];
+  const T* key[4];  // 2c, 2c + 1, 2c + 8, 2c + 9
 
-  // An odd number of floats to a column keeps the four columns of a warp on different banks.
+  // An odd number of floats to a column keeps the columns of a warp on different banks.
   __host__ __device__ static int padded(int64_t dim) { return int(dim | 1); }
 
   static int64_t tile_bytes(int64_t dim) {
     return kTileColumns * padded(dim) * int64_t(sizeof(float));
   }
 
-  template <class At>
+  template <bool kQueriesAligned, class At>
   __device__ static void load_queries(void* shared, int tiles, const Rows<T>& rows, At at) {
     float* to = static_cast<float*>(shared);
     for (int i = threadIdx.x; i < tiles * kTileColumns * rows.dim; i += blockDim.x) {
@@ -171,32 +185,35 @@ struct PlainProduct {
   template <bool kReadOnce>
   __device__ void load_keys(const Rows<T>& rows, int n, int end) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int at = min(n + int(threadIdx.x % kWarp) / 4 + half * 8, end - 1);
-      key[half] = rows.first + at * rows.stride;
+    for (int i = 0; i < 4; ++i) {
+      const int at = min(n + int(threadIdx.x) % 4 * 2 + i % 2 + i / 2 * 8, end - 1);
+      key[i] = rows.first + at * rows.stride;
     }
   }
 
-  template <int kTiles>
-  __device__ static void multiply(const PlainProduct (&keys)[kTiles], const void* shared, int tile,
-                                  int dim, float (&sum)[kTiles][4]) {
-    const float* first = static_cast<const float*>(shared) +
-                         (tile * kTileColumns + threadIdx.x % 4 * 2) * padded(dim);
-    const float* second = first + padded(dim);
+  template <int kKeyTiles>
+  __device__ static void multiply(const PlainProduct (&keys)[kKeyTiles], const void* shared,
+                                  int tile, int dim, float (&sum)[kKeyTiles][2][4]) {
+    const float* low = static_cast<const float*>(shared) +
+                       (tile * kTileColumns + int(threadIdx.x) % kWarp / 4) * padded(dim);
+    const float* high = low + 8 * padded(dim);
+    clear(sum);
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.f;
+    for (int i = 0; i < kKeyTiles; ++i) {
       for (int begin = 0; begin < dim; begin += kSumBlock) {
-        float part[4] = {};
+        float part[2][4] = {};
+        const int end = min(begin + kSumBlock, dim);
 #pragma unroll 4
-        for (int d = begin; d < min(begin + kSumBlock, dim); ++d) {
-          const float low = to_float(keys[i].key[0][d]), high = to_float(keys[i].key[1][d]);
-          part[0] += low * first[d];
-          part[1] += low * second[d];
-          part[2] += high * first[d];
-          part[3] += high * second[d];
+        for (int d = begin; d < end; ++d) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const float k = to_float(keys[i].key[j][d]);
+            part[j / 2][j % 2] += k * low[d];
+            part[j / 2][j % 2 + 2] += k * high[d];
+          }
         }
-        for (int j = 0; j < 4; ++j) sum[i][j] += part[j];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum[i][j / 4][j % 4] += part[j / 4][j % 4];
       }
     }
   }

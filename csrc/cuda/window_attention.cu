@@ -22,17 +22,16 @@ constexpr int64_t kSumBytes = 32 << 10;  // shared memory for the sums of a rang
 struct EmitParams {
   WindowScores scores;
   const float2* columns;  // of the softmax; nullptr with `lse`
-  int64_t range, ranges;  // keys of a range; ranges of a head
+  int range, ranges;      // keys of a range; ranges of a head
   int sums_stride;
   int block_tiles;  // tiles of columns whose queries fit in shared memory
-  bool queries_aligned;
 };
 
 // shift and factor of a column, from the softmax or from lse.
 template <class Math>
 __device__ float2 column_of(const EmitParams& p, int64_t b, int64_t g, int index) {
   const WindowAttention& a = p.scores.attention;
-  if (p.columns) return p.columns[(b * a.kv_heads + g) * columns_of_group(a) + index];
+  if (p.columns) return p.columns[(b * a.kv_heads + g) * group_columns(a) + index];
   const Column column(a, index);
   if (!column.exists(a)) return {INFINITY, 0.f};
   // Padding sees no key, and its lse may be anything.
@@ -46,7 +45,8 @@ __device__ float2 column_of(const EmitParams& p, int64_t b, int64_t g, int index
   return {lse * Math::kUnit, 1.f};
 }
 
-template <class Product, int kKeyTiles>
+// kPlain: every query sees every context key, no softcap, and queries that 16-byte loads may take.
+template <class Product, int kKeyTiles, bool kPlain>
 __global__ __launch_bounds__(kAttentionThreads,
                              Product::kBlocks) void emit_kernel(const EmitParams p) {
   using T = typename Product::Type;
@@ -58,26 +58,29 @@ __global__ __launch_bounds__(kAttentionThreads,
   constexpr bool kPrefetch = kKeyTiles == 1 && Product::kIsFast;
   extern __shared__ uint4 shared[];
   const WindowAttention& a = p.scores.attention;
-  const int64_t unit = gridDim.x - 1 - blockIdx.x, bg = unit / p.ranges;
-  const int64_t b = bg / a.kv_heads, g = bg % a.kv_heads, context = a.context();
-  const int64_t begin = unit % p.ranges * p.range, end = min(begin + p.range, context);
+  const unsigned unit = gridDim.x - 1 - blockIdx.x, bg = unit / unsigned(p.ranges);
+  const int64_t b = bg / unsigned(a.kv_heads), g = bg % unsigned(a.kv_heads);
+  const int64_t context = a.context();
+  const int64_t begin = int64_t(unit % unsigned(p.ranges)) * p.range;
+  const int64_t end = min(begin + p.range, context);
   const int64_t low = max(begin - p.scores.halo(), int64_t(0));
   const int64_t high = min(end + p.scores.halo(), context);
   const int n_keys = int(high - low), slots = int(p.scores.slots());
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 
-  const int dim = int(a.dim), tiles = tiles_of_group(a), head_tiles = tiles_of_head(a);
-  float* sums = reinterpret_cast<float*>(shared);  // [slots, sums_stride]
-  float* shifts = sums + slots * p.sums_stride;    // [block_tiles * kTileColumns]
-  float* factors = shifts + p.block_tiles * kTileColumns;
-  void* queries = factors + (kIsExact ? p.block_tiles * kTileColumns : 0);
+  const int dim = int(a.dim), tiles = group_columns(a) / kTileColumns;
+  float* sums = reinterpret_cast<float*>(shared);  // [slots, sums_stride], a multiple of 16 bytes
+  // [block_tiles, 8]: of the columns r and r + 8 of a tile
+  float2* shifts = reinterpret_cast<float2*>(sums + slots * p.sums_stride);
+  float2* factors = shifts + p.block_tiles * 8;
+  void* queries = factors + (kIsExact ? p.block_tiles * 8 : 0);
 
   const Visibility visible(a, b, low, true);  // here on keys count from low
   const Rows<T> keys = key_rows<T>(a, b, g, low);
-  const Logit<Math> logit(a);
+  const float factor = a.scale * Math::kUnit;
 
   // Whole steps of keys that no query sees.
-  const int unseen = min(max(visible.first(), 0), n_keys) / kStep * kStep;
+  const int unseen = kPlain ? 0 : min(max(visible.first(), 0), n_keys) / kStep * kStep;
   for (int slot = 0; slot < slots; ++slot)
     for (int i = threadIdx.x; i < unseen; i += kAttentionThreads)
       sums[slot * p.sums_stride + i] = 0.f;
@@ -93,84 +96,96 @@ __global__ __launch_bounds__(kAttentionThreads,
     Product current[kKeyTiles];
     if (first < n_keys) load(current, first);
     if (first_tile) __syncthreads();  // the queries before are still being read
-    Product::load_queries(queries, n_tiles, query_rows<T>(a, b, g, p.queries_aligned),
-                          [&](int column) {
+    Product::template load_queries<kPlain>(queries, n_tiles, query_rows<T>(a, b, g), [&](int column) {
                             return Column(a, first_tile * kTileColumns + column).query_offset(a);
                           });
-    for (int i = threadIdx.x; i < n_tiles * kTileColumns; i += kAttentionThreads) {
-      const float2 column = column_of<Math>(p, b, g, first_tile * kTileColumns + i);
-      shifts[i] = column.x;
-      if (kIsExact) factors[i] = column.y;
+    for (int i = threadIdx.x; i < n_tiles * 8; i += kAttentionThreads) {
+      const int column = (first_tile + i / 8) * kTileColumns + i % 8;
+      const float2 low = column_of<Math>(p, b, g, column);
+      const float2 high = column_of<Math>(p, b, g, column + 8);
+      shifts[i] = {low.x, high.x};
+      if (kIsExact) factors[i] = {low.y, high.y};
     }
     __syncthreads();
 
     for (int k = first; k < n_keys; k += kStride) {
       Product next[kKeyTiles];
       if (kPrefetch && k + kStride < n_keys) load(next, k + kStride);
-      const bool is_plain =
-          a.softcap == 0.f && visible.all_see(k, min(k + kStep, n_keys));
+      const bool all_see =
+          kPlain || (a.softcap == 0.f && visible.all_see(k, min(k + kStep, n_keys)));
 
-      // sum[i][0] is of key lane / 4 of key tile i, sum[i][1] of the key 8 later.
-      const auto store = [&](int slot, float (&sum)[kKeyTiles][2], bool is_begun) {
+      // The probabilities of tile t, in the layout of the product.
+      const auto probabilities = [&](int t, float(&x)[kKeyTiles][2][4]) {
+        Product::multiply(current, queries, t, dim, x);
+        if (!kPlain && !all_see)
+          mask_logits<Math, true>(a, visible, (first_tile + t) * kTileColumns, k, x);
+        const float scale = all_see ? factor : 1.f;
+        const float2 shift = shifts[t * 8 + lane / 4];
+        const float2 last = kIsExact ? factors[t * 8 + lane / 4] : float2{1.f, 1.f};
 #pragma unroll
-        for (int i = 0; i < kKeyTiles; ++i) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            sum[i][half] += __shfl_xor_sync(kFullMask, sum[i][half], 1);
-            sum[i][half] += __shfl_xor_sync(kFullMask, sum[i][half], 2);
-          }
-          if (lane % 4 < 2) {
-            float* to = sums + slot * p.sums_stride + k + i * kTileKeys + lane / 4 + lane % 4 * 8;
-            const float mine = lane % 4 ? sum[i][1] : sum[i][0];
-            *to = is_begun ? *to + mine : mine;
+        for (int i = 0; i < kKeyTiles * 8; ++i) {
+          float& value = x[i / 8][i / 4 % 2][i % 4];
+          const bool is_high = i % 4 / 2;
+          // The softmax has rounded the logit: so must this, or the largest would not have exp(0).
+          if constexpr (kIsExact) {
+            value = Math::exp(__fmul_rn(value, scale) - (is_high ? shift.y : shift.x)) *
+                    (is_high ? last.y : last.x);
+          } else {
+            value = Math::exp(value * scale - (is_high ? shift.y : shift.x));
           }
         }
       };
-      float total[kKeyTiles][2] = {};
-      int head = first_tile / head_tiles;
-      for (int t = 0; t < n_tiles; ++head) {
-        const int head_end = min((head + 1) * head_tiles - first_tile, n_tiles);
-        float sum[kKeyTiles][2] = {};
+      // Sums over the lanes that share keys, into shared memory. sum[i][j] is of key
+      // 2 * (lane % 4) + j % 2 + j / 2 * 8 of key tile i. At each step a lane hands over half of its
+      // keys and keeps the other half.
+      const auto store = [&](int slot, const float(&sum)[kKeyTiles][4], bool is_begun) {
+#pragma unroll
+        for (int i = 0; i < kKeyTiles; ++i) {
+          const bool upper = lane & 16, odd = lane & 8;
+          float even_sum = upper ? sum[i][2] : sum[i][0], odd_sum = upper ? sum[i][3] : sum[i][1];
+          even_sum += __shfl_xor_sync(kFullMask, upper ? sum[i][0] : sum[i][2], 16);
+          odd_sum += __shfl_xor_sync(kFullMask, upper ? sum[i][1] : sum[i][3], 16);
+          float mine = odd ? odd_sum : even_sum;
+          mine += __shfl_xor_sync(kFullMask, odd ? even_sum : odd_sum, 8);
+          mine += __shfl_xor_sync(kFullMask, mine, 4);
+          if (lane & 4) continue;
+          float* to = sums + slot * p.sums_stride + k + i * kTileKeys + upper * 8 + lane % 4 * 2 + odd;
+          *to = is_begun ? *to + mine : mine;
+        }
+      };
+      float sum[kKeyTiles][4] = {};
+      if (slots == 1) {
 #pragma unroll 2
-        for (; t < head_end; ++t) {
-          float product[kKeyTiles][4];
-          Product::multiply(current, queries, t, dim, product);
-          const float2 shift = reinterpret_cast<const float2*>(shifts)[t * 4 + lane % 4];
+        for (int t = 0; t < n_tiles; ++t) {
+          float x[kKeyTiles][2][4];
+          probabilities(t, x);
 #pragma unroll
-          for (int i = 0; i < kKeyTiles; ++i) {
-            float x[4];
-            if (is_plain) {
+          for (int i = 0; i < kKeyTiles * 4; ++i)
+            sum[i / 4][i % 4] += x[i / 4][i / 2 % 2][i % 2] + x[i / 4][i / 2 % 2][i % 2 + 2];
+        }
+        store(0, sum, first_tile > 0);
+      } else {
+        // Half tiles: each of them belongs to one head.
+        const int head_halves = head_columns(a) / kHeadAlign;
+        int half = first_tile * 2, head = half / head_halves;
+        for (int t = 0; t < n_tiles; ++t) {
+          float x[kKeyTiles][2][4];
+          probabilities(t, x);
 #pragma unroll
-              for (int j = 0; j < 4; ++j)
-                x[j] = product[i][j] * logit.factor() - (j % 2 ? shift.y : shift.x);
-            } else {
+          for (int row = 0; row < 2; ++row, ++half) {
 #pragma unroll
-              for (int j = 0; j < 4; ++j) {
-                const Column column(a, (first_tile + t) * kTileColumns + lane % 4 * 2 + j % 2);
-                const int key = k + i * kTileKeys + lane / 4 + j / 2 * 8;
-                const float z = visible.sees(column.query, key) ? logit(product[i][j]) : -INFINITY;
-                x[j] = z - (j % 2 ? shift.y : shift.x);
-              }
+            for (int i = 0; i < kKeyTiles * 4; ++i)
+              sum[i / 4][i % 4] += x[i / 4][i / 2 % 2][i % 2 + row * 2];
+            const bool is_last = half + 1 == (head + 1) * head_halves;
+            if ((is_last || (row == 1 && t + 1 == n_tiles)) && head < slots) {
+              store(head, sum, head * head_halves < first_tile * 2);
+#pragma unroll
+              for (int i = 0; i < kKeyTiles * 4; ++i) sum[i / 4][i % 4] = 0.f;
             }
-            if constexpr (kIsExact) {
-              const float2 factor = reinterpret_cast<const float2*>(factors)[t * 4 + lane % 4];
-              sum[i][0] += Math::exp(x[0]) * factor.x + Math::exp(x[1]) * factor.y;
-              sum[i][1] += Math::exp(x[2]) * factor.x + Math::exp(x[3]) * factor.y;
-            } else {
-              sum[i][0] += Math::exp(x[0]) + Math::exp(x[1]);
-              sum[i][1] += Math::exp(x[2]) + Math::exp(x[3]);
-            }
+            head += is_last;
           }
         }
-        if (slots == 1) {
-#pragma unroll
-          for (int i = 0; i < kKeyTiles; ++i)
-            total[i][0] += sum[i][0], total[i][1] += sum[i][1];
-        } else {
-          store(head, sum, head * head_tiles < first_tile);
-        }
       }
-      if (slots == 1) store(0, total, first_tile > 0);
       if constexpr (kPrefetch) {
         current[0] = next[0];
       } else if (k + kStride < n_keys) {
@@ -180,10 +195,10 @@ __global__ __launch_bounds__(kAttentionThreads,
   }
   __syncthreads();
 
-  for (int64_t j = begin + threadIdx.x; j < end; j += kAttentionThreads) {
-    const int at = int(j - low);
+  for (int at = int(begin - low) + threadIdx.x; at < end - low; at += kAttentionThreads) {
+    const int64_t j = low + at;
     if (!p.scores.pooled) {
-      float* out = p.scores.out + bg * a.group() * context + j;
+      float* out = p.scores.out + int64_t(bg) * slots * context + j;
       for (int slot = 0; slot < slots; ++slot)
         out[slot * context] = sums[slot * p.sums_stride + at];
       continue;
@@ -196,13 +211,13 @@ __global__ __launch_bounds__(kAttentionThreads,
   }
 }
 
-template <class Product, int kKeyTiles>
+template <class Product, int kKeyTiles, bool kPlain>
 cudaError_t emit(EmitParams p, cudaStream_t stream) {
   const WindowScores& s = p.scores;
   const WindowAttention& a = s.attention;
   const int64_t context = a.context(), heads = a.batch * a.kv_heads;
   const int64_t tile_bytes = Product::tile_bytes(a.dim);
-  p.block_tiles = int(max(int64_t(1), min(int64_t(tiles_of_group(a)), kQueryBytes / tile_bytes)));
+  p.block_tiles = int(max(int64_t(1), min(int64_t(group_columns(a) / kTileColumns), kQueryBytes / tile_bytes)));
 
   // As many ranges as make whole waves of blocks; ranges no longer than their sums may be, and
   // longer than the halo, which is multiplied twice.
@@ -213,16 +228,17 @@ cudaError_t emit(EmitParams p, cudaStream_t stream) {
   int64_t ranges = max(int64_t(1), wave / heads);
   if (ceil_div(context, ranges) > longest)
     ranges = max(int64_t(1), ceil_div(ceil_div(context, longest) * heads, wave) * wave / heads);
-  p.range = min(longest, max(ceil_div(context, ranges), max(int64_t(kTileKeys), 2 * s.halo())));
-  p.ranges = ceil_div(context, p.range);
+  p.range = int(
+      min(longest, max(ceil_div(context, ranges), max(int64_t(kTileKeys), 2 * s.halo()))));
+  p.ranges = int(ceil_div(context, p.range));
   p.sums_stride = int(round_up(p.range + 2 * s.halo(), kKeyTiles * kTileKeys));
 
   const int64_t column_floats = std::is_same_v<typename Product::Math, ExactExp> ? 2 : 1;
   const int64_t shared_bytes =
       p.block_tiles * (tile_bytes + column_floats * kTileColumns * int64_t(sizeof(float))) +
       s.slots() * p.sums_stride * int64_t(sizeof(float));
-  return launch_attention(emit_kernel<Product, kKeyTiles>, heads * p.ranges, shared_bytes, stream,
-                          p);
+  return launch_attention(emit_kernel<Product, kKeyTiles, kPlain>, heads * p.ranges,
+                          shared_bytes, stream, p);
 }
 
 }  // namespace
@@ -242,13 +258,15 @@ cudaError_t run(const WindowScores& s, cudaStream_t stream) {
                      .range = 0,
                      .ranges = 0,
                      .sums_stride = 0,
-                     .block_tiles = 0,
-                     .queries_aligned = queries_are_aligned(a)};
+                     .block_tiles = 0};
   return with_product(a.dtype, a.dim, keys_are_aligned(a), [&](auto product) {
     using Product = decltype(product);
-    if constexpr (Product::kIsFast)
-      if (tiles_of_group(a) > 16) return emit<Product, 2>(p, stream);
-    return emit<Product, 1>(p, stream);
+    if constexpr (Product::kIsFast) {
+      if (a.softcap == 0.f && !a.start.data && !a.sliding_window && queries_are_aligned(a))
+        return group_columns(a) > 64 ? emit<Product, 2, true>(p, stream)
+                                     : emit<Product, 1, true>(p, stream);
+    }
+    return emit<Product, 1, false>(p, stream);
   });
 }
 
