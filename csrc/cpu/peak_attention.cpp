@@ -148,8 +148,9 @@ void run(const PeakAttentionParams& p, int phase, int64_t begin, int64_t end) {
             const PeakBlock<T> item(plan, b, block, g);
             item.compute_tile(plan, start, tile_begin(tile), tile_end(tile), slot);
             float* measure = plan.measures(block, g) + 2 * tile * plan.row_stride;
-            measure_tile(slot.tile, tile_end(tile) - tile_begin(tile), plan.row_stride,
-                         item.queries.rows(), measure, measure + plan.row_stride);
+            const int64_t n_keys = tile_end(tile) - tile_begin(tile);
+            measure_tile(slot.tile, n_keys, 0, n_keys, plan.row_stride, item.queries.rows(),
+                         /*keep=*/false, measure, measure + plan.row_stride);
           }
         }
       } else if (phase % 3 == 1) {  // join

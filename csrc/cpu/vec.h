@@ -1,9 +1,9 @@
 // Vectors of floats as wide as the instruction set of this build, and exp and tanh on them.
 //
-// Every file of csrc/cpu is compiled once per instruction set; CLAA_ISA (plain, avx2, avx512) names
-// the namespace of that build, so that dispatch.cpp can choose between them at run time. Kernels
-// use no standard-library templates: a copy compiled with AVX-512 could be the one that the linker
-// keeps for all.
+// Every file of csrc/cpu is compiled once per instruction set; CLAA_ISA (plain, avx2, avx512,
+// avx512_bf16) names the namespace of that build, so that dispatch.cpp can choose between them at
+// run time. Kernels use no standard-library templates: a copy compiled with AVX-512 could be the
+// one that the linker keeps for all.
 
 #pragma once
 
@@ -30,6 +30,11 @@ using VecInt = int32_t __attribute__((vector_size(kLanes * 4)));
 using VecHalf = uint16_t __attribute__((vector_size(kLanes * 2)));
 using Vec4 = float __attribute__((vector_size(16)));
 
+// Rows of a product are padded to this many lanes: the widest vector, or half of it where that
+// still is a vector that computes at full rate.
+constexpr int64_t kRowLanes = kLanes == 16 ? 8 : kLanes;
+using RowVec = float __attribute__((vector_size(kRowLanes * 4)));
+
 constexpr float kInfinity = __builtin_inff();
 
 // Terms that are added up before they join a longer sum: two levels keep the rounding error of a
@@ -55,6 +60,12 @@ inline V bits_as(auto from) {
   static_assert(sizeof(V) == sizeof(from));
   return load<V>(&from);
 }
+
+// A compile-time value as an argument.
+template <auto value>
+struct Constant {
+  constexpr auto operator()() const { return value; }
+};
 
 template <class T>
 inline T min(T a, T b) {
@@ -85,8 +96,8 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // e^x within 2 units in the last place; exactly 0 for x < -87.3 (the result would be subnormal),
 // infinity above 88.7, NaN for NaN. Reduction to |r| <= ln(2)/2, then a polynomial of degree 6.
 inline Vec exp(Vec x) {
-  constexpr float kLow = -87.33f, kHigh = 88.72f, kRound = 12582912.f;  // 1.5 * 2^23
-  const Vec clamped = x > kHigh ? splat(kHigh) : (x < kLow ? splat(kLow) : x);
+  constexpr float kLow = -87.33f, kHigh = 88.8f, kRound = 12582912.f;  // 1.5 * 2^23
+  const Vec clamped = x > kHigh ? splat(kHigh) : x;
   const Vec shifted = clamped * 1.44269504f + kRound;
   const Vec n = shifted - kRound;
   Vec r = clamped - n * 0.693359375f;  // ln(2) in two parts; the first is exact times n
@@ -97,12 +108,9 @@ inline Vec exp(Vec x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.f;
-  // Scaling by 2^n in two steps keeps 2^128 out of the way.
+  p = p * (r * r) + (r + 1.f);
   const VecInt exponent = bits_as<VecInt>(shifted) - bits_as<VecInt>(splat(kRound));
-  const VecInt half = exponent >> 1;
-  p = p * bits_as<Vec>((half + 127) << 23) * bits_as<Vec>((exponent - half + 127) << 23);
-  p = x > kHigh ? splat(kInfinity) : p;
+  p = p * bits_as<Vec>((exponent + 127) << 23);  // 2^n; infinity for n = 128
   return x < kLow ? Vec{} : p;
 }
 
@@ -123,12 +131,14 @@ inline Vec tanh(Vec x) {
 // kLanes values of any input type as floats.
 struct F32 {
   static constexpr int64_t kBytes = 4;
+  static constexpr bool kIsBfloat16 = false;
   static Vec to_float(const void* from) { return load<Vec>(from); }
   static float to_float_one(const void* from) { return load<float>(from); }
 };
 
 struct BF16 {
   static constexpr int64_t kBytes = 2;
+  static constexpr bool kIsBfloat16 = true;
   static Vec to_float(const void* from) {
     return bits_as<Vec>(__builtin_convertvector(load<VecHalf>(from), VecInt) << 16);
   }
@@ -150,6 +160,7 @@ inline Float half_to_float(Int half) {
 
 struct F16 {
   static constexpr int64_t kBytes = 2;
+  static constexpr bool kIsBfloat16 = false;
   static Vec to_float(const void* from) {
     return half_to_float<Vec>(__builtin_convertvector(load<VecHalf>(from), VecInt));
   }

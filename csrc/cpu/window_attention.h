@@ -5,8 +5,8 @@
 //   measure  each tile of keys: logits, and per row their maximum and sum of exponentials
 //   join     the measures of all tiles of a row
 //   emit     each tile: probabilities, summed over the window's queries
-// The first kRetainBytes of logits stay in memory between measure and emit, which then need not
-// multiply again; a round takes as many key heads as fit. The rest is multiplied twice, so memory
+// The first kRetainBytes of exponentials stay in memory between measure and emit, which then need
+// only scale them; a round takes as many key heads as fit. The rest is multiplied twice, so memory
 // is bounded whatever the number of keys.
 //
 // Tiles are counted from the last key. So the tiles, and with them every sum, are the same whether
@@ -63,7 +63,7 @@ struct WindowPlan {
     return workspace() + a.workers * slot_floats + heads_per_round * measure_floats +
            head % heads_per_round * shift_floats;
   }
-  // Where the logits of a tile wait for `emit`, or nullptr.
+  // Where the exponentials of a tile wait for `emit`, or nullptr.
   float* retained_tile(int64_t head, int64_t tile) const {
     if (tile >= retained) return nullptr;
     return workspace() + tile_offset + (head % heads_per_round * retained + tile) * tile_floats;
@@ -169,14 +169,12 @@ inline void shifts_from_lse(const WindowPlan& plan, const WindowHead& head,
 }
 
 // slot.sums[h, j - low] = sum over the window's queries of their probability of key j
-inline void sum_queries(const WindowPlan& plan, const AttentionSlot& slot, const float* tile,
-                        int64_t n_keys, const float* shift, const float* factor) {
+template <class Probability>
+void sum_queries(const WindowPlan& plan, const AttentionSlot& slot, int64_t n_keys,
+                 Probability probability) {
   const int64_t group = plan.a.group(), window = plan.a.window;
   for (int64_t j = 0; j < n_keys; ++j) {
-    for (int64_t r = 0; r < plan.rows; r += kLanes) {
-      const Vec z = load<Vec>(tile + j * plan.row_stride + r);
-      store(slot.row + r, exp(z - load<Vec>(shift + r)) * load<Vec>(factor + r));
-    }
+    for (int64_t r = 0; r < plan.rows; r += kLanes) store(slot.row + r, probability(j, r));
     for (int64_t h = 0; h < group; h += 4) {
       Vec4 sum = {};  // lanes beyond the group hold sums of other rows and are dropped
       for (int64_t first = 0; first < window; first += kSumBlock) {
@@ -239,15 +237,30 @@ void run_window(const WindowPlan& plan, int phase, int64_t begin, int64_t end, E
           const TileRange& wanted = retained ? range : exact;
           compute_tile<T>(plan, head, wanted, slot, tile);
           float* measure = plan.measures(head_index) + 2 * tile_index * plan.row_stride;
-          measure_tile(tile + (range.begin - wanted.low) * plan.row_stride, range.end - range.begin,
-                       plan.row_stride, plan.rows, measure, measure + plan.row_stride);
+          measure_tile(tile, wanted.high - wanted.low, range.begin - wanted.low,
+                       range.end - wanted.low, plan.row_stride, plan.rows, retained != nullptr,
+                       measure, measure + plan.row_stride);
         } else {
           const TileRange range(plan, tile_index, a.context());
           if (range.begin >= range.end) continue;  // only window keys
-          if (!retained) compute_tile<T>(plan, head, range, slot, tile);
+          const int64_t n_keys = range.high - range.low;
           const float* shift = a.lse ? slot.shift : plan.shifts(head_index);
           const float* factor = a.lse ? slot.factor : shift + plan.row_stride;
-          sum_queries(plan, slot, tile, range.high - range.low, shift, factor);
+          if (retained) {
+            const float* largest = plan.measures(head_index) + 2 * tile_index * plan.row_stride;
+            for (int64_t r = 0; r < plan.rows; r += kLanes)
+              store(slot.factor + r,
+                    exp(load<Vec>(largest + r) - load<Vec>(shift + r)) * load<Vec>(factor + r));
+            sum_queries(plan, slot, n_keys, [&](int64_t j, int64_t r) {
+              return load<Vec>(tile + j * plan.row_stride + r) * load<Vec>(slot.factor + r);
+            });
+          } else {
+            compute_tile<T>(plan, head, range, slot, tile);
+            sum_queries(plan, slot, n_keys, [&](int64_t j, int64_t r) {
+              const Vec z = load<Vec>(tile + j * plan.row_stride + r);
+              return exp(z - load<Vec>(shift + r)) * load<Vec>(factor + r);
+            });
+          }
           emit(head.b, head.g, slot.sums, plan.tile_keys, range);
         }
       }
