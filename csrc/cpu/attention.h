@@ -14,7 +14,7 @@ namespace claa::cpu::CLAA_ISA {
 
 constexpr int64_t kTileKeys = 512;  // keys of one tile, without the halo of the pooling
 constexpr int64_t kStepBlock = 64;  // steps of a product that are summed before they join the rest
-constexpr int64_t kRowAlign = 16;   // floats: the widest vector of any build
+constexpr int64_t kRowAlign = 8;    // rows of a tile are padded alike in every build
 constexpr int64_t kBlockKeys = kLanes == 16 ? 12 : 6;  // keys times 2 vectors of rows fit registers
 
 struct QueryRows {
@@ -219,6 +219,11 @@ void multiply_tile(const QueryRows& q, const Keys& keys, int64_t begin, int64_t 
         block = reinterpret_cast<const char*>(slot.keys);
         key_bytes = q.dim * 4;
       }
+      // The rows of the next block, which lie as far apart as the caller's strides say.
+      for (int64_t i = kBlockKeys; i < min(2 * kBlockKeys, end - j); ++i) {
+        const char* row = keys.first + (j + i) * keys.stride * T::kBytes;
+        for (int64_t byte = 0; byte < q.dim * T::kBytes; byte += 64) __builtin_prefetch(row + byte);
+      }
       float* out = tile + (j - begin) * row_stride;
       if (n_keys == kBlockKeys) {
         multiply_rows<Step, kBlockKeys>(slot.panel, q.rows(), steps, block, key_bytes, scale, out,
@@ -232,28 +237,38 @@ void multiply_tile(const QueryRows& q, const Keys& keys, int64_t begin, int64_t 
   });
 }
 
+// Calls fn(V{}, r) for the rows [r, r + lanes of V): whole vectors, then half of one if that holds
+// the rest.
+template <class Fn>
+inline void for_each_vector(int64_t rows, Fn fn) {
+  int64_t r = 0;
+  for (; rows - r > kRowLanes; r += kLanes) fn(Vec{}, r);
+  if (r < rows) fn(RowVec{}, r);
+}
+
 // The largest logit of each row over the n_keys keys of a tile, and the sum of
 // exp(logit - largest) over its keys [first, last). With `keep` the exponentials replace the
 // logits. Sums go from the last key to the first: padding before the first then adds zeros at
 // their end.
 inline void measure_tile(float* tile, int64_t n_keys, int64_t first, int64_t last,
                          int64_t row_stride, int64_t rows, bool keep, float* largest, float* sum) {
-  for (int64_t r = 0; r < rows; r += kLanes) {
+  for_each_vector(rows, [&](auto lanes, int64_t r) {
+    using V = decltype(lanes);
     float* column = tile + r;
-    Vec top = splat(-kInfinity);
+    V top = splat<V>(-kInfinity);
     for (int64_t j = 0; j < n_keys; ++j) {
-      const Vec z = load<Vec>(column + j * row_stride);
+      const V z = load<V>(column + j * row_stride);
       top = z > top ? z : top;
     }
-    const Vec shift = top == -kInfinity ? Vec{} : top;  // a row that sees no key of this tile
+    const V shift = top == -kInfinity ? V{} : top;  // a row that sees no key of this tile
     const auto exponential = [&](int64_t j) {
-      const Vec e = exp(load<Vec>(column + j * row_stride) - shift);
+      const V e = exp(load<V>(column + j * row_stride) - shift);
       if (keep) store(column + j * row_stride, e);
       return e;
     };
-    Vec total = {};
+    V total = {};
     for (int64_t block = last; block > first; block -= kSumBlock) {
-      Vec part = {};
+      V part = {};
       for (int64_t j = block - 1; j >= max(block - kSumBlock, first); --j) part += exponential(j);
       total += part;
     }
@@ -263,28 +278,29 @@ inline void measure_tile(float* tile, int64_t n_keys, int64_t first, int64_t las
     }
     store(largest + r, top);
     store(sum + r, total);
-  }
+  });
 }
 
 // Joins the measures of all tiles, tile 0 first: probability = exp(logit - shift) * factor.
 // A row that sees no key gets factor 0.
 inline void join_measures(const float* measures, int64_t tiles, int64_t row_stride, int64_t rows,
                           const float* sink, float* shift, float* factor) {
-  for (int64_t r = 0; r < rows; r += kLanes) {
-    Vec top = sink ? load<Vec>(sink + r) : splat(-kInfinity);
+  for_each_vector(rows, [&](auto lanes, int64_t r) {
+    using V = decltype(lanes);
+    V top = sink ? load<V>(sink + r) : splat<V>(-kInfinity);
     for (int64_t t = 0; t < tiles; ++t) {
-      const Vec largest = load<Vec>(measures + 2 * t * row_stride + r);
+      const V largest = load<V>(measures + 2 * t * row_stride + r);
       top = largest > top ? largest : top;
     }
-    const Vec safe = top == -kInfinity ? Vec{} : top;
-    Vec total = sink ? exp(load<Vec>(sink + r) - safe) : Vec{};
+    const V safe = top == -kInfinity ? V{} : top;
+    V total = sink ? exp(load<V>(sink + r) - safe) : V{};
     for (int64_t t = 0; t < tiles; ++t) {
-      const Vec largest = load<Vec>(measures + 2 * t * row_stride + r);
-      total += load<Vec>(measures + (2 * t + 1) * row_stride + r) * exp(largest - safe);
+      const V largest = load<V>(measures + 2 * t * row_stride + r);
+      total += load<V>(measures + (2 * t + 1) * row_stride + r) * exp(largest - safe);
     }
     store(shift + r, safe);
-    store(factor + r, total == 0.f ? Vec{} : 1.f / total);
-  }
+    store(factor + r, total == 0.f ? V{} : 1.f / total);
+  });
 }
 
 }  // namespace claa::cpu::CLAA_ISA

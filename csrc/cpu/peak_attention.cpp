@@ -84,10 +84,11 @@ void peak_over_heads(const PeakPlan& plan, const QueryRows& q, const AttentionSl
                      int64_t n_keys, const float* shift) {
   const float* factor = shift + plan.row_stride;
   for (int64_t j = 0; j < n_keys; ++j) {
-    for (int64_t r = 0; r < q.rows(); r += kLanes) {
-      const Vec z = load<Vec>(slot.tile + j * plan.row_stride + r);
-      store(slot.row + r, exp(z - load<Vec>(shift + r)) * load<Vec>(factor + r));
-    }
+    for_each_vector(q.rows(), [&](auto lanes, int64_t r) {
+      using V = decltype(lanes);
+      const V z = load<V>(slot.tile + j * plan.row_stride + r);
+      store(slot.row + r, exp(z - load<V>(shift + r)) * load<V>(factor + r));
+    });
     for (int64_t t = 0; t < q.inner; t += 4) {
       Vec4 peak = load<Vec4>(slot.row + t);  // lanes beyond the block are dropped
       for (int64_t h = 1; h < q.outer; ++h)

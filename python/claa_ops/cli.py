@@ -38,13 +38,13 @@ Keep = Annotated[
 ]
 KeepKv = Annotated[
     str | None,
-    typer.Option(help="Tokens that each layer's K/V cache keeps, likewise.  [default: --keep]"),
+    typer.Option(help="Tokens that each layer's K/V cache keeps, likewise. Default: --keep."),
 ]
 Layer = Annotated[
     int | None,
     typer.Option(
-        help="The selection layer, from 0; it still sees every token.  "
-        "[default: last of the first half]"
+        help="The selection layer, from 0; it still sees every token. "
+        "Default: last of the first half."
     ),
 ]
 Window = Annotated[
@@ -60,7 +60,7 @@ Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, float16 or auto: float32 on the CPU, else bfloat16.")
 ]
 Device = Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda or cuda:N.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: torch's choice]")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")]
 Runs = Annotated[int, typer.Option(min=1, help="Timed prefills of each way; the median counts.")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object with everything measured.")
@@ -89,7 +89,7 @@ def generate(
         bool | None,
         typer.Option(
             "--chat/--no-chat",
-            help="Put the prompt into the chat template.  [default: if the tokenizer has one]",
+            help="Put the prompt into the chat template. Default: if the tokenizer has one.",
         ),
     ] = None,
     as_json: AsJson = False,

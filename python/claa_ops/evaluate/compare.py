@@ -28,7 +28,7 @@ class Run:
     ttft_s: list[float]  # time to first token of each timed prefill
     decode_s: float | None  # median time of each further token
     kv_bytes: int  # keys and values held after prefill
-    peak_bytes: int | None  # median over the timed prefills; see `watch_memory`
+    peak_bytes: int | None  # of prefill, see `watch_memory`
 
     @property
     def median_ttft_s(self) -> float:
@@ -52,8 +52,9 @@ class Comparison:
 
     @property
     def ttft_ratio(self) -> float:
-        """Time to first token, method to full."""
-        return self.pruned.median_ttft_s / self.full.median_ttft_s
+        """Time to first token, method to full: the median over neighbouring timed prefills."""
+        pairs = zip(self.pruned.ttft_s, self.full.ttft_s, strict=True)
+        return statistics.median(pruned / full for pruned, full in pairs)
 
     @property
     def layer(self) -> int | None:
@@ -89,10 +90,11 @@ def compare(
 ) -> Comparison:
     """Answer the prompt `ids` [1, N] greedily with full prefill and with `method`.
 
-    Each way first answers once, untimed, which also warms it up. Then follow `runs` timed
-    prefills of each: one forward over the prompt and the argmax of its last logits. They
-    alternate, so that a machine whose speed drifts does not favour one of them. The opponent is
-    the plain model with transformers' own cache.
+    Each way first answers once, untimed, which also warms it up and tells its memory. Then
+    follow `runs` timed prefills of each: one forward over the prompt and the argmax of its last
+    logits. They alternate, and the ratio is that of neighbours, so that a machine whose speed
+    drifts does not favour one of them. The opponent is the plain model with transformers' own
+    cache.
 
     Raises:
         InputError: the model is of a kind that cannot be pruned.
@@ -111,12 +113,13 @@ def compare(
     cache = ClaaCache(model.config, method)
     answer = _answer(model, ids, cache, max_new_tokens)
 
-    full_timing, timing = _Timing(), _Timing()
+    full_times: list[float] = []
+    times: list[float] = []
     for run in range(1, runs + 1):
         on_step(f"full prefill: timed run {run} of {runs}")
-        full_timing.add(model, ids, DynamicCache(config=model.config))
+        full_times.append(_timed_prefill(model, ids, DynamicCache(config=model.config)))
         on_step(f"method: timed run {run} of {runs}")
-        timing.add(model, ids, ClaaCache(model.config, method))
+        times.append(_timed_prefill(model, ids, ClaaCache(model.config, method)))
 
     tokens = ids.shape[1]
     assert cache.state is not None and full_cache.state is not None  # a prefill has made them
@@ -128,8 +131,8 @@ def compare(
         method=method,
         device=model.device,
         dtype=model.dtype,
-        full=full_answer.run(tokenizer, full_timing),
-        pruned=answer.run(tokenizer, timing),
+        full=full_answer.run(tokenizer, full_times),
+        pruned=answer.run(tokenizer, times),
         prompt_tokens=tokens,
         kept=kept,
         scores={index: rows[0].cpu() for index, rows in full_cache.state.scores.items()},
@@ -137,20 +140,10 @@ def compare(
     )
 
 
-class _Timing:
-    """Times and peak memory of repeated prefills."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.peaks: list[int] = []
-
-    def add(self, model: PreTrainedModel, ids: Tensor, cache: Cache) -> None:
-        with watch_memory(model.device) as peak:
-            begin = _now(model.device)
-            _next_token(model, ids, cache)
-            self.seconds.append(_now(model.device) - begin)
-        if peak.bytes is not None:
-            self.peaks.append(peak.bytes)
+def _timed_prefill(model: PreTrainedModel, ids: Tensor, cache: Cache) -> float:
+    begin = _now(model.device)
+    _next_token(model, ids, cache)
+    return _now(model.device) - begin
 
 
 @dataclass(frozen=True)
@@ -158,22 +151,24 @@ class _Answer:
     tokens: list[int]
     decode_times: list[float]
     kv_bytes: int
+    peak_bytes: int | None
 
-    def run(self, tokenizer: PreTrainedTokenizerBase, timing: _Timing) -> Run:
+    def run(self, tokenizer: PreTrainedTokenizerBase, ttft_s: list[float]) -> Run:
         text = tokenizer.decode(self.tokens, skip_special_tokens=True)
         return Run(
             answer=str(text).strip(),
             new_tokens=len(self.tokens),
-            ttft_s=timing.seconds,
+            ttft_s=ttft_s,
             decode_s=statistics.median(self.decode_times) if self.decode_times else None,
             kv_bytes=self.kv_bytes,
-            peak_bytes=int(statistics.median(timing.peaks)) if timing.peaks else None,
+            peak_bytes=self.peak_bytes,
         )
 
 
 def _answer(model: PreTrainedModel, ids: Tensor, cache: ClaaCache, max_new_tokens: int) -> _Answer:
     """Decode greedily until the end of the answer."""
-    token = _next_token(model, ids, cache)
+    with watch_memory(model.device) as peak:
+        token = _next_token(model, ids, cache)
     tokens, times = [int(token)], []
     kv_bytes = cache.nbytes()
     ends = _end_tokens(model)
@@ -182,7 +177,7 @@ def _answer(model: PreTrainedModel, ids: Tensor, cache: ClaaCache, max_new_token
         token = _next_token(model, token, cache)
         tokens.append(int(token))
         times.append(_now(model.device) - begin)
-    return _Answer(tokens, times, kv_bytes)
+    return _Answer(tokens, times, kv_bytes, peak.bytes)
 
 
 @torch.inference_mode()

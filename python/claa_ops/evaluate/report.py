@@ -35,7 +35,8 @@ def as_table(report: Comparison, expected: str | None = None) -> RenderableType:
     table.add_row("K/V cache", *(_mebibytes(run.kv_bytes) for run in both))
     table.add_row("peak memory of prefill", *(_mebibytes(run.peak_bytes) for run in both))
     lines = [
-        f"Time to first token: {_ratio(report.ttft_ratio)} of full prefill; "
+        f"Time to first token: {_ratio(report.ttft_ratio)} of full prefill, "
+        "the median of neighbouring runs; "
         f"the operations left allow {_ratio(report.expected_ratio)}."
     ]
     if report.note:
