@@ -166,7 +166,7 @@ namespace cpu {
 
 // The instruction sets that the kernels are built for, and the one in use: the best that the
 // processor has and `limit_isa` allows. Tests use the limit to run every build.
-enum class Isa : int { plain, avx2, avx512 };
+enum class Isa : int { plain, avx2, avx512, avx512_bf16 };
 Isa active_isa();
 void limit_isa(Isa best);
 

@@ -13,7 +13,8 @@
 namespace claa::cpu::CLAA_ISA {
 
 constexpr int64_t kTileKeys = 512;  // keys of one tile, without the halo of the pooling
-constexpr int64_t kRowAlign = 16;   // floats: the widest vector of any build
+constexpr int64_t kStepBlock = 64;  // steps of a product that are summed before they join the rest
+constexpr int64_t kRowAlign = 8;    // rows of a tile are padded alike in every build
 constexpr int64_t kBlockKeys = kLanes == 16 ? 12 : 6;  // keys times 2 vectors of rows fit registers
 
 struct QueryRows {
@@ -29,6 +30,14 @@ struct Keys {
   const char* first;  // key 0
   int64_t stride;     // in elements
 };
+
+// The keys' rows as floats.
+template <class T>
+void convert_row(const char* from, int64_t dim, float* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(to + d, T::to_float(from + d * T::kBytes));
+  for (; d < dim; ++d) to[d] = T::to_float_one(from + d * T::kBytes);
+}
 
 // The scratch of one worker, in floats.
 struct AttentionSlot {
@@ -56,136 +65,242 @@ struct AttentionSlot {
         factor(shift + row_stride) {}
 };
 
-// Copies the query rows into `panel`, with zeros for the rows that fill up the last vector.
+// How one step of a product reads its two operands, 4 bytes of each: one float, or two bfloat16
+// where the processor multiplies such pairs.
+struct FloatStep {
+  static constexpr int64_t kItems = 1;
+
+  template <class V>
+  static V multiply_add(V sum, V query, float key) {
+    return sum + query * key;
+  }
+  template <class T>
+  static float pack(const char* from) {
+    return T::to_float_one(from);
+  }
+};
+
+#if defined(__AVX512BF16__)
+struct PairStep {
+  static constexpr int64_t kItems = 2;
+
+  static Vec multiply_add(Vec sum, Vec query, float key) {
+    return bits_as<Vec>(_mm512_dpbf16_ps(bits_as<__m512>(sum), bits_as<__m512bh>(query),
+                                         bits_as<__m512bh>(splat(key))));
+  }
+  static RowVec multiply_add(RowVec sum, RowVec query, float key) {
+    return bits_as<RowVec>(_mm256_dpbf16_ps(bits_as<__m256>(sum), bits_as<__m256bh>(query),
+                                            bits_as<__m256bh>(key - RowVec{})));
+  }
+  template <class T>
+  static float pack(const char* from) {
+    return load<float>(from);
+  }
+};
+#endif
+
+// Calls fn with the step that multiplies rows of T: a pair must not reach over the end of a row.
+template <class T, class Fn>
+inline void with_step(int64_t dim, Fn fn) {
+#if defined(__AVX512BF16__)
+  if constexpr (T::kIsBfloat16) {
+    if (dim % 2 == 0) return fn(PairStep{});
+  }
+#endif
+  (void)dim;
+  fn(FloatStep{});
+}
+
+// Rows go in blocks: two vectors, then what is left: one vector, half a vector, or both.
+inline int64_t block_rows(int64_t rows_left) {
+  return min(2 * kLanes, round_up(rows_left, kRowLanes));
+}
+
+// Copies the query rows into `panel`, [blocks][steps][rows of the block], with zeros for the rows
+// that fill up the last block.
 template <class T>
 void pack_queries(const QueryRows& q, float* panel) {
-  const int64_t padded = round_up(q.rows(), kLanes);
-  for (int64_t block = 0; block < padded; block += 2 * kLanes) {
-    const int64_t width = min(2 * kLanes, padded - block);
-    float* to = panel + block * q.dim;
-    for (int64_t lane = 0; lane < width; ++lane) {
-      const int64_t r = block + lane;
-      const bool exists = r < q.rows();
-      const int64_t offset =
-          exists ? r / q.inner * q.stride_outer + r % q.inner * q.stride_inner : 0;
-      const char* from = q.first + offset * T::kBytes;
-      for (int64_t d = 0; d < q.dim; ++d)
-        to[d * width + lane] = exists ? T::to_float_one(from + d * T::kBytes) : 0.f;
+  with_step<T>(q.dim, [&](auto step) {
+    using Step = decltype(step);
+    for (int64_t first = 0; first < q.rows(); first += 2 * kLanes) {
+      const int64_t width = block_rows(q.rows() - first);
+      for (int64_t lane = 0; lane < width; ++lane) {
+        const int64_t r = first + lane;
+        float* to = panel + lane;
+        if (r >= q.rows()) {
+          for (int64_t d = 0; d < q.dim; d += Step::kItems, to += width) *to = 0.f;
+          continue;
+        }
+        const char* from =
+            q.first + (r / q.inner * q.stride_outer + r % q.inner * q.stride_inner) * T::kBytes;
+        for (int64_t d = 0; d < q.dim; d += Step::kItems, to += width)
+          *to = Step::template pack<T>(from + d * T::kBytes);
+      }
+      panel += width * (q.dim / Step::kItems);
     }
-  }
+  });
 }
 
-// out[j, 0 .. vectors * kLanes) = scale * panel . keys[j] for j < n_keys
-template <int n_keys, int n_vectors>
-inline void multiply_block(const float* panel, int64_t dim, const float* keys, int64_t key_stride,
+// out[j, row] = scale * panel[row] . keys[j] for j < n_keys and the rows of one block: `n_vectors`
+// vectors, and half a vector more if has_half. Long products go in parts of kStepBlock steps.
+template <class Step, int n_keys, int n_vectors, bool has_half>
+inline void multiply_block(const float* panel, int64_t steps, const char* keys, int64_t key_bytes,
                            float scale, float* out, int64_t out_stride) {
-  Vec sum[n_keys][n_vectors] = {};
-  for (int64_t d = 0; d < dim; ++d) {
-    Vec q[n_vectors];
+  constexpr int64_t width = n_vectors * kLanes + (has_half ? kRowLanes : 0);
+  for (int64_t first = 0; first < steps; first += kStepBlock) {
+    const int64_t end = min(first + kStepBlock, steps);
+    Vec sum[n_keys][n_vectors ? n_vectors : 1] = {};
+    RowVec half_sum[n_keys] = {};
+    for (int64_t d = first; d < end; ++d) {
+      Vec q[n_vectors ? n_vectors : 1];
+      RowVec half_q = {};
 #pragma GCC unroll 2
-    for (int v = 0; v < n_vectors; ++v) q[v] = load<Vec>(panel + (d * n_vectors + v) * kLanes);
+      for (int v = 0; v < n_vectors; ++v) q[v] = load<Vec>(panel + d * width + v * kLanes);
+      if constexpr (has_half) half_q = load<RowVec>(panel + d * width + n_vectors * kLanes);
+#pragma GCC unroll 12
+      for (int j = 0; j < n_keys; ++j) {
+        const float k = load<float>(keys + j * key_bytes + d * 4);
+#pragma GCC unroll 2
+        for (int v = 0; v < n_vectors; ++v) sum[j][v] = Step::multiply_add(sum[j][v], q[v], k);
+        if constexpr (has_half) half_sum[j] = Step::multiply_add(half_sum[j], half_q, k);
+      }
+    }
+    const auto finish = [&](auto part, float* to) {
+      if (first) part += load<decltype(part)>(to);
+      store(to, end == steps ? part * scale : part);
+    };
 #pragma GCC unroll 12
     for (int j = 0; j < n_keys; ++j) {
-      const float k = keys[j * key_stride + d];
+      float* to = out + j * out_stride;
 #pragma GCC unroll 2
-      for (int v = 0; v < n_vectors; ++v) sum[j][v] += q[v] * k;
+      for (int v = 0; v < n_vectors; ++v) finish(sum[j][v], to + v * kLanes);
+      if constexpr (has_half) finish(half_sum[j], to + n_vectors * kLanes);
     }
   }
-#pragma GCC unroll 12
-  for (int j = 0; j < n_keys; ++j)
-#pragma GCC unroll 2
-    for (int v = 0; v < n_vectors; ++v) store(out + j * out_stride + v * kLanes, sum[j][v] * scale);
 }
 
-template <int n_keys>
-inline void multiply_rows(const float* panel, int64_t padded_rows, int64_t dim, const float* keys,
-                          int64_t key_stride, float scale, float* out, int64_t out_stride) {
-  int64_t row = 0;
-  for (; row + 2 * kLanes <= padded_rows; row += 2 * kLanes)
-    multiply_block<n_keys, 2>(panel + row * dim, dim, keys, key_stride, scale, out + row,
-                              out_stride);
-  if (row < padded_rows)
-    multiply_block<n_keys, 1>(panel + row * dim, dim, keys, key_stride, scale, out + row,
-                              out_stride);
+template <class Step, int n_keys>
+inline void multiply_rows(const float* panel, int64_t rows, int64_t steps, const char* keys,
+                          int64_t key_bytes, float scale, float* out, int64_t out_stride) {
+  for (int64_t row = 0; row < rows; row += 2 * kLanes) {
+    const int64_t width = block_rows(rows - row);
+    const auto multiply = [&](auto n_vectors, auto has_half) {
+      multiply_block<Step, n_keys, n_vectors(), has_half()>(panel, steps, keys, key_bytes, scale,
+                                                            out + row, out_stride);
+    };
+    if (width == 2 * kLanes) {
+      multiply(Constant<2>{}, Constant<false>{});
+    } else if (width == kLanes) {
+      multiply(Constant<1>{}, Constant<false>{});
+    } else if constexpr (kRowLanes < kLanes) {
+      if (width > kLanes)
+        multiply(Constant<1>{}, Constant<true>{});
+      else
+        multiply(Constant<0>{}, Constant<true>{});
+    }
+    panel += width * steps;
+  }
 }
 
 // tile[j - begin, r] = scale * (query row r . key j) for begin <= j < end
 template <class T>
 void multiply_tile(const QueryRows& q, const Keys& keys, int64_t begin, int64_t end, float scale,
                    const AttentionSlot& slot, float* tile, int64_t row_stride) {
-  const int64_t padded = round_up(q.rows(), kLanes);
-  const int64_t dim = q.dim;
-  for (int64_t j = begin; j < end; j += kBlockKeys) {
-    const int64_t n_keys = min(kBlockKeys, end - j);
-    const char* from = keys.first + j * keys.stride * T::kBytes;
-    const float* block = reinterpret_cast<const float*>(from);
-    int64_t block_stride = keys.stride;
-    if constexpr (T::kBytes != 4) {
-      for (int64_t i = 0; i < n_keys; ++i) {
-        const char* source = from + i * keys.stride * T::kBytes;
-        float* target = slot.keys + i * dim;
-        int64_t d = 0;
-        for (; d + kLanes <= dim; d += kLanes)
-          store(target + d, T::to_float(source + d * T::kBytes));
-        for (; d < dim; ++d) target[d] = T::to_float_one(source + d * T::kBytes);
+  with_step<T>(q.dim, [&](auto step) {
+    using Step = decltype(step);
+    const int64_t steps = q.dim / Step::kItems;
+    for (int64_t j = begin; j < end; j += kBlockKeys) {
+      const int64_t n_keys = min(kBlockKeys, end - j);
+      const char* block = keys.first + j * keys.stride * T::kBytes;
+      int64_t key_bytes = keys.stride * T::kBytes;
+      if constexpr (Step::kItems * T::kBytes != 4) {
+        for (int64_t i = 0; i < n_keys; ++i)
+          convert_row<T>(block + i * key_bytes, q.dim, slot.keys + i * q.dim);
+        block = reinterpret_cast<const char*>(slot.keys);
+        key_bytes = q.dim * 4;
       }
-      block = slot.keys;
-      block_stride = dim;
+      // The rows of the next block, which lie as far apart as the caller's strides say.
+      for (int64_t i = kBlockKeys; i < min(2 * kBlockKeys, end - j); ++i) {
+        const char* row = keys.first + (j + i) * keys.stride * T::kBytes;
+        for (int64_t byte = 0; byte < q.dim * T::kBytes; byte += 64) __builtin_prefetch(row + byte);
+      }
+      float* out = tile + (j - begin) * row_stride;
+      if (n_keys == kBlockKeys) {
+        multiply_rows<Step, kBlockKeys>(slot.panel, q.rows(), steps, block, key_bytes, scale, out,
+                                        row_stride);
+      } else {
+        for (int64_t i = 0; i < n_keys; ++i)
+          multiply_rows<Step, 1>(slot.panel, q.rows(), steps, block + i * key_bytes, key_bytes,
+                                 scale, out + i * row_stride, row_stride);
+      }
     }
-    float* out = tile + (j - begin) * row_stride;
-    if (n_keys == kBlockKeys) {
-      multiply_rows<kBlockKeys>(slot.panel, padded, dim, block, block_stride, scale, out,
-                                row_stride);
-    } else {
-      for (int64_t i = 0; i < n_keys; ++i)
-        multiply_rows<1>(slot.panel, padded, dim, block + i * block_stride, block_stride, scale,
-                         out + i * row_stride, row_stride);
-    }
-  }
+  });
 }
 
-// The largest logit of each row over the keys of a tile, and the sum of exp(logit - largest).
-// Sums go from the last key to the first: padding before the first then adds zeros at their end.
-inline void measure_tile(const float* tile, int64_t n_keys, int64_t row_stride, int64_t rows,
-                         float* largest, float* sum) {
-  for (int64_t r = 0; r < rows; r += kLanes) {
-    Vec top = splat(-kInfinity);
+// Calls fn(V{}, r) for the rows [r, r + lanes of V): whole vectors, then half of one if that holds
+// the rest.
+template <class Fn>
+inline void for_each_vector(int64_t rows, Fn fn) {
+  int64_t r = 0;
+  for (; rows - r > kRowLanes; r += kLanes) fn(Vec{}, r);
+  if (r < rows) fn(RowVec{}, r);
+}
+
+// The largest logit of each row over the n_keys keys of a tile, and the sum of
+// exp(logit - largest) over its keys [first, last). With `keep` the exponentials replace the
+// logits. Sums go from the last key to the first: padding before the first then adds zeros at
+// their end.
+inline void measure_tile(float* tile, int64_t n_keys, int64_t first, int64_t last,
+                         int64_t row_stride, int64_t rows, bool keep, float* largest, float* sum) {
+  for_each_vector(rows, [&](auto lanes, int64_t r) {
+    using V = decltype(lanes);
+    float* column = tile + r;
+    V top = splat<V>(-kInfinity);
     for (int64_t j = 0; j < n_keys; ++j) {
-      const Vec z = load<Vec>(tile + j * row_stride + r);
+      const V z = load<V>(column + j * row_stride);
       top = z > top ? z : top;
     }
-    const Vec shift = top == -kInfinity ? Vec{} : top;  // a row that sees no key of this tile
-    Vec total = {};
-    for (int64_t last = n_keys; last > 0; last -= kSumBlock) {
-      Vec part = {};
-      for (int64_t j = last - 1; j >= max(last - kSumBlock, int64_t(0)); --j)
-        part += exp(load<Vec>(tile + j * row_stride + r) - shift);
+    const V shift = top == -kInfinity ? V{} : top;  // a row that sees no key of this tile
+    const auto exponential = [&](int64_t j) {
+      const V e = exp(load<V>(column + j * row_stride) - shift);
+      if (keep) store(column + j * row_stride, e);
+      return e;
+    };
+    V total = {};
+    for (int64_t block = last; block > first; block -= kSumBlock) {
+      V part = {};
+      for (int64_t j = block - 1; j >= max(block - kSumBlock, first); --j) part += exponential(j);
       total += part;
+    }
+    if (keep) {
+      for (int64_t j = 0; j < first; ++j) exponential(j);
+      for (int64_t j = last; j < n_keys; ++j) exponential(j);
     }
     store(largest + r, top);
     store(sum + r, total);
-  }
+  });
 }
 
 // Joins the measures of all tiles, tile 0 first: probability = exp(logit - shift) * factor.
 // A row that sees no key gets factor 0.
 inline void join_measures(const float* measures, int64_t tiles, int64_t row_stride, int64_t rows,
                           const float* sink, float* shift, float* factor) {
-  for (int64_t r = 0; r < rows; r += kLanes) {
-    Vec top = sink ? load<Vec>(sink + r) : splat(-kInfinity);
+  for_each_vector(rows, [&](auto lanes, int64_t r) {
+    using V = decltype(lanes);
+    V top = sink ? load<V>(sink + r) : splat<V>(-kInfinity);
     for (int64_t t = 0; t < tiles; ++t) {
-      const Vec largest = load<Vec>(measures + 2 * t * row_stride + r);
+      const V largest = load<V>(measures + 2 * t * row_stride + r);
       top = largest > top ? largest : top;
     }
-    const Vec safe = top == -kInfinity ? Vec{} : top;
-    Vec total = sink ? exp(load<Vec>(sink + r) - safe) : Vec{};
+    const V safe = top == -kInfinity ? V{} : top;
+    V total = sink ? exp(load<V>(sink + r) - safe) : V{};
     for (int64_t t = 0; t < tiles; ++t) {
-      const Vec largest = load<Vec>(measures + 2 * t * row_stride + r);
-      total += load<Vec>(measures + (2 * t + 1) * row_stride + r) * exp(largest - safe);
+      const V largest = load<V>(measures + 2 * t * row_stride + r);
+      total += load<V>(measures + (2 * t + 1) * row_stride + r) * exp(largest - safe);
     }
     store(shift + r, safe);
-    store(factor + r, total == 0.f ? Vec{} : 1.f / total);
-  }
+    store(factor + r, total == 0.f ? V{} : 1.f / total);
+  });
 }
 
 }  // namespace claa::cpu::CLAA_ISA

@@ -84,10 +84,11 @@ void peak_over_heads(const PeakPlan& plan, const QueryRows& q, const AttentionSl
                      int64_t n_keys, const float* shift) {
   const float* factor = shift + plan.row_stride;
   for (int64_t j = 0; j < n_keys; ++j) {
-    for (int64_t r = 0; r < q.rows(); r += kLanes) {
-      const Vec z = load<Vec>(slot.tile + j * plan.row_stride + r);
-      store(slot.row + r, exp(z - load<Vec>(shift + r)) * load<Vec>(factor + r));
-    }
+    for_each_vector(q.rows(), [&](auto lanes, int64_t r) {
+      using V = decltype(lanes);
+      const V z = load<V>(slot.tile + j * plan.row_stride + r);
+      store(slot.row + r, exp(z - load<V>(shift + r)) * load<V>(factor + r));
+    });
     for (int64_t t = 0; t < q.inner; t += 4) {
       Vec4 peak = load<Vec4>(slot.row + t);  // lanes beyond the block are dropped
       for (int64_t h = 1; h < q.outer; ++h)
@@ -148,8 +149,9 @@ void run(const PeakAttentionParams& p, int phase, int64_t begin, int64_t end) {
             const PeakBlock<T> item(plan, b, block, g);
             item.compute_tile(plan, start, tile_begin(tile), tile_end(tile), slot);
             float* measure = plan.measures(block, g) + 2 * tile * plan.row_stride;
-            measure_tile(slot.tile, tile_end(tile) - tile_begin(tile), plan.row_stride,
-                         item.queries.rows(), measure, measure + plan.row_stride);
+            const int64_t n_keys = tile_end(tile) - tile_begin(tile);
+            measure_tile(slot.tile, n_keys, 0, n_keys, plan.row_stride, item.queries.rows(),
+                         /*keep=*/false, measure, measure + plan.row_stride);
           }
         }
       } else if (phase % 3 == 1) {  // join

@@ -1,9 +1,9 @@
 // Vectors of floats as wide as the instruction set of this build, and exp and tanh on them.
 //
-// Every file of csrc/cpu is compiled once per instruction set; CLAA_ISA (plain, avx2, avx512) names
-// the namespace of that build, so that dispatch.cpp can choose between them at run time. Kernels
-// use no standard-library templates: a copy compiled with AVX-512 could be the one that the linker
-// keeps for all.
+// Every file of csrc/cpu is compiled once per instruction set; CLAA_ISA (plain, avx2, avx512,
+// avx512_bf16) names the namespace of that build, so that dispatch.cpp can choose between them at
+// run time. Kernels use no standard-library templates: a copy compiled with AVX-512 could be the
+// one that the linker keeps for all.
 
 #pragma once
 
@@ -25,10 +25,24 @@ constexpr int64_t kLanes = 8;
 constexpr int64_t kLanes = 4;
 #endif
 
-using Vec = float __attribute__((vector_size(kLanes * 4)));
-using VecInt = int32_t __attribute__((vector_size(kLanes * 4)));
+// n floats, and the integers as wide as they are.
+template <int64_t n>
+struct VecOf {
+  using Float __attribute__((vector_size(n * 4))) = float;
+  using Int __attribute__((vector_size(n * 4))) = int32_t;
+};
+using Vec = VecOf<kLanes>::Float;
+using VecInt = VecOf<kLanes>::Int;
 using VecHalf = uint16_t __attribute__((vector_size(kLanes * 2)));
-using Vec4 = float __attribute__((vector_size(16)));
+using Vec4 = VecOf<4>::Float;
+
+// Rows of a product are padded to this many lanes: the widest vector, or half of it where that
+// still is a vector that computes at full rate.
+constexpr int64_t kRowLanes = kLanes == 16 ? 8 : kLanes;
+using RowVec = VecOf<kRowLanes>::Float;
+
+template <class V>
+using IntOf = typename VecOf<sizeof(V) / 4>::Int;
 
 constexpr float kInfinity = __builtin_inff();
 
@@ -48,13 +62,22 @@ inline void store(void* to, V v) {
   std::memcpy(to, &v, sizeof(V));
 }
 
-inline Vec splat(float x) { return x - Vec{}; }
+template <class V = Vec>
+inline V splat(float x) {
+  return x - V{};
+}
 
 template <class V>
 inline V bits_as(auto from) {
   static_assert(sizeof(V) == sizeof(from));
   return load<V>(&from);
 }
+
+// A compile-time value as an argument.
+template <auto value>
+struct Constant {
+  constexpr auto operator()() const { return value; }
+};
 
 template <class T>
 inline T min(T a, T b) {
@@ -84,51 +107,52 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // e^x within 2 units in the last place; exactly 0 for x < -87.3 (the result would be subnormal),
 // infinity above 88.7, NaN for NaN. Reduction to |r| <= ln(2)/2, then a polynomial of degree 6.
-inline Vec exp(Vec x) {
-  constexpr float kLow = -87.33f, kHigh = 88.72f, kRound = 12582912.f;  // 1.5 * 2^23
-  const Vec clamped = x > kHigh ? splat(kHigh) : (x < kLow ? splat(kLow) : x);
-  const Vec shifted = clamped * 1.44269504f + kRound;
-  const Vec n = shifted - kRound;
-  Vec r = clamped - n * 0.693359375f;  // ln(2) in two parts; the first is exact times n
+template <class V>
+inline V exp(V x) {
+  constexpr float kLow = -87.33f, kHigh = 88.8f, kRound = 12582912.f;  // 1.5 * 2^23
+  const V clamped = x > kHigh ? splat<V>(kHigh) : x;
+  const V shifted = clamped * 1.44269504f + kRound;
+  const V n = shifted - kRound;
+  V r = clamped - n * 0.693359375f;  // ln(2) in two parts; the first is exact times n
   r = r + n * 2.12194440e-4f;
-  Vec p = splat(1.9875691500e-4f);
+  V p = splat<V>(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.f;
-  // Scaling by 2^n in two steps keeps 2^128 out of the way.
-  const VecInt exponent = bits_as<VecInt>(shifted) - bits_as<VecInt>(splat(kRound));
-  const VecInt half = exponent >> 1;
-  p = p * bits_as<Vec>((half + 127) << 23) * bits_as<Vec>((exponent - half + 127) << 23);
-  p = x > kHigh ? splat(kInfinity) : p;
-  return x < kLow ? Vec{} : p;
+  p = p * (r * r) + (r + 1.f);
+  // The integer n stands in the low bits of `shifted`; those above are shifted out.
+  p = p * bits_as<V>((bits_as<IntOf<V>>(shifted) + 127) << 23);  // 2^n; infinity for n = 128
+  return x < kLow ? V{} : p;
 }
 
 // tanh within 2 units in the last place: a polynomial near 0, where 1 - 2 / (e^2x + 1) cancels.
-inline Vec tanh(Vec x) {
-  const Vec square = x * x;
-  Vec p = splat(-5.70498872745e-3f);
+template <class V>
+inline V tanh(V x) {
+  const V square = x * x;
+  V p = splat<V>(-5.70498872745e-3f);
   p = p * square + 2.06390887954e-2f;
   p = p * square - 5.37397155531e-2f;
   p = p * square + 1.33314422036e-1f;
   p = p * square - 3.33332819422e-1f;
-  const Vec near_zero = x + x * square * p;
-  const Vec magnitude = x < 0.f ? -x : x;
-  const Vec far = 1.f - 2.f / (exp(2.f * magnitude) + 1.f);
+  const V near_zero = x + x * square * p;
+  const V magnitude = x < 0.f ? -x : x;
+  const V far = 1.f - 2.f / (exp(2.f * magnitude) + 1.f);
   return magnitude < 0.625f ? near_zero : (x < 0.f ? -far : far);
 }
 
 // kLanes values of any input type as floats.
 struct F32 {
   static constexpr int64_t kBytes = 4;
+  static constexpr bool kIsBfloat16 = false;
   static Vec to_float(const void* from) { return load<Vec>(from); }
   static float to_float_one(const void* from) { return load<float>(from); }
 };
 
 struct BF16 {
   static constexpr int64_t kBytes = 2;
+  static constexpr bool kIsBfloat16 = true;
   static Vec to_float(const void* from) {
     return bits_as<Vec>(__builtin_convertvector(load<VecHalf>(from), VecInt) << 16);
   }
@@ -150,6 +174,7 @@ inline Float half_to_float(Int half) {
 
 struct F16 {
   static constexpr int64_t kBytes = 2;
+  static constexpr bool kIsBfloat16 = false;
   static Vec to_float(const void* from) {
     return half_to_float<Vec>(__builtin_convertvector(load<VecHalf>(from), VecInt));
   }

@@ -3,10 +3,10 @@
 // Cost: every key is read once (`lse` given), or once more for the tiles that were not retained.
 // Without `lse` the softmax needs all logits of a row before the first result, so:
 //   measure  each tile of keys: logits, and per row their maximum and sum of exponentials
-//   join     the measures of all tiles of a row
-//   emit     each tile: probabilities, summed over the window's queries
-// The first kRetainBytes of logits stay in memory between measure and emit, which then need not
-// multiply again; a round takes as many key heads as fit. The rest is multiplied twice, so memory
+//   emit     join the measures of all tiles of a row, then for each tile: probabilities, summed
+//            over the window's queries
+// The first kRetainBytes of exponentials stay in memory between measure and emit, which then need
+// only scale them; a round takes as many key heads as fit. The rest is multiplied twice, so memory
 // is bounded whatever the number of keys.
 //
 // Tiles are counted from the last key. So the tiles, and with them every sum, are the same whether
@@ -24,7 +24,7 @@ struct WindowPlan {
   const WindowAttention& a;
   int64_t halo;  // keys on each side of a tile that pooling looks at
   int64_t rows, row_stride, tiles, tile_keys, tile_floats, heads, heads_per_round, rounds, retained;
-  int64_t slot_floats, measure_floats, shift_floats, tile_offset;
+  int64_t slot_floats, measure_floats, tile_offset;
 
   WindowPlan(const WindowAttention& attention, int64_t halo) : a(attention), halo(halo) {
     rows = a.group() * a.window;
@@ -40,16 +40,16 @@ struct WindowPlan {
     rounds = ceil_div(heads, heads_per_round);
     slot_floats = AttentionSlot::floats(row_stride, a.group(), a.dim, tile_keys);
     measure_floats = 2 * tiles * row_stride;  // of one head
-    shift_floats = 2 * row_stride;            // of one head
-    tile_offset = a.workers * slot_floats + heads_per_round * (measure_floats + shift_floats);
+    tile_offset = a.workers * slot_floats + heads_per_round * measure_floats;
   }
 
   Schedule schedule() const {
     const int64_t logits = a.lse ? 0 : heads_per_round * retained * tile_floats;
     return {.units = a.workers,
             .unit_cost = heads_per_round * a.total * a.dim * rows / a.workers,
-            .phases = a.lse ? 1 : int(3 * rounds),
-            .workspace_bytes = 4 * (tile_offset + logits)};
+            .phases = a.lse ? 1 : int(2 * rounds),
+            // The sums read a vector that may begin in the last row and end behind it.
+            .workspace_bytes = 4 * (tile_offset + logits + kRowAlign)};
   }
 
   float* workspace() const { return static_cast<float*>(a.workspace); }
@@ -59,11 +59,7 @@ struct WindowPlan {
   float* measures(int64_t head) const {
     return workspace() + a.workers * slot_floats + head % heads_per_round * measure_floats;
   }
-  float* shifts(int64_t head) const {
-    return workspace() + a.workers * slot_floats + heads_per_round * measure_floats +
-           head % heads_per_round * shift_floats;
-  }
-  // Where the logits of a tile wait for `emit`, or nullptr.
+  // Where the exponentials of a tile wait for `emit`, or nullptr.
   float* retained_tile(int64_t head, int64_t tile) const {
     if (tile >= retained) return nullptr;
     return workspace() + tile_offset + (head % heads_per_round * retained + tile) * tile_floats;
@@ -129,10 +125,13 @@ void compute_tile(const WindowPlan& plan, const WindowHead& head, const TileRang
   multiply_tile<T>(head.queries, head.keys, range.low, range.high, a.scale, slot, tile,
                    plan.row_stride);
   if (a.softcap != 0.f) {
-    const Vec cap = splat(a.softcap);
-    const int64_t count = (range.high - range.low) * plan.row_stride;  // a multiple of kRowAlign
-    for (int64_t i = 0; i < count; i += kLanes)
-      store(tile + i, cap * tanh(load<Vec>(tile + i) / cap));
+    for (int64_t j = 0; j < range.high - range.low; ++j) {
+      for_each_vector(plan.rows, [&](auto lanes, int64_t r) {
+        using V = decltype(lanes);
+        float* z = tile + j * plan.row_stride + r;
+        store(z, a.softcap * tanh(load<V>(z) / a.softcap));
+      });
+    }
   }
   mask_tile(a, head.start, range, plan.row_stride, tile);
 }
@@ -168,26 +167,86 @@ inline void shifts_from_lse(const WindowPlan& plan, const WindowHead& head,
   for (int64_t r = plan.rows; r < plan.row_stride; ++r) slot.shift[r] = slot.factor[r] = 0.f;
 }
 
-// slot.sums[h, j - low] = sum over the window's queries of their probability of key j
-inline void sum_queries(const WindowPlan& plan, const AttentionSlot& slot, const float* tile,
-                        int64_t n_keys, const float* shift, const float* factor) {
+// slot.sums[h, j - low] = sum over the window's queries of their probability of key j.
+// `probability(z)` at row r replaces what the tile holds, a strip of keys at a time: the sums then
+// read what was stored long enough ago not to wait for it.
+template <class Probability>
+void sum_queries(const WindowPlan& plan, const AttentionSlot& slot, int64_t n_keys, float* tile,
+                 Probability probability) {
+  constexpr int64_t kStripKeys = 16;
   const int64_t group = plan.a.group(), window = plan.a.window;
-  for (int64_t j = 0; j < n_keys; ++j) {
-    for (int64_t r = 0; r < plan.rows; r += kLanes) {
-      const Vec z = load<Vec>(tile + j * plan.row_stride + r);
-      store(slot.row + r, exp(z - load<Vec>(shift + r)) * load<Vec>(factor + r));
-    }
-    for (int64_t h = 0; h < group; h += 4) {
-      Vec4 sum = {};  // lanes beyond the group hold sums of other rows and are dropped
-      for (int64_t first = 0; first < window; first += kSumBlock) {
-        Vec4 part = {};
-        for (int64_t w = first; w < min(first + kSumBlock, window); ++w)
-          part += load<Vec4>(slot.row + w * group + h);
-        sum += part;
+  for (int64_t strip = 0; strip < n_keys; strip += kStripKeys) {
+    const int64_t strip_end = min(strip + kStripKeys, n_keys);
+    for_each_vector(plan.rows, [&](auto lanes, int64_t r) {
+      for (int64_t j = strip; j < strip_end; ++j) {
+        float* at = tile + j * plan.row_stride + r;
+        store(at, probability(load<decltype(lanes)>(at), r));
       }
-      for (int64_t i = h; i < min(h + 4, group); ++i)
-        slot.sums[i * plan.tile_keys + j] = sum[i - h];
+    });
+    for (int64_t j = strip; j < strip_end; ++j) {
+      const float* rows = tile + j * plan.row_stride;
+      for (int64_t h = 0; h < group; h += 4) {
+        Vec4 sum = {};  // lanes beyond the group hold sums of other rows and are dropped
+        for (int64_t first = 0; first < window; first += kSumBlock) {
+          Vec4 part = {};
+          for (int64_t w = first; w < min(first + kSumBlock, window); ++w)
+            part += load<Vec4>(rows + w * group + h);
+          sum += part;
+        }
+        for (int64_t i = h; i < min(h + 4, group); ++i)
+          slot.sums[i * plan.tile_keys + j] = sum[i - h];
+      }
     }
+  }
+}
+
+// shift and factor of each row from the measures of all tiles. Every worker joins those of its
+// heads itself: that is little work, and a phase less to wait for.
+inline void shifts_from_measures(const WindowPlan& plan, const WindowHead& head, int64_t head_index,
+                                 const AttentionSlot& slot) {
+  for (int64_t r = plan.rows; r < plan.row_stride; ++r) slot.row[r] = 0.f;
+  if (plan.a.sinks) load_sinks(plan.a, head, slot.row);
+  join_measures(plan.measures(head_index), plan.tiles, plan.row_stride, plan.rows,
+                plan.a.sinks ? slot.row : nullptr, slot.shift, slot.factor);
+}
+
+template <class T>
+void measure(const WindowPlan& plan, const WindowHead& head, int64_t head_index, int64_t tile_index,
+             const AttentionSlot& slot) {
+  TileRange range(plan, tile_index, plan.a.total);
+  float* tile = plan.retained_tile(head_index, tile_index);
+  const bool keep = tile != nullptr;
+  if (!keep) {  // the neighbours measure the halo; it is multiplied here only to be kept
+    tile = slot.tile;
+    range.low = range.begin, range.high = range.end;
+  }
+  compute_tile<T>(plan, head, range, slot, tile);
+  float* measures = plan.measures(head_index) + 2 * tile_index * plan.row_stride;
+  measure_tile(tile, range.high - range.low, range.begin - range.low, range.end - range.low,
+               plan.row_stride, plan.rows, keep, measures, measures + plan.row_stride);
+}
+
+// Leaves the summed probabilities of the keys [low, high) in slot.sums.
+template <class T>
+void sum_probabilities(const WindowPlan& plan, const WindowHead& head, int64_t head_index,
+                       int64_t tile_index, const TileRange& range, const AttentionSlot& slot) {
+  float* kept = plan.a.lse ? nullptr : plan.retained_tile(head_index, tile_index);
+  const int64_t n_keys = range.high - range.low;
+  if (kept) {
+    const float* largest = plan.measures(head_index) + 2 * tile_index * plan.row_stride;
+    for_each_vector(plan.rows, [&](auto lanes, int64_t r) {
+      using V = decltype(lanes);
+      const V scale = exp(load<V>(largest + r) - load<V>(slot.shift + r));
+      store(slot.row + r, scale * load<V>(slot.factor + r));
+    });
+    sum_queries(plan, slot, n_keys, kept,
+                [&](auto e, int64_t r) { return e * load<decltype(e)>(slot.row + r); });
+  } else {
+    compute_tile<T>(plan, head, range, slot, slot.tile);
+    sum_queries(plan, slot, n_keys, slot.tile, [&](auto z, int64_t r) {
+      using V = decltype(z);
+      return exp(z - load<V>(slot.shift + r)) * load<V>(slot.factor + r);
+    });
   }
 }
 
@@ -197,59 +256,34 @@ inline void sum_queries(const WindowPlan& plan, const AttentionSlot& slot, const
 template <class Emit>
 void run_window(const WindowPlan& plan, int phase, int64_t begin, int64_t end, Emit emit) {
   const WindowAttention& a = plan.a;
-  const int64_t first_head = a.lse ? 0 : phase / 3 * plan.heads_per_round;
-  const int64_t round_heads = min(plan.heads_per_round, plan.heads - first_head);
-  const int step = a.lse ? 2 : phase % 3;  // measure, join, emit
+  const bool measuring = !a.lse && phase % 2 == 0;
+  const int64_t first_head = phase / 2 * plan.heads_per_round;
+  const int64_t work = min(plan.heads_per_round, plan.heads - first_head) * plan.tiles;
 
   with_dtype(a.dtype, [&](auto type) {
     using T = decltype(type);
     for (int64_t worker = begin; worker < end; ++worker) {
       const AttentionSlot slot = plan.slot(worker);
-      if (step == 1) {
-        for (int64_t i = worker; i < round_heads; i += a.workers) {
-          const WindowHead head(a, first_head + i, T::kBytes);
-          for (int64_t r = 0; r < plan.row_stride; ++r) slot.row[r] = -kInfinity;
-          if (a.sinks) load_sinks(a, head, slot.row);
-          float* shifts = plan.shifts(first_head + i);
-          join_measures(plan.measures(first_head + i), plan.tiles, plan.row_stride, plan.rows,
-                        a.sinks ? slot.row : nullptr, shifts, shifts + plan.row_stride);
-        }
-        continue;
-      }
-      const int64_t work = round_heads * plan.tiles;
-      int64_t packed = -1;  // the head whose queries are in the slot
+      int64_t prepared = -1;  // the head whose queries and shifts are in the slot
       for (int64_t i = worker * work / a.workers; i < (worker + 1) * work / a.workers; ++i) {
         const int64_t head_index = first_head + i / plan.tiles, tile_index = i % plan.tiles;
         const WindowHead head(a, head_index, T::kBytes);
-        if (packed != head_index) {
-          packed = head_index;
+        if (prepared != head_index) {
+          prepared = head_index;
           pack_queries<T>(head.queries, slot.panel);
-          if (a.lse) shifts_from_lse(plan, head, slot);
+          if (a.lse)
+            shifts_from_lse(plan, head, slot);
+          else if (!measuring)
+            shifts_from_measures(plan, head, head_index, slot);
         }
-        float* retained = a.lse ? nullptr : plan.retained_tile(head_index, tile_index);
-        float* tile = retained ? retained : slot.tile;
-        if (step == 0) {
-          const TileRange range(plan, tile_index, a.total);
-          // The halo is measured by the neighbours; it is multiplied here only to be retained.
-          const TileRange exact = [&] {
-            TileRange r = range;
-            r.low = r.begin, r.high = r.end;
-            return r;
-          }();
-          const TileRange& wanted = retained ? range : exact;
-          compute_tile<T>(plan, head, wanted, slot, tile);
-          float* measure = plan.measures(head_index) + 2 * tile_index * plan.row_stride;
-          measure_tile(tile + (range.begin - wanted.low) * plan.row_stride, range.end - range.begin,
-                       plan.row_stride, plan.rows, measure, measure + plan.row_stride);
-        } else {
-          const TileRange range(plan, tile_index, a.context());
-          if (range.begin >= range.end) continue;  // only window keys
-          if (!retained) compute_tile<T>(plan, head, range, slot, tile);
-          const float* shift = a.lse ? slot.shift : plan.shifts(head_index);
-          const float* factor = a.lse ? slot.factor : shift + plan.row_stride;
-          sum_queries(plan, slot, tile, range.high - range.low, shift, factor);
-          emit(head.b, head.g, slot.sums, plan.tile_keys, range);
+        if (measuring) {
+          measure<T>(plan, head, head_index, tile_index, slot);
+          continue;
         }
+        const TileRange range(plan, tile_index, a.context());
+        if (range.begin >= range.end) continue;  // only window keys
+        sum_probabilities<T>(plan, head, head_index, tile_index, range, slot);
+        emit(head.b, head.g, slot.sums, plan.tile_keys, range);
       }
     }
   });

@@ -83,7 +83,8 @@ STABLE_TORCH_LIBRARY(claa, m) {
 
 namespace {
 
-// The CPU instruction set in use (0 plain, 1 AVX2, 2 AVX-512), after limiting it to `limit`; a
+// The CPU instruction set in use (0 plain, 1 AVX2, 2 AVX-512, 3 with bfloat16
+// products), after limiting it to `limit`; a
 // negative limit only asks.
 int64_t cpu_isa(int64_t limit) {
   if (limit >= 0) claa::cpu::limit_isa(static_cast<claa::cpu::Isa>(limit));

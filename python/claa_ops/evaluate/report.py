@@ -1,0 +1,122 @@
+"""A comparison as tables for people and as one JSON object for programs."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from dataclasses import Field, asdict, fields
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from claa_ops import __version__
+from claa_ops.evaluate.compare import Comparison, Run
+from claa_ops.evaluate.inputs import Settings
+from claa_ops.methods import CLAA, FullKV
+
+
+def as_table(report: Comparison, expected: str | None = None) -> RenderableType:
+    """Lay the two runs side by side; `expected` is the right answer where it is known."""
+    both = (report.full, report.pruned)
+    name = type(report.method).__name__
+    table = Table("", "full prefill", name, show_edge=False, pad_edge=False)
+    table.add_row("answer", *(Text(run.answer) for run in both))
+    if expected is not None:
+        table.add_row(
+            f"has {expected}", *("yes" if expected in run.answer else "NO" for run in both)
+        )
+    table.add_row("time to first token", *(_seconds(run.ttft_s) for run in both))
+    table.add_row("each further token", *(_milliseconds(run.decode_s) for run in both))
+    table.add_row("tokens kept", f"{report.prompt_tokens:,}", f"{report.kept.numel():,}")
+    table.add_row("K/V cache", *(_mebibytes(run.kv_bytes) for run in both))
+    table.add_row("peak memory of prefill", *(_mebibytes(run.peak_bytes) for run in both))
+    lines = [
+        f"Time to first token: {_ratio(report.ttft_ratio)} of full prefill, "
+        "the median of neighbouring runs; "
+        f"the operations left allow {_ratio(report.expected_ratio)}."
+    ]
+    if report.note:
+        lines.append(f"Note: {report.note}.")
+    place = machine(report)
+    header = [
+        str(report.method),
+        "{dtype} on {device} ({name}), {threads} CPU threads".format(**place),
+    ]
+    return Group(Text("\n".join(header) + "\n"), table, Text("\n" + "\n".join(lines)))
+
+
+def to_json(report: Comparison, settings: Settings, expected: str | None) -> dict[str, Any]:
+    """Return everything measured, with the settings and versions it was measured with."""
+    method = {field.name: getattr(report.method, field.name) for field in _public(report.method)}
+    return {
+        "settings": asdict(settings) | {"plot": settings.plot and str(settings.plot)},
+        "method": {"name": type(report.method).__name__} | method,
+        "machine": machine(report),
+        "versions": versions(),
+        "prompt_tokens": report.prompt_tokens,
+        "kept_tokens": report.kept.numel(),
+        "full": _run_json(report.full, expected),
+        "pruned": _run_json(report.pruned, expected),
+        "ttft_ratio": report.ttft_ratio,
+        "expected_ttft_ratio": report.expected_ratio,
+        "note": report.note,
+    }
+
+
+def machine(report: Comparison) -> dict[str, Any]:
+    """What it was measured on."""
+    on_gpu = report.device.type == "cuda"
+    return {
+        "device": str(report.device),
+        "name": torch.cuda.get_device_name(report.device) if on_gpu else platform.machine(),
+        "dtype": str(report.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a measurement depends on."""
+    return {
+        "claa_ops": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _run_json(run: Run, expected: str | None) -> dict[str, Any]:
+    return {
+        "answer": run.answer,
+        "answer_is_right": None if expected is None else expected in run.answer,
+        "new_tokens": run.new_tokens,
+        "ttft_s": run.median_ttft_s,
+        "ttft_runs_s": run.ttft_s,
+        "decode_s_per_token": run.decode_s,
+        "kv_bytes": run.kv_bytes,
+        "peak_bytes": run.peak_bytes,
+    }
+
+
+def _public(method: CLAA | FullKV) -> list[Field[Any]]:
+    return [field for field in fields(method) if field.init]
+
+
+def _seconds(times: list[float]) -> str:
+    middle = statistics.median(times)
+    return f"{middle:.3f} s [{min(times):.3f} to {max(times):.3f}]"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.1f} ms"
+
+
+def _mebibytes(amount: int | None) -> str:
+    return "not measured here" if amount is None else f"{amount / 2**20:,.1f} MiB"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3f} ({1 / value:.2f}x as fast)"

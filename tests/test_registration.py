@@ -1,0 +1,203 @@
+"""Every op is registered well: schema, fake shapes, gradients, one graph for all sizes."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import claa_ops
+
+
+class Sample(NamedTuple):
+    """How a person calls the op in Python, for a batch and a context of some size."""
+
+    args: tuple
+    options: dict = {}
+
+
+def scoring(batch: int, context: int, device: str) -> tuple[Tensor, Tensor]:
+    query = torch.randn(batch, 4, 8, 16, device=device)
+    # Hugging Face's layout: [B, G, N, D] views of [B, N, G, D] memory.
+    return query, torch.randn(batch, context + 8, 2, 16, device=device).transpose(1, 2)
+
+
+def window_options(batch: int, context: int, device: str) -> dict:
+    return {
+        "scale": 0.25,
+        "lse": torch.full((batch, 4, 8), 5.0, device=device),
+        "start": torch.arange(batch, device=device),
+        "sliding_window": context // 2,
+        "softcap": 20.0,
+        "sinks": torch.randn(4, device=device),
+    }
+
+
+def positions(*shape: int, total: int, device: str) -> Tensor:
+    return torch.randint(-1, total, shape, device=device)
+
+
+def score_window(b: int, m: int, device: str) -> list[Sample]:
+    return [
+        Sample(scoring(b, m, device)),
+        Sample(scoring(b, m, device), window_options(b, m, device)),
+    ]
+
+
+def score_tokens(b: int, m: int, device: str) -> list[Sample]:
+    return [
+        Sample(scoring(b, m, device)),
+        Sample(scoring(b, m, device), {"kernel_size": 5, "mode": "max"}),
+        Sample(scoring(b, m, device), window_options(b, m, device)),
+    ]
+
+
+def pool_heads(b: int, m: int, device: str) -> list[Sample]:
+    scores = torch.rand(b, 6, m, device=device)
+    return [Sample((scores, 2)), Sample((scores, 3), {"kernel_size": 3, "mode": "max"})]
+
+
+def aggregate_scores(b: int, m: int, device: str) -> list[Sample]:
+    running, scores = torch.rand(b, m, device=device), torch.rand(b, 3, m, device=device)
+    return [Sample((running, scores)), Sample((running, scores[:, 1]))]
+
+
+def select_topk(b: int, m: int, device: str) -> list[Sample]:
+    scores = torch.rand(b, 3, m, device=device)
+    start = torch.arange(b, device=device)
+    options = {"window": 8, "sink": 2, "start": start, "int32": True}
+    return [Sample((scores, m // 3)), Sample((scores, m // 2 + 8), options)]
+
+
+def gather_kv(b: int, m: int, device: str) -> list[Sample]:
+    key = torch.randn(b, m, 2, 16, device=device).transpose(1, 2)
+    value = torch.randn(b, 2, m, 8, device=device, dtype=torch.bfloat16)
+    trained = [x.detach().clone().requires_grad_() for x in (key, value)]
+    return [
+        Sample((key, value, positions(b, 2, m // 3, total=m, device=device))),
+        Sample((*trained, positions(b, m // 2, total=m, device=device).int())),
+    ]
+
+
+def gather_tokens(b: int, m: int, device: str) -> list[Sample]:
+    x = torch.randn(b, m, 16, device=device)
+    return [
+        Sample((x, positions(b, m // 3, total=m, device=device))),
+        Sample((x[:1].clone().requires_grad_(), positions(b, m // 2, total=m, device=device))),
+    ]
+
+
+def peak_attention(b: int, m: int, device: str) -> list[Sample]:
+    query, key = scoring(b, m, device)
+    running = torch.rand(b, 8, m + 8, device=device)
+    options = {"scale": 0.25, "running": running, "start": torch.arange(b, device=device)}
+    return [Sample((query, key)), Sample((query, key), options)]
+
+
+def rank_variance(b: int, m: int, device: str) -> list[Sample]:
+    return [Sample((torch.rand(3, b, m, device=device), m // 3))]
+
+
+SAMPLES: dict[str, Callable[[int, int, str], list[Sample]]] = {
+    "aggregate_scores": aggregate_scores,
+    "gather_kv": gather_kv,
+    "gather_tokens": gather_tokens,
+    "peak_attention": peak_attention,
+    "pool_heads": pool_heads,
+    "rank_variance": rank_variance,
+    "score_tokens": score_tokens,
+    "score_window": score_window,
+    "select_topk": select_topk,
+}
+CASES = [
+    pytest.param(op, number, id=f"{op}-{number}")
+    for op, make in SAMPLES.items()
+    for number in range(len(make(2, 30, "cpu")))
+]
+
+
+class Graphs:
+    """A `torch.compile` backend that counts the graphs it is given."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        compiled = torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        self.count += 1  # not before: Dynamo may give up a trace and start anew, for a float say
+        return compiled
+
+
+def assert_equal(actual: object, expected: object) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_every_public_op_has_samples():
+    assert set(SAMPLES) == set(claa_ops.__all__)
+
+
+@pytest.mark.parametrize(("op", "number"), CASES)
+def test_opcheck(op, number, device):
+    """Schema, fake shapes with symbolic sizes, autograd registration."""
+    args, options = SAMPLES[op](2, 30, device)[number]
+    if "mode" in options:  # in C++ a mode is a number
+        options = options | {"mode": ["avg", "max"].index(options["mode"])}
+    torch.library.opcheck(getattr(torch.ops.claa, op).default, args, options)
+
+
+@pytest.mark.parametrize(("op", "number"), CASES)
+def test_compiles_into_one_graph(op, number, device):
+    """fullgraph: a graph break would raise."""
+    function = getattr(claa_ops, op)
+    args, options = SAMPLES[op](2, 30, device)[number]
+    torch._dynamo.reset()
+    graphs = Graphs()
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=graphs)
+    assert_equal(compiled(*args, **options), function(*args, **options))
+    assert graphs.count == 1
+
+
+@pytest.mark.parametrize(("op", "number"), CASES)
+def test_one_graph_serves_every_size(op, number, device):
+    """Batch, context, k and the other integers are all symbolic: nothing is compiled again."""
+    function = getattr(claa_ops, op)
+    torch._dynamo.reset()
+    graphs = Graphs()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=graphs)
+    # Sizes that are equal at first are taken for one size, so the first batch is like no other.
+    for batch, context in ((5, 30), (3, 47), (2, 200), (4, 1001)):
+        args, options = SAMPLES[op](batch, context, device)[number]
+        assert_equal(compiled(*args, **options), function(*args, **options))
+    assert graphs.count == 1
+
+
+@pytest.mark.parametrize(("op", "number"), CASES)
+def test_gradients_pass_through_the_gathers_alone(op, number, device):
+    """Scores are for ranking: their outputs carry no graph, even for inputs that do."""
+    args, options = SAMPLES[op](2, 30, device)[number]
+    if "gather" not in op:
+        args = tuple(
+            x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+            for x in args
+        )
+    trained = any(isinstance(x, Tensor) and x.requires_grad for x in args)
+    outputs = getattr(claa_ops, op)(*args, **options)
+    for output in outputs if isinstance(outputs, tuple) else (outputs,):
+        if "gather" in op:
+            assert output.requires_grad == trained
+        elif output.requires_grad:
+            # Without a formula autograd only warns, and gives no gradient.
+            with pytest.warns(UserWarning, match="autograd kernel was not registered"):
+                output.sum().backward()
+            assert all(x.grad is None for x in args if isinstance(x, Tensor))
+
+
+def test_modes_are_refused_by_number(device):
+    """The ops take a mode as a number; one that is not there is an error, not a guess."""
+    scores = torch.rand(1, 2, 9, device=device)
+    with pytest.raises(RuntimeError, match="pool_heads: mode must .*, got 2"):
+        torch.ops.claa.pool_heads(scores, 1, mode=2)
+    query, key = scoring(1, 9, device)
+    with pytest.raises(RuntimeError, match="score_tokens: mode must .*, got -1"):
+        torch.ops.claa.score_tokens(query, key, mode=-1)
