@@ -4,8 +4,8 @@
 // head are filled up to a multiple of kHeadAlign, so the two halves of a tile of columns belong to
 // one head each. The columns that fill up repeat a query and get shift +infinity: no probability.
 //
-// The probability of a logit z, in units of Math, is exp(z - shift) * factor; factor is 1 where Math
-// is FastExp, its logarithm being part of the shift.
+// The probability of a logit z, in units of Math, is exp(z - shift) * factor; factor is 1 where
+// Math is FastExp, its logarithm being part of the shift.
 
 #pragma once
 
@@ -100,6 +100,15 @@ __device__ inline float load_sink(const WindowAttention& a, int64_t head) {
   }
 }
 
+// Replaces products by logits, of a tile of columns that sees all the keys. Every kernel rounds
+// them, so whether a tile was masked, or what the softmax saw, makes no difference of a bit.
+template <class Math, int kKeyTiles>
+__device__ void scale_logits(const WindowAttention& a, float (&x)[kKeyTiles][2][4]) {
+#pragma unroll
+  for (int i = 0; i < kKeyTiles * 8; ++i)
+    x[i / 8][i / 4 % 2][i % 4] = __fmul_rn(x[i / 8][i / 4 % 2][i % 4], a.scale * Math::kUnit);
+}
+
 // Replaces the products of one tile of columns by logits, -infinity where a query does not see the
 // key. `tile_column` is the first column of the tile, `k` the first key.
 template <class Math, bool kSoftcap, int kKeyTiles>
@@ -113,9 +122,12 @@ __device__ void mask_logits(const WindowAttention& a, const Visibility& visible,
   for (int i = 0; i < kKeyTiles * 8; ++i) {
     float& value = x[i / 8][i / 4 % 2][i % 4];
     const int key = k + i / 4 * 8 + lane % 4 * 2 + i % 2, row = i % 4 / 2;
-    value *= a.scale;
-    if (kSoftcap && a.softcap != 0.f) value = a.softcap * tanhf(value / a.softcap);
-    value = key >= from[row] && key < to[row] ? value * Math::kUnit : -INFINITY;
+    if (kSoftcap && a.softcap != 0.f) {
+      value = a.softcap * tanhf(value * a.scale / a.softcap) * Math::kUnit;
+    } else {
+      value = __fmul_rn(value, a.scale * Math::kUnit);
+    }
+    if (key < from[row] || key >= to[row]) value = -INFINITY;
   }
 }
 
@@ -137,8 +149,8 @@ cudaError_t run_softmax(const WindowAttention& a, bool is_causal, cudaStream_t s
 template <class... Params>
 cudaError_t launch_attention(void (*kernel)(Params...), int64_t blocks, int64_t shared_bytes,
                              cudaStream_t stream, const Params&... params) {
-  const cudaError_t status = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
   if (status != cudaSuccess) return status;
   kernel<<<unsigned(blocks), kAttentionThreads, size_t(shared_bytes), stream>>>(params...);
   return launched();

@@ -8,15 +8,23 @@
 namespace claa::cuda {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-constexpr bool kHasClusters = true;
+using Cluster = cooperative_groups::cluster_group;
 #else
-constexpr bool kHasClusters = false;
+struct Cluster {
+  __device__ static unsigned block_rank() { return 0; }
+  __device__ static unsigned num_blocks() { return 1; }
+  __device__ static void sync() { __syncthreads(); }
+  template <class T>
+  __device__ static T* map_shared_rank(T* mine, unsigned) {
+    return mine;
+  }
+};
 #endif
 
 template <bool kCluster>
 __device__ inline unsigned cluster_rank() {
-  if constexpr (kCluster && kHasClusters) {
-    return cooperative_groups::cluster_group::block_rank();
+  if constexpr (kCluster) {
+    return Cluster::block_rank();
   } else {
     return 0;
   }
@@ -24,8 +32,8 @@ __device__ inline unsigned cluster_rank() {
 
 template <bool kCluster>
 __device__ inline unsigned cluster_size() {
-  if constexpr (kCluster && kHasClusters) {
-    return cooperative_groups::cluster_group::num_blocks();
+  if constexpr (kCluster) {
+    return Cluster::num_blocks();
   } else {
     return 1;
   }
@@ -33,8 +41,8 @@ __device__ inline unsigned cluster_size() {
 
 template <bool kCluster>
 __device__ inline void cluster_sync() {
-  if constexpr (kCluster && kHasClusters) {
-    cooperative_groups::cluster_group::sync();
+  if constexpr (kCluster) {
+    Cluster::sync();
   } else {
     __syncthreads();
   }
@@ -43,8 +51,8 @@ __device__ inline void cluster_sync() {
 // The same variable in the shared memory of another block of the cluster.
 template <bool kCluster, class T>
 __device__ inline const T* shared_of(const T* mine, unsigned rank) {
-  if constexpr (kCluster && kHasClusters) {
-    return cooperative_groups::cluster_group::map_shared_rank(const_cast<T*>(mine), rank);
+  if constexpr (kCluster) {
+    return Cluster::map_shared_rank(const_cast<T*>(mine), rank);
   } else {
     return mine;
   }

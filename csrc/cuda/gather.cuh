@@ -14,8 +14,8 @@ namespace claa::cuda {
 
 struct RowSource {
   const char* first;
-  char* out;          // row i of the strip goes to out + i * row_bytes
-  int64_t stride;     // bytes
+  char* out;       // row i of the strip goes to out + i * row_bytes
+  int64_t stride;  // bytes
   int64_t row_bytes;
 };
 
@@ -55,8 +55,9 @@ __device__ void gather_rows(const RowSource& s, int64_t total, int64_t begin, in
     Word value[kGatherRows];
 #pragma unroll
     for (int i = 0; i < kGatherRows; ++i)
-      value[i] = from[i] < 0 ? Word{}
-                             : __ldg(reinterpret_cast<const Word*>(s.first + from[i] * s.stride) + w);
+      value[i] = from[i] < 0
+                     ? Word{}
+                     : __ldg(reinterpret_cast<const Word*>(s.first + from[i] * s.stride) + w);
 #pragma unroll
     for (int i = 0; i < kGatherRows; ++i)
       if (row + i * step < end)

@@ -11,8 +11,8 @@ namespace {
 // Of each head the blocks [0, key_blocks) copy keys, the others values.
 template <class Word>
 __global__ __launch_bounds__(kGatherThreads) void gather_kv_kernel(const GatherKvParams p,
-                                                                  int64_t key_blocks,
-                                                                  int64_t value_blocks) {
+                                                                   int64_t key_blocks,
+                                                                   int64_t value_blocks) {
   const int64_t head = blockIdx.x / (key_blocks + value_blocks);
   const int64_t block = blockIdx.x % (key_blocks + value_blocks);
   const int64_t b = head / p.kv_heads, g = head % p.kv_heads;

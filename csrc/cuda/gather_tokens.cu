@@ -9,7 +9,7 @@ namespace {
 
 template <class Word>
 __global__ __launch_bounds__(kGatherThreads) void gather_tokens_kernel(const GatherTokensParams p,
-                                                                      int64_t blocks) {
+                                                                       int64_t blocks) {
   const int64_t b = blockIdx.x / blocks;
   const int64_t rows = block_rows(p.row_bytes, sizeof(Word));
   const int64_t begin = blockIdx.x % blocks * rows;

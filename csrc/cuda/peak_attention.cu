@@ -1,9 +1,9 @@
 // peak_attention: the most attention any head pays from each query to each key.
 //
-// The softmax comes first (softmax.cu); then a block owns some keys and some queries of a prompt and
-// goes over all heads: a warp keeps the largest probability of its 16 or 32 keys and all queries of
-// the block in registers, merges `running`, and writes once. Queries go through shared memory, as
-// many heads at a time as fit.
+// The softmax comes first (softmax.cu); then a block owns some keys and some queries of a prompt
+// and goes over all heads: a warp keeps the largest probability of its 16 or 32 keys and all
+// queries of the block in registers, merges `running`, and writes once. Queries go through shared
+// memory, as many heads at a time as fit.
 //
 // Compute bound: 4 * heads * queries * keys * dim operations in two passes over the keys. Writes
 // queries * keys floats once. A maximum does not depend on its order.
@@ -37,15 +37,12 @@ __global__ __launch_bounds__(kAttentionThreads,
   const WindowAttention& a = p.attention;
   const unsigned block = blockIdx.x / unsigned(p.query_blocks);
   const int64_t b = block / unsigned(p.key_blocks);
-  const int first_query =
-      int(blockIdx.x % unsigned(p.query_blocks)) * p.block_tiles * kTileColumns;
+  const int first_query = int(blockIdx.x % unsigned(p.query_blocks)) * p.block_tiles * kTileColumns;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t key =
-      (int64_t(block % unsigned(p.key_blocks)) * kAttentionWarps + warp) * kStep;
+  const int64_t key = (int64_t(block % unsigned(p.key_blocks)) * kAttentionWarps + warp) * kStep;
 
   const int dim = int(a.dim), group = int(a.group());
-  const int n_tiles =
-      min(p.block_tiles, int(ceil_div(a.window - first_query, kTileColumns)));
+  const int n_tiles = min(p.block_tiles, int(ceil_div(a.window - first_query, kTileColumns)));
   const int n_columns = n_tiles * kTileColumns;
   float4* columns = reinterpret_cast<float4*>(shared);  // [batch_heads, n_tiles, 8]: r and r + 8
   void* queries = columns + p.batch_heads * p.block_tiles * 8;
@@ -118,8 +115,8 @@ __global__ __launch_bounds__(kAttentionThreads,
       if (t >= n_tiles || query >= a.window || at >= a.total) continue;
       float value = peak[t][i / 8][i / 4 % 2][i % 4];
       if (p.running)
-        value = max_or_nan(
-            value, p.running[b * p.running_stride_b + query * p.running_stride_t + at]);
+        value =
+            max_or_nan(value, p.running[b * p.running_stride_b + query * p.running_stride_t + at]);
       p.out[(b * a.window + query) * a.total + at] = value;
     }
   }
@@ -136,8 +133,7 @@ cudaError_t emit(EmitParams p, cudaStream_t stream) {
   p.block_tiles = int(ceil_div(tiles, p.query_blocks));
   p.query_blocks = ceil_div(tiles, p.block_tiles);
   p.key_blocks = ceil_div(a.total, kAttentionWarps * kKeyTiles * kTileKeys);
-  p.batch_heads =
-      int(max(int64_t(1), min(a.group(), kQueryBytes / (p.block_tiles * tile_bytes))));
+  p.batch_heads = int(max(int64_t(1), min(a.group(), kQueryBytes / (p.block_tiles * tile_bytes))));
   const int64_t shared_bytes =
       p.batch_heads * p.block_tiles * (tile_bytes + 8 * int64_t(sizeof(float4)));
   return launch_attention(emit_kernel<Product, kKeyTiles, kQueriesAligned>,
@@ -182,15 +178,15 @@ cudaError_t run(const PeakAttentionParams& params, cudaStream_t stream) {
   const cudaError_t status = run_softmax(a, false, stream);
   if (status != cudaSuccess) return status;
   const EmitParams p{.attention = a,
-               .running = params.running,
-               .out = params.out,
-               .running_stride_b = params.running_stride_b,
-               .running_stride_t = params.running_stride_t,
-               .columns = softmax_columns(a),
-               .key_blocks = 0,
-               .query_blocks = 0,
-               .block_tiles = 0,
-               .batch_heads = 0};
+                     .running = params.running,
+                     .out = params.out,
+                     .running_stride_b = params.running_stride_b,
+                     .running_stride_t = params.running_stride_t,
+                     .columns = softmax_columns(a),
+                     .key_blocks = 0,
+                     .query_blocks = 0,
+                     .block_tiles = 0,
+                     .batch_heads = 0};
   return with_product(a.dtype, a.dim, keys_are_aligned(a), [&](auto product) {
     using Product = decltype(product);
     if constexpr (Product::kIsFast) {

@@ -1,8 +1,8 @@
 // Products of 16 keys with 16 query columns by one warp, in the layout of two mma.m16n8k16: lane
 // 4r + c gets the columns r and r + 8 of the keys 2c, 2c + 1, 2c + 8 and 2c + 9:
 //
-//   sum[half][0] column r,     key 8 * half + 2c        sum[half][2] column r + 8, key 8 * half + 2c
-//   sum[half][1] column r,     key 8 * half + 2c + 1    sum[half][3] column r + 8, ... + 1
+//   sum[half][0] column r,     key 8 * half + 2c        sum[half][2] column r + 8, key 8 * half +
+//   2c sum[half][1] column r,     key 8 * half + 2c + 1    sum[half][3] column r + 8, ... + 1
 //
 // Keys go from global memory straight into the registers that the tensor cores read: a product does
 // not care in which order the head dimension is summed, so a lane takes 16 consecutive bytes of its

@@ -55,11 +55,12 @@ __device__ uint32_t block_prefix_sum(uint32_t value, uint32_t* warp_sums) {
 
 // Counts the digit (order >> shift) & mask of the tokens whose higher bits are `prefix`.
 template <class Order>
-__device__ void count_digits(Shared& shared, int64_t n, int shift, uint32_t mask, uint32_t prefix,
+__device__ void count_digits(Shared& shared, int n, int shift, uint32_t mask, uint32_t prefix,
                              int prefix_shift, Order order) {
   for (int bin = threadIdx.x; bin < kBins; bin += kThreads) shared.bins[bin] = 0;
   __syncthreads();
-  for (int64_t i = threadIdx.x; i < round_up(n, kWarp); i += kThreads) {
+#pragma unroll 4
+  for (int i = threadIdx.x; i < (n + kWarp - 1) / kWarp * kWarp; i += kThreads) {
     const uint32_t value = i < n ? order(i) : 0;
     const bool counts = i < n && (prefix_shift == 32 || value >> prefix_shift == prefix);
     const uint32_t digit = value >> shift & mask;
@@ -120,7 +121,8 @@ __global__ __launch_bounds__(kThreads) void select_kernel(const SelectTopkParams
   const int64_t n_scored = min(candidates, p.k - n_window - n_sinks);
   const int64_t n_padding = p.k - n_window - n_sinks - n_scored;
 
-  const int64_t thread = int64_t(rank) * kThreads + threadIdx.x, threads = int64_t(blocks) * kThreads;
+  const int64_t thread = int64_t(rank) * kThreads + threadIdx.x,
+                threads = int64_t(blocks) * kThreads;
   for (int64_t i = thread; i < n_padding; i += threads) out[i] = Index(i);
   out += n_padding;
   for (int64_t i = thread; i < n_sinks; i += threads) out[i] = Index(first_valid + i);
@@ -136,13 +138,13 @@ __global__ __launch_bounds__(kThreads) void select_kernel(const SelectTopkParams
   // This block's tokens, and of these each warp's: contiguous.
   const int64_t per_warp = round_up(ceil_div(candidates, int64_t(blocks) * kWarps), kWarp);
   const int64_t begin = min(int64_t(rank) * kWarps * per_warp, candidates);
-  const int64_t n = min(kWarps * per_warp, candidates - begin);
+  const int n = int(min(kWarps * per_warp, candidates - begin));
   scores += first + begin;
   if constexpr (kResident) {
 #pragma unroll 8
-    for (int64_t i = threadIdx.x; i < n; i += kThreads) resident[i] = order_of(scores[i]);
+    for (int i = threadIdx.x; i < n; i += kThreads) resident[i] = order_of(scores[i]);
   }
-  const auto order = [&](int64_t i) {
+  const auto order = [&](int i) {
     if constexpr (kResident) return resident[i];
     return order_of(scores[i]);
   };
@@ -157,10 +159,11 @@ __global__ __launch_bounds__(kThreads) void select_kernel(const SelectTopkParams
   const uint32_t ties = wanted;  // of the scores equal to the threshold, the first so many
 
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t warp_begin = min(int64_t(warp) * per_warp, n);
-  const int64_t warp_end = min(warp_begin + per_warp, n);
+  const int warp_begin = int(min(warp * per_warp, int64_t(n)));
+  const int warp_end = int(min(warp_begin + per_warp, int64_t(n)));
   uint32_t above = 0, equal = 0;
-  for (int64_t i = warp_begin + lane; i < warp_end; i += kWarp) {
+#pragma unroll 4
+  for (int i = warp_begin + lane; i < warp_end; i += kWarp) {
     const uint32_t value = order(i);
     above += value > threshold;
     equal += value == threshold;
@@ -189,13 +192,14 @@ __global__ __launch_bounds__(kThreads) void select_kernel(const SelectTopkParams
     cluster_sync<kCluster>();  // a block's shared memory lives until all have read it
   }
   const unsigned lanes_before = (1u << lane) - 1;
-  for (int64_t i = warp_begin; i < warp_end; i += kWarp) {
+  for (int i = warp_begin; i < warp_end; i += kWarp) {
     const bool exists = i + lane < warp_end;
     const uint32_t value = exists ? order(i + lane) : 0;
     const unsigned above_mask = __ballot_sync(kFullMask, exists && value > threshold);
     const unsigned equal_mask = __ballot_sync(kFullMask, exists && value == threshold);
     const uint32_t ties_before = equal + __popc(equal_mask & lanes_before);
-    const bool is_kept = (above_mask >> lane & 1) || ((equal_mask >> lane & 1) && ties_before < ties);
+    const bool is_kept =
+        (above_mask >> lane & 1) || ((equal_mask >> lane & 1) && ties_before < ties);
     if (is_kept) {
       const uint32_t at = above + __popc(above_mask & lanes_before) + min(ties_before, ties);
       out[at] = Index(first + begin + i + lane);
@@ -234,7 +238,8 @@ cudaError_t choose(const SelectTopkParams& p, cudaStream_t stream) {
   while (has_clusters && blocks < kMaxCluster && blocks * kTokensPerBlock < p.context) blocks *= 2;
   const int64_t per_block = kWarps * round_up(ceil_div(p.context, int64_t(blocks) * kWarps), kWarp);
   const int64_t shared_bytes = per_block * int64_t(sizeof(uint32_t));
-  const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - int64_t(sizeof(Shared));
+  const int64_t room =
+      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - int64_t(sizeof(Shared));
   const bool is_resident = shared_bytes <= room;
   if (blocks > 1)
     return is_resident ? launch<Index, true, true>(p, blocks, shared_bytes, stream)

@@ -51,7 +51,7 @@ struct Plan {
 struct MeasureParams {
   WindowAttention attention;
   Measure* measures;  // [batch * kv_heads, chunks, columns]
-  int chunk;  // keys
+  int chunk;          // keys
   int chunks, chunk_blocks;
   int warp_tiles;    // tiles of columns of a warp
   int column_warps;  // warps of a block that share a chunk, a power of 2
@@ -96,17 +96,17 @@ __global__ __launch_bounds__(kAttentionThreads,
   if (k < end && n_tiles > 0) load(current, k);
 
   Product::template load_queries<kPlain>(
-      queries, min(p.column_warps * p.warp_tiles, tiles - first_tile),
-                        query_rows<T>(a, b, g), [&](int column) {
-                          return Column(a, first_tile * kTileColumns + column).query_offset(a);
-                        });
+      queries, min(p.column_warps * p.warp_tiles, tiles - first_tile), query_rows<T>(a, b, g),
+      [&](int column) { return Column(a, first_tile * kTileColumns + column).query_offset(a); });
   __syncthreads();
   if (chunk >= p.chunks || n_tiles <= 0) return;
 
-  const float factor = a.scale * Math::kUnit;
-  Measure measure[kColumnTiles][2];  // of columns lane / 4 and lane / 4 + 8
+  float largest[kColumnTiles][2], total[kColumnTiles][2];  // of columns lane / 4 and lane / 4 + 8
 #pragma unroll
-  for (int t = 0; t < kColumnTiles; ++t) measure[t][0] = measure[t][1] = {kLowest, 0.f};
+  for (int t = 0; t < kColumnTiles * 2; ++t) {
+    largest[t / 2][t % 2] = kLowest;
+    total[t / 2][t % 2] = 0.f;
+  }
 
   for (; k < end; k += kStep) {
     Product next[kKeyTiles];
@@ -118,22 +118,22 @@ __global__ __launch_bounds__(kAttentionThreads,
       float z[kKeyTiles][2][4];
       Product::multiply(current, queries, warp_tile - first_tile + t, int(a.dim), z);
       if (all_see) {
-#pragma unroll
-        for (int i = 0; i < kKeyTiles * 8; ++i)
-          z[i / 8][i / 4 % 2][i % 4] = __fmul_rn(z[i / 8][i / 4 % 2][i % 4], factor);
+        scale_logits<Math>(a, z);
       } else {
         mask_logits<Math, !kPlain>(a, visible, (warp_tile + t) * kTileColumns, k, z);
       }
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        Measure& m = measure[t][row];
-        float top = m.largest, sum = 0.f;
+        const float before = largest[t][row];
+        float top = before, sum = 0.f;
 #pragma unroll
-        for (int i = 0; i < kKeyTiles * 4; ++i) top = fmaxf(top, z[i / 4][i / 2 % 2][row * 2 + i % 2]);
+        for (int i = 0; i < kKeyTiles * 4; ++i)
+          top = fmaxf(top, z[i / 4][i / 2 % 2][row * 2 + i % 2]);
 #pragma unroll
         for (int i = 0; i < kKeyTiles * 4; ++i)
           sum += Math::exp(z[i / 4][i / 2 % 2][row * 2 + i % 2] - top);
-        m = {top, m.sum * Math::exp(m.largest - top) + sum};
+        total[t][row] = total[t][row] * Math::exp(before - top) + sum;
+        largest[t][row] = top;
       }
     }
     if constexpr (kPrefetch) {
@@ -149,17 +149,18 @@ __global__ __launch_bounds__(kAttentionThreads,
     if (t >= n_tiles) continue;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      measure[t][row].template join_lanes<Math>(1);
-      measure[t][row].template join_lanes<Math>(2);
-      if (lane % 4 == row) out[t * kTileColumns + row * 8 + lane / 4] = measure[t][row];
+      Measure measure{largest[t][row], total[t][row]};
+      measure.join_lanes<Math>(1);
+      measure.join_lanes<Math>(2);
+      if (lane % 4 == row) out[t * kTileColumns + row * 8 + lane / 4] = measure;
     }
   }
 }
 
 template <class Math>
 __global__ __launch_bounds__(kAttentionThreads) void join_kernel(const WindowAttention a,
-                                                                const Measure* measures,
-                                                                int64_t chunks, float2* out) {
+                                                                 const Measure* measures,
+                                                                 int64_t chunks, float2* out) {
   __shared__ Measure of_warp[kAttentionWarps][kJoinColumns];
   constexpr int kSegments = kAttentionThreads / kJoinColumns;
   const int columns = group_columns(a), blocks = columns / kJoinColumns;

@@ -3,8 +3,8 @@
 //
 // A block owns a range of context keys of one (prompt, key head) and multiplies them, with a halo
 // of half a pooling kernel on each side, by all columns: a warp takes 16 or 32 keys at a time and
-// keeps their sums over a head's queries in registers. Shared memory holds the queries, in blocks of
-// columns where they are many, and the sums of the range, from which it pools.
+// keeps their sums over a head's queries in registers. Shared memory holds the queries, in blocks
+// of columns where they are many, and the sums of the range, from which it pools.
 //
 // Reads every key once, writes every score once; without `lse` the softmax (softmax.cu) reads every
 // key before. Ranges go from the last to the first, as the softmax has left the last keys in the L2
@@ -77,7 +77,6 @@ __global__ __launch_bounds__(kAttentionThreads,
 
   const Visibility visible(a, b, low, true);  // here on keys count from low
   const Rows<T> keys = key_rows<T>(a, b, g, low);
-  const float factor = a.scale * Math::kUnit;
 
   // Whole steps of keys that no query sees.
   const int unseen = kPlain ? 0 : min(max(visible.first(), 0), n_keys) / kStep * kStep;
@@ -96,9 +95,9 @@ __global__ __launch_bounds__(kAttentionThreads,
     Product current[kKeyTiles];
     if (first < n_keys) load(current, first);
     if (first_tile) __syncthreads();  // the queries before are still being read
-    Product::template load_queries<kPlain>(queries, n_tiles, query_rows<T>(a, b, g), [&](int column) {
-                            return Column(a, first_tile * kTileColumns + column).query_offset(a);
-                          });
+    Product::template load_queries<kPlain>(
+        queries, n_tiles, query_rows<T>(a, b, g),
+        [&](int column) { return Column(a, first_tile * kTileColumns + column).query_offset(a); });
     for (int i = threadIdx.x; i < n_tiles * 8; i += kAttentionThreads) {
       const int column = (first_tile + i / 8) * kTileColumns + i % 8;
       const float2 low = column_of<Math>(p, b, g, column);
@@ -115,30 +114,27 @@ __global__ __launch_bounds__(kAttentionThreads,
           kPlain || (a.softcap == 0.f && visible.all_see(k, min(k + kStep, n_keys)));
 
       // The probabilities of tile t, in the layout of the product.
-      const auto probabilities = [&](int t, float(&x)[kKeyTiles][2][4]) {
+      const auto probabilities = [&](int t, float (&x)[kKeyTiles][2][4]) {
         Product::multiply(current, queries, t, dim, x);
-        if (!kPlain && !all_see)
+        if (kPlain || all_see) {
+          scale_logits<Math>(a, x);
+        } else {
           mask_logits<Math, true>(a, visible, (first_tile + t) * kTileColumns, k, x);
-        const float scale = all_see ? factor : 1.f;
+        }
         const float2 shift = shifts[t * 8 + lane / 4];
-        const float2 last = kIsExact ? factors[t * 8 + lane / 4] : float2{1.f, 1.f};
+        const float2 factor = kIsExact ? factors[t * 8 + lane / 4] : float2{1.f, 1.f};
 #pragma unroll
         for (int i = 0; i < kKeyTiles * 8; ++i) {
           float& value = x[i / 8][i / 4 % 2][i % 4];
           const bool is_high = i % 4 / 2;
-          // The softmax has rounded the logit: so must this, or the largest would not have exp(0).
-          if constexpr (kIsExact) {
-            value = Math::exp(__fmul_rn(value, scale) - (is_high ? shift.y : shift.x)) *
-                    (is_high ? last.y : last.x);
-          } else {
-            value = Math::exp(value * scale - (is_high ? shift.y : shift.x));
-          }
+          value = Math::exp(value - (is_high ? shift.y : shift.x));
+          if constexpr (kIsExact) value *= is_high ? factor.y : factor.x;
         }
       };
       // Sums over the lanes that share keys, into shared memory. sum[i][j] is of key
-      // 2 * (lane % 4) + j % 2 + j / 2 * 8 of key tile i. At each step a lane hands over half of its
-      // keys and keeps the other half.
-      const auto store = [&](int slot, const float(&sum)[kKeyTiles][4], bool is_begun) {
+      // 2 * (lane % 4) + j % 2 + j / 2 * 8 of key tile i. At each step a lane hands over half of
+      // its keys and keeps the other half.
+      const auto store = [&](int slot, const float (&sum)[kKeyTiles][4], bool is_begun) {
 #pragma unroll
         for (int i = 0; i < kKeyTiles; ++i) {
           const bool upper = lane & 16, odd = lane & 8;
@@ -149,7 +145,8 @@ __global__ __launch_bounds__(kAttentionThreads,
           mine += __shfl_xor_sync(kFullMask, odd ? even_sum : odd_sum, 8);
           mine += __shfl_xor_sync(kFullMask, mine, 4);
           if (lane & 4) continue;
-          float* to = sums + slot * p.sums_stride + k + i * kTileKeys + upper * 8 + lane % 4 * 2 + odd;
+          float* to =
+              sums + slot * p.sums_stride + k + i * kTileKeys + upper * 8 + lane % 4 * 2 + odd;
           *to = is_begun ? *to + mine : mine;
         }
       };
@@ -217,7 +214,8 @@ cudaError_t emit(EmitParams p, cudaStream_t stream) {
   const WindowAttention& a = s.attention;
   const int64_t context = a.context(), heads = a.batch * a.kv_heads;
   const int64_t tile_bytes = Product::tile_bytes(a.dim);
-  p.block_tiles = int(max(int64_t(1), min(int64_t(group_columns(a) / kTileColumns), kQueryBytes / tile_bytes)));
+  p.block_tiles =
+      int(max(int64_t(1), min(int64_t(group_columns(a) / kTileColumns), kQueryBytes / tile_bytes)));
 
   // As many ranges as make whole waves of blocks; ranges no longer than their sums may be, and
   // longer than the halo, which is multiplied twice.
@@ -228,8 +226,8 @@ cudaError_t emit(EmitParams p, cudaStream_t stream) {
   int64_t ranges = max(int64_t(1), wave / heads);
   if (ceil_div(context, ranges) > longest)
     ranges = max(int64_t(1), ceil_div(ceil_div(context, longest) * heads, wave) * wave / heads);
-  p.range = int(
-      min(longest, max(ceil_div(context, ranges), max(int64_t(kTileKeys), 2 * s.halo()))));
+  p.range =
+      int(min(longest, max(ceil_div(context, ranges), max(int64_t(kTileKeys), 2 * s.halo()))));
   p.ranges = int(ceil_div(context, p.range));
   p.sums_stride = int(round_up(p.range + 2 * s.halo(), kKeyTiles * kTileKeys));
 
@@ -237,8 +235,8 @@ cudaError_t emit(EmitParams p, cudaStream_t stream) {
   const int64_t shared_bytes =
       p.block_tiles * (tile_bytes + column_floats * kTileColumns * int64_t(sizeof(float))) +
       s.slots() * p.sums_stride * int64_t(sizeof(float));
-  return launch_attention(emit_kernel<Product, kKeyTiles, kPlain>, heads * p.ranges,
-                          shared_bytes, stream, p);
+  return launch_attention(emit_kernel<Product, kKeyTiles, kPlain>, heads * p.ranges, shared_bytes,
+                          stream, p);
 }
 
 }  // namespace

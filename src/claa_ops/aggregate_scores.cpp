@@ -25,16 +25,16 @@ Tensor aggregate_scores(const Tensor& running, const Tensor& scores) {
   const Tensor out = torch::stable::new_empty(running, {batch, context});
   if (out.numel() == 0) return out;
   launch(running, AggregateScoresParams{
-      .running = running.const_data_ptr<float>(),
-      .scores = scores.const_data_ptr<float>(),
-      .out = out.mutable_data_ptr<float>(),
-      .batch = batch,
-      .kv_heads = has_heads ? scores.size(1) : 1,
-      .context = context,
-      .running_stride_b = running.stride(0),
-      .scores_stride_b = scores.stride(0),
-      .scores_stride_g = has_heads ? scores.stride(1) : 0,
-  });
+                      .running = running.const_data_ptr<float>(),
+                      .scores = scores.const_data_ptr<float>(),
+                      .out = out.mutable_data_ptr<float>(),
+                      .batch = batch,
+                      .kv_heads = has_heads ? scores.size(1) : 1,
+                      .context = context,
+                      .running_stride_b = running.stride(0),
+                      .scores_stride_b = scores.stride(0),
+                      .scores_stride_g = has_heads ? scores.stride(1) : 0,
+                  });
   return out;
 }
 

@@ -33,26 +33,26 @@ std::tuple<Tensor, Tensor> gather_kv(const Tensor& key, const Tensor& value, con
   const Tensor value_out = torch::stable::new_empty(value, {batch, kv_heads, kept, value.size(3)});
   if (key_out.numel() == 0 && value_out.numel() == 0) return {key_out, value_out};
   launch(key, GatherKvParams{
-      .key = static_cast<const char*>(key.const_data_ptr()),
-      .value = static_cast<const char*>(value.const_data_ptr()),
-      .index = positions,
-      .key_out = static_cast<char*>(key_out.mutable_data_ptr()),
-      .value_out = static_cast<char*>(value_out.mutable_data_ptr()),
-      .batch = batch,
-      .kv_heads = kv_heads,
-      .total = total,
-      .kept = kept,
-      .key_row_bytes = key.size(3) * key_bytes,
-      .value_row_bytes = value.size(3) * value_bytes,
-      .key_stride_b = key.stride(0) * key_bytes,
-      .key_stride_g = key.stride(1) * key_bytes,
-      .key_stride_n = key.stride(2) * key_bytes,
-      .value_stride_b = value.stride(0) * value_bytes,
-      .value_stride_g = value.stride(1) * value_bytes,
-      .value_stride_n = value.stride(2) * value_bytes,
-      .index_stride_b = index.stride(0),
-      .index_stride_g = has_heads ? index.stride(1) : 0,
-  });
+                  .key = static_cast<const char*>(key.const_data_ptr()),
+                  .value = static_cast<const char*>(value.const_data_ptr()),
+                  .index = positions,
+                  .key_out = static_cast<char*>(key_out.mutable_data_ptr()),
+                  .value_out = static_cast<char*>(value_out.mutable_data_ptr()),
+                  .batch = batch,
+                  .kv_heads = kv_heads,
+                  .total = total,
+                  .kept = kept,
+                  .key_row_bytes = key.size(3) * key_bytes,
+                  .value_row_bytes = value.size(3) * value_bytes,
+                  .key_stride_b = key.stride(0) * key_bytes,
+                  .key_stride_g = key.stride(1) * key_bytes,
+                  .key_stride_n = key.stride(2) * key_bytes,
+                  .value_stride_b = value.stride(0) * value_bytes,
+                  .value_stride_g = value.stride(1) * value_bytes,
+                  .value_stride_n = value.stride(2) * value_bytes,
+                  .index_stride_b = index.stride(0),
+                  .index_stride_g = has_heads ? index.stride(1) : 0,
+              });
   return {key_out, value_out};
 }
 

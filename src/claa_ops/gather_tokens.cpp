@@ -21,17 +21,17 @@ Tensor gather_tokens(const Tensor& x, const Tensor& index) {
   const Tensor out = torch::stable::new_empty(x, {batch, kept, x.size(2)});
   if (out.numel() == 0) return out;
   launch(x, GatherTokensParams{
-      .x = static_cast<const char*>(x.const_data_ptr()),
-      .index = positions,
-      .out = static_cast<char*>(out.mutable_data_ptr()),
-      .batch = batch,
-      .total = total,
-      .kept = kept,
-      .row_bytes = x.size(2) * item_bytes,
-      .x_stride_b = x.size(0) == 1 ? 0 : x.stride(0) * item_bytes,
-      .x_stride_n = x.stride(1) * item_bytes,
-      .index_stride_b = index.stride(0),
-  });
+                .x = static_cast<const char*>(x.const_data_ptr()),
+                .index = positions,
+                .out = static_cast<char*>(out.mutable_data_ptr()),
+                .batch = batch,
+                .total = total,
+                .kept = kept,
+                .row_bytes = x.size(2) * item_bytes,
+                .x_stride_b = x.size(0) == 1 ? 0 : x.stride(0) * item_bytes,
+                .x_stride_n = x.stride(1) * item_bytes,
+                .index_stride_b = index.stride(0),
+            });
   return out;
 }
 

@@ -20,17 +20,17 @@ Tensor pool_heads(const Tensor& scores, int64_t num_kv_heads, int64_t kernel_siz
   if (out.numel() == 0) return out;
   if (scores.numel() == 0) return torch::stable::zero_(const_cast<Tensor&>(out));
   launch(scores, PoolHeadsParams{
-      .scores = scores.const_data_ptr<float>(),
-      .out = out.mutable_data_ptr<float>(),
-      .batch = batch,
-      .heads = scores.size(1),
-      .kv_heads = num_kv_heads,
-      .context = context,
-      .scores_stride_b = scores.stride(0),
-      .scores_stride_h = scores.stride(1),
-      .kernel_size = kernel_size,
-      .mode = pool_mode,
-  });
+                     .scores = scores.const_data_ptr<float>(),
+                     .out = out.mutable_data_ptr<float>(),
+                     .batch = batch,
+                     .heads = scores.size(1),
+                     .kv_heads = num_kv_heads,
+                     .context = context,
+                     .scores_stride_b = scores.stride(0),
+                     .scores_stride_h = scores.stride(1),
+                     .kernel_size = kernel_size,
+                     .mode = pool_mode,
+                 });
   return out;
 }
 
