@@ -42,17 +42,16 @@ void convert_row(const char* from, int64_t dim, float* to) {
 
 // The scratch of one worker, in floats.
 struct AttentionSlot {
-  float* panel;   // [blocks of rows][dim][rows of the block]: the queries as the product reads them
-  float* keys;    // [kBlockKeys, dim]: keys as floats, where they are not floats in memory
-  float* tile;    // [tile_keys, row_stride]
-  float* sums;    // [inner, tile_keys]
-  float* row;     // [row_stride] + one vector that reads past the end
-  float* shift;   // [row_stride]
-  float* factor;  // [row_stride]
+  float* panel;  // [blocks of rows][dim][rows of the block]: the queries as the product reads them
+  float* keys;   // [kBlockKeys, dim]: keys as floats, where they are not floats in memory
+  float* tile;   // [tile_keys, row_stride]
+  float* sums;   // [inner, tile_keys]
+  // [row_stride] each, and room behind the end for a vector that begins in the last row
+  float *row, *shift, *factor;
 
   static int64_t floats(int64_t row_stride, int64_t inner, int64_t dim, int64_t tile_keys) {
     return round_up(row_stride * dim + kBlockKeys * dim + tile_keys * row_stride +
-                        inner * tile_keys + row_stride + kRowAlign + 2 * row_stride,
+                        inner * tile_keys + 3 * (row_stride + kRowAlign),
                     kRowAlign);
   }
 
@@ -63,7 +62,7 @@ struct AttentionSlot {
         sums(tile + tile_keys * row_stride),
         row(sums + inner * tile_keys),
         shift(row + row_stride + kRowAlign),
-        factor(shift + row_stride) {}
+        factor(shift + row_stride + kRowAlign) {}
 };
 
 // How one step of a product reads its two operands, 4 bytes of each: one float, or two bfloat16
