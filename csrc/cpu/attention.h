@@ -14,6 +14,7 @@ namespace claa::cpu::CLAA_ISA {
 
 constexpr int64_t kTileKeys = 512;  // keys of one tile, without the halo of the pooling
 constexpr int64_t kStepBlock = 64;  // steps of a product that are summed before they join the rest
+constexpr int64_t kLineSteps = 16;  // steps that one cache line of a key holds
 constexpr int64_t kRowAlign = 8;    // rows of a tile are padded alike in every build
 constexpr int64_t kBlockKeys = kLanes == 16 ? 12 : 6;  // keys times 2 vectors of rows fit registers
 
@@ -41,17 +42,16 @@ void convert_row(const char* from, int64_t dim, float* to) {
 
 // The scratch of one worker, in floats.
 struct AttentionSlot {
-  float* panel;   // [blocks of rows][dim][rows of the block]: the queries as the product reads them
-  float* keys;    // [kBlockKeys, dim]: keys as floats, where they are not floats in memory
-  float* tile;    // [tile_keys, row_stride]
-  float* sums;    // [inner, tile_keys]
-  float* row;     // [row_stride] + one vector that reads past the end
-  float* shift;   // [row_stride]
-  float* factor;  // [row_stride]
+  float* panel;  // [blocks of rows][dim][rows of the block]: the queries as the product reads them
+  float* keys;   // [kBlockKeys, dim]: keys as floats, where they are not floats in memory
+  float* tile;   // [tile_keys, row_stride]
+  float* sums;   // [inner, tile_keys]
+  // [row_stride] each, and room behind the end for a vector that begins in the last row
+  float *row, *shift, *factor;
 
   static int64_t floats(int64_t row_stride, int64_t inner, int64_t dim, int64_t tile_keys) {
     return round_up(row_stride * dim + kBlockKeys * dim + tile_keys * row_stride +
-                        inner * tile_keys + row_stride + kRowAlign + 2 * row_stride,
+                        inner * tile_keys + 3 * (row_stride + kRowAlign),
                     kRowAlign);
   }
 
@@ -62,7 +62,7 @@ struct AttentionSlot {
         sums(tile + tile_keys * row_stride),
         row(sums + inner * tile_keys),
         shift(row + row_stride + kRowAlign),
-        factor(shift + row_stride) {}
+        factor(shift + row_stride + kRowAlign) {}
 };
 
 // How one step of a product reads its two operands, 4 bytes of each: one float, or two bfloat16
@@ -143,15 +143,20 @@ void pack_queries(const QueryRows& q, float* panel) {
 
 // out[j, row] = scale * panel[row] . keys[j] for j < n_keys and the rows of one block: `n_vectors`
 // vectors, and half a vector more if has_half. Long products go in parts of kStepBlock steps.
+// Meanwhile the keys `ahead` bytes on are fetched, a line of each at a time: the order in which the
+// product meets them is not one that the processor would guess.
 template <class Step, int n_keys, int n_vectors, bool has_half>
 inline void multiply_block(const float* panel, int64_t steps, const char* keys, int64_t key_bytes,
-                           float scale, float* out, int64_t out_stride) {
+                           int64_t ahead, float scale, float* out, int64_t out_stride) {
   constexpr int64_t width = n_vectors * kLanes + (has_half ? kRowLanes : 0);
   for (int64_t first = 0; first < steps; first += kStepBlock) {
     const int64_t end = min(first + kStepBlock, steps);
     Vec sum[n_keys][n_vectors ? n_vectors : 1] = {};
     RowVec half_sum[n_keys] = {};
     for (int64_t d = first; d < end; ++d) {
+      if (ahead && d % kLineSteps == 0) {
+        for (int j = 0; j < n_keys; ++j) __builtin_prefetch(keys + ahead + j * key_bytes + d * 4);
+      }
       Vec q[n_vectors ? n_vectors : 1];
       RowVec half_q = {};
 #pragma GCC unroll 2
@@ -181,12 +186,13 @@ inline void multiply_block(const float* panel, int64_t steps, const char* keys, 
 
 template <class Step, int n_keys>
 inline void multiply_rows(const float* panel, int64_t rows, int64_t steps, const char* keys,
-                          int64_t key_bytes, float scale, float* out, int64_t out_stride) {
+                          int64_t key_bytes, int64_t ahead, float scale, float* out,
+                          int64_t out_stride) {
   for (int64_t row = 0; row < rows; row += 2 * kLanes) {
     const int64_t width = block_rows(rows - row);
     const auto multiply = [&](auto n_vectors, auto has_half) {
-      multiply_block<Step, n_keys, n_vectors(), has_half()>(panel, steps, keys, key_bytes, scale,
-                                                            out + row, out_stride);
+      multiply_block<Step, n_keys, n_vectors(), has_half()>(
+          panel, steps, keys, key_bytes, row == 0 ? ahead : 0, scale, out + row, out_stride);
     };
     if (width == 2 * kLanes) {
       multiply(Constant<2>{}, Constant<false>{});
@@ -219,18 +225,15 @@ void multiply_tile(const QueryRows& q, const Keys& keys, int64_t begin, int64_t 
         block = reinterpret_cast<const char*>(slot.keys);
         key_bytes = q.dim * 4;
       }
-      // The rows of the next block, which lie as far apart as the caller's strides say.
-      for (int64_t i = kBlockKeys; i < min(2 * kBlockKeys, end - j); ++i) {
-        const char* row = keys.first + (j + i) * keys.stride * T::kBytes;
-        for (int64_t byte = 0; byte < q.dim * T::kBytes; byte += 64) __builtin_prefetch(row + byte);
-      }
       float* out = tile + (j - begin) * row_stride;
       if (n_keys == kBlockKeys) {
-        multiply_rows<Step, kBlockKeys>(slot.panel, q.rows(), steps, block, key_bytes, scale, out,
-                                        row_stride);
+        const bool reads_keys = block != reinterpret_cast<const char*>(slot.keys);
+        const int64_t ahead = reads_keys && j + 2 * kBlockKeys <= end ? kBlockKeys * key_bytes : 0;
+        multiply_rows<Step, kBlockKeys>(slot.panel, q.rows(), steps, block, key_bytes, ahead, scale,
+                                        out, row_stride);
       } else {
         for (int64_t i = 0; i < n_keys; ++i)
-          multiply_rows<Step, 1>(slot.panel, q.rows(), steps, block + i * key_bytes, key_bytes,
+          multiply_rows<Step, 1>(slot.panel, q.rows(), steps, block + i * key_bytes, key_bytes, 0,
                                  scale, out + i * row_stride, row_stride);
       }
     }

@@ -6,8 +6,9 @@
 //   emit     join the measures of all tiles of a row, then for each tile: probabilities, summed
 //            over the window's queries
 // The first kRetainBytes of exponentials stay in memory between measure and emit, which then need
-// only scale them; a round takes as many key heads as fit. The rest is multiplied twice, so memory
-// is bounded whatever the number of keys.
+// only scale them; the rest is multiplied twice, so memory is bounded whatever the number of keys.
+// A round takes the key heads whose exponentials stay in the cache, or as many as keep all workers
+// busy.
 //
 // Tiles are counted from the last key. So the tiles, and with them every sum, are the same whether
 // a prompt stands alone or padded on the left.
@@ -19,6 +20,7 @@
 namespace claa::cpu::CLAA_ISA {
 
 constexpr int64_t kRetainBytes = 16 << 20;
+constexpr int64_t kRoundBytes = 512 << 10;
 
 struct WindowPlan {
   const WindowAttention& a;
@@ -35,7 +37,11 @@ struct WindowPlan {
     heads = a.batch * a.kv_heads;
     retained = min(tiles, kRetainBytes / 4 / max(tile_floats, int64_t(1)));
     heads_per_round = heads;
-    if (!a.lse) heads_per_round = retained < tiles ? 1 : kRetainBytes / 4 / (tiles * tile_floats);
+    if (!a.lse) {
+      const int64_t head_bytes = 4 * tiles * tile_floats;
+      const int64_t busy = ceil_div(4 * a.workers, tiles);  // heads that give every worker tiles
+      heads_per_round = max(kRoundBytes / head_bytes, min(busy, kRetainBytes / head_bytes));
+    }
     heads_per_round = max(int64_t(1), min(heads, heads_per_round));
     rounds = ceil_div(heads, heads_per_round);
     slot_floats = AttentionSlot::floats(row_stride, a.group(), a.dim, tile_keys);
@@ -167,35 +173,23 @@ inline void shifts_from_lse(const WindowPlan& plan, const WindowHead& head,
   for (int64_t r = plan.rows; r < plan.row_stride; ++r) slot.shift[r] = slot.factor[r] = 0.f;
 }
 
-// slot.sums[h, j - low] = sum over the window's queries of their probability of key j.
-// `probability(z)` at row r replaces what the tile holds, a strip of keys at a time: the sums then
-// read what was stored long enough ago not to wait for it.
-template <class Probability>
-void sum_queries(const WindowPlan& plan, const AttentionSlot& slot, int64_t n_keys, float* tile,
-                 Probability probability) {
-  constexpr int64_t kStripKeys = 16;
+// slot.sums[h, j] = sum over the window's queries of exponentials[j] * weight, for n_keys keys.
+inline void sum_queries(const WindowPlan& plan, const AttentionSlot& slot,
+                        const float* exponentials, const float* weight, int64_t n_keys) {
   const int64_t group = plan.a.group(), window = plan.a.window;
-  for (int64_t strip = 0; strip < n_keys; strip += kStripKeys) {
-    const int64_t strip_end = min(strip + kStripKeys, n_keys);
-    for_each_vector(plan.rows, [&](auto lanes, int64_t r) {
-      for (int64_t j = strip; j < strip_end; ++j) {
-        float* at = tile + j * plan.row_stride + r;
-        store(at, probability(load<decltype(lanes)>(at), r));
+  for (int64_t j = 0; j < n_keys; ++j) {
+    const float* row = exponentials + j * plan.row_stride;
+    for (int64_t h = 0; h < group; h += 4) {
+      Vec4 sum = {};  // lanes beyond the group hold sums of other rows and are dropped
+      for (int64_t first = h; first < window * group; first += kSumBlock * group) {
+        const int64_t end = min(first + kSumBlock * group, window * group);
+        Vec4 part = {};
+        for (int64_t r = first; r < end; r += group)
+          part += load<Vec4>(row + r) * load<Vec4>(weight + r);
+        sum += part;
       }
-    });
-    for (int64_t j = strip; j < strip_end; ++j) {
-      const float* rows = tile + j * plan.row_stride;
-      for (int64_t h = 0; h < group; h += 4) {
-        Vec4 sum = {};  // lanes beyond the group hold sums of other rows and are dropped
-        for (int64_t first = 0; first < window; first += kSumBlock) {
-          Vec4 part = {};
-          for (int64_t w = first; w < min(first + kSumBlock, window); ++w)
-            part += load<Vec4>(rows + w * group + h);
-          sum += part;
-        }
-        for (int64_t i = h; i < min(h + 4, group); ++i)
-          slot.sums[i * plan.tile_keys + j] = sum[i - h];
-      }
+      for (int64_t i = h; i < min(h + 4, group); ++i)
+        slot.sums[i * plan.tile_keys + j] = sum[i - h];
     }
   }
 }
@@ -239,14 +233,17 @@ void sum_probabilities(const WindowPlan& plan, const WindowHead& head, int64_t h
       const V scale = exp(load<V>(largest + r) - load<V>(slot.shift + r));
       store(slot.row + r, scale * load<V>(slot.factor + r));
     });
-    sum_queries(plan, slot, n_keys, kept,
-                [&](auto e, int64_t r) { return e * load<decltype(e)>(slot.row + r); });
+    sum_queries(plan, slot, kept, slot.row, n_keys);
   } else {
     compute_tile<T>(plan, head, range, slot, slot.tile);
-    sum_queries(plan, slot, n_keys, slot.tile, [&](auto z, int64_t r) {
-      using V = decltype(z);
-      return exp(z - load<V>(slot.shift + r)) * load<V>(slot.factor + r);
+    for_each_vector(plan.rows, [&](auto lanes, int64_t r) {
+      using V = decltype(lanes);
+      for (int64_t j = 0; j < n_keys; ++j) {
+        float* at = slot.tile + j * plan.row_stride + r;
+        store(at, exp(load<V>(at) - load<V>(slot.shift + r)));
+      }
     });
+    sum_queries(plan, slot, slot.tile, slot.factor, n_keys);
   }
 }
 

@@ -1,6 +1,8 @@
 import torch
 from torch import Tensor
 
+_op = torch.ops.claa.aggregate_scores.default
+
 
 def aggregate_scores(running: Tensor, scores: Tensor) -> Tensor:
     """Running maximum of token scores over layers, and over heads where they are still apart.
@@ -29,7 +31,7 @@ def aggregate_scores(running: Tensor, scores: Tensor) -> Tensor:
         >>> aggregate_scores(torch.tensor([[3.0, 0.0]]), scores)
         tensor([[4., 5.]])
     """
-    return torch.ops.claa.aggregate_scores(running, scores)
+    return _op(running, scores)
 
 
 @torch.library.register_fake("claa::aggregate_scores")

@@ -3,6 +3,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_op = torch.ops.claa.gather_kv.default
+
 
 def gather_kv(key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of a layer's keys and values at the kept positions.
@@ -34,7 +36,7 @@ def gather_kv(key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor
                   [3.]]]]), tensor([[[[-1.],
                   [-3.]]]]))
     """
-    return torch.ops.claa.gather_kv(key, value, index)
+    return _op(key, value, index)
 
 
 @torch.library.register_fake("claa::gather_kv")

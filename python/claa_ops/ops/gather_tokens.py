@@ -3,6 +3,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_op = torch.ops.claa.gather_tokens.default
+
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """The rows of the kept tokens: hidden states, position embeddings, position ids.
@@ -32,7 +34,7 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
         tensor([[[1.0000, 1.5000],
                  [3.0000, 3.5000]]])
     """
-    return torch.ops.claa.gather_tokens(x, index)
+    return _op(x, index)
 
 
 @torch.library.register_fake("claa::gather_tokens")

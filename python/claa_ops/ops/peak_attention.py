@@ -1,6 +1,8 @@
 import torch
 from torch import Tensor
 
+_op = torch.ops.claa.peak_attention.default
+
 
 def peak_attention(
     query: Tensor,
@@ -46,7 +48,7 @@ def peak_attention(
         >>> peak_attention(torch.zeros(1, 2, 1, 8), torch.zeros(1, 1, 4, 8))
         tensor([[[0.2500, 0.2500, 0.2500, 0.2500]]])
     """
-    return torch.ops.claa.peak_attention(query, key, scale=scale, running=running, start=start)
+    return _op(query, key, scale=scale, running=running, start=start)
 
 
 @torch.library.register_fake("claa::peak_attention")

@@ -3,6 +3,8 @@ from torch import Tensor
 
 from claa_ops.ops._pool_mode import PoolMode, pool_mode_code
 
+_op = torch.ops.claa.pool_heads.default
+
 
 def pool_heads(
     scores: Tensor, num_kv_heads: int, *, kernel_size: int = 7, mode: PoolMode = "avg"
@@ -35,9 +37,7 @@ def pool_heads(
         >>> pool_heads(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, 6.0]]]), 1, kernel_size=3)
         tensor([[[1., 3., 2.]]])
     """
-    return torch.ops.claa.pool_heads(
-        scores, num_kv_heads, kernel_size=kernel_size, mode=pool_mode_code(mode)
-    )
+    return _op(scores, num_kv_heads, kernel_size=kernel_size, mode=pool_mode_code(mode))
 
 
 @torch.library.register_fake("claa::pool_heads")

@@ -1,6 +1,8 @@
 import torch
 from torch import Tensor
 
+_op = torch.ops.claa.rank_variance.default
+
 
 def rank_variance(scores: Tensor, k: int) -> Tensor:
     """How much the ranking of the important tokens still moves between layers.
@@ -31,7 +33,7 @@ def rank_variance(scores: Tensor, k: int) -> Tensor:
         >>> rank_variance(torch.tensor([[[9.0, 5.0, 4.0]], [[9.0, 4.0, 5.0]]]), 2)
         tensor([0.1667])
     """
-    return torch.ops.claa.rank_variance(scores, k)
+    return _op(scores, k)
 
 
 @torch.library.register_fake("claa::rank_variance")

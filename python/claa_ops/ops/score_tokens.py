@@ -3,6 +3,8 @@ from torch import Tensor
 
 from claa_ops.ops._pool_mode import PoolMode, pool_mode_code
 
+_op = torch.ops.claa.score_tokens.default
+
 
 def score_tokens(
     query: Tensor,
@@ -52,7 +54,7 @@ def score_tokens(
         >>> score_tokens(query, key, kernel_size=3)
         tensor([[[0.7778, 0.7778]]])
     """
-    return torch.ops.claa.score_tokens(
+    return _op(
         query,
         key,
         kernel_size=kernel_size,

@@ -1,6 +1,8 @@
 import torch
 from torch import Tensor
 
+_op = torch.ops.claa.score_window.default
+
 
 def score_window(
     query: Tensor,
@@ -55,7 +57,7 @@ def score_window(
         >>> score_window(query, key)
         tensor([[[0.5833, 0.5833]]])
     """
-    return torch.ops.claa.score_window(
+    return _op(
         query,
         key,
         scale=scale,

@@ -1,6 +1,8 @@
 import torch
 from torch import Tensor
 
+_op = torch.ops.claa.select_topk.default
+
 
 def select_topk(
     scores: Tensor,
@@ -45,7 +47,7 @@ def select_topk(
         >>> select_topk(torch.tensor([0.1, 0.7, 0.2, 0.9, 0.3]), 4, window=2)
         tensor([1, 3, 5, 6])
     """
-    return torch.ops.claa.select_topk(scores, k, window=window, sink=sink, start=start, int32=int32)
+    return _op(scores, k, window=window, sink=sink, start=start, int32=int32)
 
 
 @torch.library.register_fake("claa::select_topk")
