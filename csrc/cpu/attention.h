@@ -71,8 +71,8 @@ struct FloatStep {
   static constexpr int64_t kItems = 1;
 
   template <class V>
-  static V multiply_add(V sum, V query, float key) {
-    return sum + query * key;
+  static V accumulate(V sum, V query, float key) {
+    return multiply_add(query, key, sum);
   }
   template <class T>
   static float pack(const char* from) {
@@ -84,11 +84,11 @@ struct FloatStep {
 struct PairStep {
   static constexpr int64_t kItems = 2;
 
-  static Vec multiply_add(Vec sum, Vec query, float key) {
+  static Vec accumulate(Vec sum, Vec query, float key) {
     return bits_as<Vec>(_mm512_dpbf16_ps(bits_as<__m512>(sum), bits_as<__m512bh>(query),
                                          bits_as<__m512bh>(splat(key))));
   }
-  static RowVec multiply_add(RowVec sum, RowVec query, float key) {
+  static RowVec accumulate(RowVec sum, RowVec query, float key) {
     return bits_as<RowVec>(_mm256_dpbf16_ps(bits_as<__m256>(sum), bits_as<__m256bh>(query),
                                             bits_as<__m256bh>(key - RowVec{})));
   }
@@ -166,8 +166,8 @@ inline void multiply_block(const float* panel, int64_t steps, const char* keys, 
       for (int j = 0; j < n_keys; ++j) {
         const float k = load<float>(keys + j * key_bytes + d * 4);
 #pragma GCC unroll 2
-        for (int v = 0; v < n_vectors; ++v) sum[j][v] = Step::multiply_add(sum[j][v], q[v], k);
-        if constexpr (has_half) half_sum[j] = Step::multiply_add(half_sum[j], half_q, k);
+        for (int v = 0; v < n_vectors; ++v) sum[j][v] = Step::accumulate(sum[j][v], q[v], k);
+        if constexpr (has_half) half_sum[j] = Step::accumulate(half_sum[j], half_q, k);
       }
     }
     const auto finish = [&](auto part, float* to) {
@@ -299,7 +299,8 @@ inline void join_measures(const float* measures, int64_t tiles, int64_t row_stri
     V total = sink ? exp(load<V>(sink + r) - safe) : V{};
     for (int64_t t = 0; t < tiles; ++t) {
       const V largest = load<V>(measures + 2 * t * row_stride + r);
-      total += load<V>(measures + (2 * t + 1) * row_stride + r) * exp(largest - safe);
+      total = multiply_add(load<V>(measures + (2 * t + 1) * row_stride + r), exp(largest - safe),
+                           total);
     }
     store(shift + r, safe);
     store(factor + r, total == 0.f ? V{} : 1.f / total);

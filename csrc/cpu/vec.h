@@ -105,23 +105,57 @@ inline uint32_t mask_of(VecInt comparison) {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// a * b + c, rounded once where the processor can. The kernels are built without contraction, and
+// say where they want it: the same line must round alike in every copy that the compiler makes.
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return bits_as<Vec>(_mm512_fmadd_ps(bits_as<__m512>(a), bits_as<__m512>(b), bits_as<__m512>(c)));
+#elif defined(__FMA__)
+  return bits_as<Vec>(_mm256_fmadd_ps(bits_as<__m256>(a), bits_as<__m256>(b), bits_as<__m256>(c)));
+#else
+  return a * b + c;
+#endif
+}
+#if defined(__AVX512F__)
+inline RowVec multiply_add(RowVec a, RowVec b, RowVec c) {
+  return bits_as<RowVec>(
+      _mm256_fmadd_ps(bits_as<__m256>(a), bits_as<__m256>(b), bits_as<__m256>(c)));
+}
+#endif
+#if defined(__FMA__)
+inline Vec4 multiply_add(Vec4 a, Vec4 b, Vec4 c) {
+  return bits_as<Vec4>(_mm_fmadd_ps(bits_as<__m128>(a), bits_as<__m128>(b), bits_as<__m128>(c)));
+}
+#endif
+template <class V>
+inline V multiply_add(V a, V b, float c) {
+  return multiply_add(a, b, splat<V>(c));
+}
+template <class V>
+inline V multiply_add(V a, float b, V c) {
+  return multiply_add(a, splat<V>(b), c);
+}
+template <class V>
+inline V multiply_add(V a, float b, float c) {
+  return multiply_add(a, splat<V>(b), splat<V>(c));
+}
+
 // e^x within 2 units in the last place; exactly 0 for x < -87.3 (the result would be subnormal),
 // infinity above 88.7, NaN for NaN. Reduction to |r| <= ln(2)/2, then a polynomial of degree 6.
 template <class V>
 inline V exp(V x) {
   constexpr float kLow = -87.33f, kHigh = 88.8f, kRound = 12582912.f;  // 1.5 * 2^23
   const V clamped = x > kHigh ? splat<V>(kHigh) : x;
-  const V shifted = clamped * 1.44269504f + kRound;
+  const V shifted = multiply_add(clamped, 1.44269504f, kRound);
   const V n = shifted - kRound;
-  V r = clamped - n * 0.693359375f;  // ln(2) in two parts; the first is exact times n
-  r = r + n * 2.12194440e-4f;
-  V p = splat<V>(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.f);
+  V r = multiply_add(n, -0.693359375f, clamped);  // ln(2) in two parts; the first is exact times n
+  r = multiply_add(n, 2.12194440e-4f, r);
+  V p = multiply_add(splat<V>(1.9875691500e-4f), r, 1.3981999507e-3f);
+  p = multiply_add(p, r, 8.3334519073e-3f);
+  p = multiply_add(p, r, 4.1665795894e-2f);
+  p = multiply_add(p, r, 1.6666665459e-1f);
+  p = multiply_add(p, r, 5.0000001201e-1f);
+  p = multiply_add(p, r * r, r + 1.f);
   // The integer n stands in the low bits of `shifted`; those above are shifted out.
   p = p * bits_as<V>((bits_as<IntOf<V>>(shifted) + 127) << 23);  // 2^n; infinity for n = 128
   return x < kLow ? V{} : p;
@@ -131,12 +165,11 @@ inline V exp(V x) {
 template <class V>
 inline V tanh(V x) {
   const V square = x * x;
-  V p = splat<V>(-5.70498872745e-3f);
-  p = p * square + 2.06390887954e-2f;
-  p = p * square - 5.37397155531e-2f;
-  p = p * square + 1.33314422036e-1f;
-  p = p * square - 3.33332819422e-1f;
-  const V near_zero = x + x * square * p;
+  V p = multiply_add(splat<V>(-5.70498872745e-3f), square, 2.06390887954e-2f);
+  p = multiply_add(p, square, -5.37397155531e-2f);
+  p = multiply_add(p, square, 1.33314422036e-1f);
+  p = multiply_add(p, square, -3.33332819422e-1f);
+  const V near_zero = multiply_add(x * square, p, x);
   const V magnitude = x < 0.f ? -x : x;
   const V far = 1.f - 2.f / (exp(2.f * magnitude) + 1.f);
   return magnitude < 0.625f ? near_zero : (x < 0.f ? -far : far);

@@ -185,7 +185,7 @@ inline void sum_queries(const WindowPlan& plan, const AttentionSlot& slot,
         const int64_t end = min(first + kSumBlock * group, window * group);
         Vec4 part = {};
         for (int64_t r = first; r < end; r += group)
-          part += load<Vec4>(row + r) * load<Vec4>(weight + r);
+          part = multiply_add(load<Vec4>(row + r), load<Vec4>(weight + r), part);
         sum += part;
       }
       for (int64_t i = h; i < min(h + 4, group); ++i)
