@@ -3,6 +3,7 @@
 # make bench   set everything up, then time every op (python -m bench)
 # make wheel   one wheel for every Python and every torch >= 2.11, in dist/
 # make lint    ruff, clang-format, mypy
+# make cuda    compile the CUDA library alone, in build/cuda
 #
 # Settings: PYTHON, VENV, TORCH (a requirement), TORCH_ARGS (such as --index-url with PyTorch's
 # index of CPU wheels), CLAA_CUDA=AUTO|ON|OFF.
@@ -19,7 +20,7 @@ BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = $(shell find csrc src cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo test bench wheel lint clean
+.PHONY: demo test bench wheel lint cuda clean
 demo: $(VENV)/.model
 	$(BIN)/claa-ops demo
 
@@ -37,6 +38,14 @@ lint: $(VENV)/.built
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc src -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/mypy
+
+# Needs nvcc, but no GPU. Two compilers at a time: each takes up to 2 GB.
+cuda: $(VENV)/.deps
+	$(PIP) install -q --no-deps $(CUTLASS)
+	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DSKBUILD_PROJECT_VERSION=0 \
+	  -DCLAA_CUDA=ON -DCLAA_PYTHON_MODULE=OFF -DCLAA_WERROR=ON
+	$(BIN)/cmake --build build/cuda --target claa_ops_cuda -j 2
 
 # torch comes first and alone: a later "torch>=2.11" is then met and downloads nothing.
 $(VENV)/.torch:
