@@ -96,6 +96,26 @@ struct SelectTopkParams {
   bool out_is_int32;
   int64_t batch, inner, context, k, window, sink;
   int64_t scores_stride_b, scores_stride_inner;
+
+  // What a row keeps: four tiers, best first: window, sinks, scored tokens, padding. Always
+  // inlined: a copy of its own could be one of an instruction set that the processor does not have.
+  struct Tiers {
+    int64_t n_window, n_sinks, n_scored, n_padding;
+    int64_t first_valid, first;  // the first token that is not padding, and behind the sinks
+  };
+  CLAA_HOST_DEVICE __attribute__((always_inline)) inline Tiers tiers(int64_t b) const {
+    Tiers t;
+    t.n_window = k < window ? k : window;
+    const int64_t begin = start.data ? start[b] : 0;
+    t.first_valid = begin < 0 ? 0 : begin < context ? begin : context;
+    t.n_sinks = sink < context - t.first_valid ? sink : context - t.first_valid;
+    if (t.n_sinks > k - t.n_window) t.n_sinks = k - t.n_window;
+    t.first = t.first_valid + t.n_sinks;
+    t.n_scored = k - t.n_window - t.n_sinks;
+    if (t.n_scored > context - t.first) t.n_scored = context - t.first;
+    t.n_padding = k - t.n_window - t.n_sinks - t.n_scored;
+    return t;
+  }
 };
 
 // Rows are moved as bytes: sizes and strides of key and value count bytes here.

@@ -111,15 +111,8 @@ __global__ __launch_bounds__(kThreads) void select_kernel(const SelectTopkParams
   const float* scores = p.scores + b * p.scores_stride_b + row % p.inner * p.scores_stride_inner;
   Index* out = static_cast<Index*>(p.out) + row * p.k;
 
-  // Four tiers, best first: window, sinks, scored tokens, padding.
-  const int64_t n_window = min(p.k, p.window);
-  const int64_t start = p.start.data ? p.start[b] : 0;
-  const int64_t first_valid = min(max(start, int64_t(0)), p.context);
-  const int64_t n_sinks = min(min(p.sink, p.context - first_valid), p.k - n_window);
-  const int64_t first = first_valid + n_sinks;
+  const auto [n_window, n_sinks, n_scored, n_padding, first_valid, first] = p.tiers(b);
   const int64_t candidates = p.context - first;
-  const int64_t n_scored = min(candidates, p.k - n_window - n_sinks);
-  const int64_t n_padding = p.k - n_window - n_sinks - n_scored;
 
   const int64_t thread = int64_t(rank) * kThreads + threadIdx.x,
                 threads = int64_t(blocks) * kThreads;
