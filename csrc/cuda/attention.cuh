@@ -194,6 +194,18 @@ int64_t softmax_bytes(const WindowAttention& a);
 const float2* softmax_columns(const WindowAttention& a);
 cudaError_t run_softmax(const WindowAttention& a, bool is_causal, cudaStream_t stream);
 
+// The measures on Hopper (hopper_softmax.cu): [batch * kv_heads, measure_parts(a), group_columns].
+namespace hopper {
+#ifdef CLAA_HOPPER
+bool measures(const WindowAttention& a);
+#else
+inline bool measures(const WindowAttention&) { return false; }
+#endif
+int64_t measure_parts(const WindowAttention& a);
+cudaError_t run_measures(const WindowAttention& a, bool is_causal, Measure* measures,
+                         cudaStream_t stream);
+}  // namespace hopper
+
 // Launches a kernel that may need more shared memory than a kernel has without asking.
 template <class... Params>
 cudaError_t launch_attention(void (*kernel)(Params...), int64_t blocks, int64_t shared_bytes,

@@ -55,20 +55,26 @@ struct Params {
   int stages;
 };
 
+template <class Shape>
 struct Unit {
-  int bg, first, end;  // keys whose scores it gives
-  int low, high;       // with the halo
-  int tiles;
+  int bg, b, g;
+  int first, end;  // keys whose scores it gives
+  int low, high;   // with the halo
+  int loads;       // tiles
+  int tiles;       // a multiple of the groups, so that they take the same ones in any block
 
   __device__ Unit(const Params& p, int index) {
     const WindowAttention& a = p.scores.attention;
     const int all = int(p.measures ? a.total : a.context()), halo = int(p.scores.halo());
     bg = index / p.head_units;
-    first = index % p.head_units * p.unit_keys;
+    b = bg / int(a.kv_heads);
+    g = bg - b * int(a.kv_heads);
+    first = (index - bg * p.head_units) * p.unit_keys;
     end = min(first + p.unit_keys, all);
     low = max(first - halo, 0);
     high = min(end + halo, all);
-    tiles = int(ceil_div(high - low, kTileRows));
+    loads = (high - low + kTileRows - 1) / kTileRows;
+    tiles = int(round_up(loads, Shape::kGroups));
   }
 };
 
@@ -85,50 +91,43 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
   char* queries = tiles + stages * kTileBytes<kDim>;
   float* sums = reinterpret_cast<float*>(queries + p.query_rows * kDim * int(sizeof(T)));
   float* shifts = sums + p.sums;  // negative, in the order in which threads want them
-  Barrier* loaded = reinterpret_cast<Barrier*>(shifts + p.columns);
-  Barrier* freed = loaded + stages;
+  Ring<kTileBytes<kDim>> ring(tiles, reinterpret_cast<Barrier*>(shifts + p.columns), stages);
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int first_unit = int(int64_t(blockIdx.x) * p.units / gridDim.x);
   const int end_unit = int(int64_t(blockIdx.x + 1) * p.units / gridDim.x);
-  int n_tiles = 0;
-  for (int u = first_unit; u < end_unit; ++u) n_tiles += Unit(p, u).tiles;
+  int n_tiles = 0;  // only needed to go back
+  for (int u = first_unit; is_twice && u < end_unit; ++u) n_tiles += Unit<Shape>(p, u).tiles;
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < stages; ++i) {
-      loaded[i].init(1);
-      freed[i].init(kWarpgroup / kWarp);
-    }
-    cutlass::arch::fence_barrier_init();
+    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map));
+    ring.init(kWarpgroup / kWarp);
   }
   __syncthreads();
 
   const bool is_producer = warp == kConsumers / kWarp;
-  const auto tile_of = [&](int f) { return tiles + f % stages * kTileBytes<kDim>; };
-  const auto parity_of = [&](int f) { return uint32_t(f / stages) & 1; };
-  // `load` waits until tile f's stage is free; the first tiles find it so.
-  const auto load = [&](const Unit& unit, int i, int f, bool is_first) {
-    if (!is_first) freed[f % stages].wait(parity_of(f) ^ 1);
-    load_tile<kDim>(map, tile_of(f), loaded[f % stages], unit.bg / a.kv_heads,
-                    unit.bg % a.kv_heads, unit.low + i * kTileRows,
-                    cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  typename Ring<kTileBytes<kDim>>::Place place;  // of the next tile, or behind it on the way back
+  const auto load = [&](const Unit<Shape>& unit, int i, bool is_first) {
+    const bool is_empty = i >= unit.loads;
+    Barrier& loaded = ring.begin_load(place, is_first, is_empty ? 0 : kTileBytes<kDim>);
+    if (!is_empty)
+      load_keys<kDim, kTileRows>(a, map, ring.tile(place), loaded, unit.b, unit.g,
+                                 unit.low + i * kTileRows);
   };
-  const auto free_tile = [&](int f) {
-    __syncwarp();
-    if (lane == 0) freed[f % stages].arrive();
-  };
-  const auto sync_consumers = [] { cutlass::arch::NamedBarrier::sync(kConsumers, 0); };
   const int thread = threadIdx.x, group = warp / (kWarpgroup / kWarp);
   const float factor = a.scale * FastExp::kUnit;
 
   int bg_of_queries = -1;
-  const auto load_queries = [&](int bg) {
-    if (bg == bg_of_queries) return;
-    bg_of_queries = bg;
-    const Rows<T> rows = query_rows<T>(a, bg / a.kv_heads, bg % a.kv_heads);
+  const auto load_queries = [&](const Unit<Shape>& unit) {
+    if (unit.bg == bg_of_queries) return;
+    bg_of_queries = unit.bg;
+    const Rows<T> rows = query_rows<T>(a, unit.b, unit.g);
     store_rows<kDim, kConsumers>(queries, p.query_rows, int(a.dim), thread, [&](int column) {
       return rows.first + Column(a, column).query_offset(a);
     });
+  };
+  const auto start_of = [&](const Unit<Shape>& unit) {
+    return Visibility::near(a.start.data ? a.start[unit.b] : 0);
   };
 
   if (is_twice) {
@@ -136,39 +135,32 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
       if (lane == 0) {
         int f = 0;
         for (int u = first_unit; u < end_unit; ++u) {
-          const Unit unit(p, u);
-          for (int i = 0; i < unit.tiles; ++i, ++f) load(unit, i, f, f < stages);
+          const Unit<Shape> unit(p, u);
+          for (int i = 0; i < unit.tiles; ++i, ++f, ring.advance(place)) load(unit, i, f < stages);
         }
       }
     } else {
       ThreadMeasures<Shape::kRowTiles> measures;
       int f = 0;
       for (int u = first_unit; u < end_unit; ++u) {
-        const Unit unit(p, u);
-        if (u != first_unit && unit.bg != bg_of_queries) sync_consumers();
+        const Unit<Shape> unit(p, u);
+        if (u != first_unit && unit.bg != bg_of_queries) sync_consumers<kConsumers>();
         if (unit.bg != bg_of_queries) {
-          load_queries(unit.bg);
-          sync_consumers();
+          load_queries(unit);
+          sync_consumers<kConsumers>();
         }
-        const int start =
-            max(unit.first, Visibility::near(a.start.data ? a.start[unit.bg / a.kv_heads] : 0));
+        const int start = max(unit.first, start_of(unit));
         measures.clear();
-        for (int i = 0; i < unit.tiles; ++i, ++f) {
+        for (int i = 0; i < unit.tiles; ++i, ++f, ring.advance(place)) {
           if (f % kGroups != group) continue;
-          loaded[f % stages].wait(parity_of(f));
-          const int key = unit.low + i * kTileRows, n_rows = p.query_rows / kTileRows;
-          const auto from = [&](int) { return start - key; };
-          const auto to = [&](int column) {
-            return min(unit.end, int(a.context()) + Column(a, column).query + 1) - key;
-          };
-          if (key >= start && key + kTileRows <= min(unit.end, int(a.context()) + 1)) {
-            measures.template add<T, kDim, true>(tile_of(f), queries, p.query_rows, n_rows, factor,
-                                                 from, to);
-          } else {
-            measures.template add<T, kDim, false>(tile_of(f), queries, p.query_rows, n_rows,
-                                                  factor, from, to);
-          }
-          if (f < n_tiles - stages) free_tile(f);
+          ring.wait(place);
+          const int key = unit.low + i * kTileRows, causal = int(a.context());
+          if (i < unit.loads)
+            measures.template add<T, kDim>(
+                ring.tile(place), queries, p.query_rows, factor,
+                key >= start && key + kTileRows <= min(unit.end, causal + 1), start - key,
+                [&](int row) { return min(unit.end, causal + Column(a, row).query + 1) - key; });
+          if (f < n_tiles - stages) ring.free(place);
         }
         measures.store(p.measures + (int64_t(u) * kGroups + group) * p.columns, p.columns, factor);
       }
@@ -180,13 +172,15 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
     if (lane != 0) return;
     int f = is_twice ? n_tiles : 0;
     for (int j = first_unit; j < end_unit; ++j) {
-      const Unit unit(p, is_twice ? first_unit + end_unit - 1 - j : j);
+      const Unit<Shape> unit(p, is_twice ? first_unit + end_unit - 1 - j : j);
       for (int i = 0; i < unit.tiles; ++i) {
         if (!is_twice) {
-          load(unit, i, f, f < stages);
+          load(unit, i, f < stages);
+          ring.advance(place);
           ++f;
-        } else if (--f < n_tiles - stages) {
-          load(unit, unit.tiles - 1 - i, f, false);
+        } else {
+          ring.retreat(place);
+          if (--f < n_tiles - stages) load(unit, unit.tiles - 1 - i, false);
         }
       }
     }
@@ -196,48 +190,60 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
   int bg_of_shifts = -1;
   // Where the shift of a column lies: a thread reads those of 2c, 2c + 1, 2c + 8 and 2c + 9 of 16
   // columns at once.
-  const auto place = [](int column) {
+  const auto place_of = [](int column) {
     return column / 16 * 16 + column % 8 / 2 * 4 + column / 8 % 2 * 2 + column % 2;
   };
-  const auto load_shifts = [&](int bg) {
-    if (bg == bg_of_shifts) return;
-    bg_of_shifts = bg;
-    const int64_t b = bg / a.kv_heads, g = bg % a.kv_heads;
-    if (!is_twice) {
-      for (int i = thread; i < p.columns; i += kConsumers)
-        shifts[place(i)] = -column_of_lse<FastExp>(a, b, g, Column(a, i)).x;
-      return;
-    }
+  const auto join_shifts = [&](const Unit<Shape>& unit) {
+    if (unit.bg == bg_of_shifts) return;
+    bg_of_shifts = unit.bg;
     // Every column has as many threads as there are; each joins some of the parts.
     const int parts = p.head_units * kGroups, segments = kConsumers / p.columns;
     const int column = thread % p.columns, segment = thread / p.columns;
-    const Measure* from = p.measures + int64_t(bg) * parts * p.columns + column;
+    const Measure* from = p.measures + int64_t(unit.bg) * parts * p.columns + column;
     Measure measure{kLowest, 0.f};
-#pragma unroll 4
-    for (int i = segment; i < parts && segment < segments; i += segments)
-      measure.join<FastExp>({__ldcg(&from[i * p.columns].largest), __ldcg(&from[i * p.columns].sum)});
+    constexpr int kBatch = 8;  // that are on their way together
+    for (int first = segment; first < parts && segment < segments; first += kBatch * segments) {
+      float2 batch[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int part = min(first + i * segments, parts - 1);
+        batch[i] = __ldcg(reinterpret_cast<const float2*>(from + part * p.columns));
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        if (first + i * segments < parts) measure.join<FastExp>({batch[i].x, batch[i].y});
+    }
     Measure* of_thread = reinterpret_cast<Measure*>(sums);
     of_thread[thread] = measure;
-    sync_consumers();
+    sync_consumers<kConsumers>();
     if (segment == 0) {
-      for (int i = 1; i < segments; ++i)
-        measure.join<FastExp>(of_thread[i * p.columns + column]);
-      shifts[place(column)] = -column_of_measure<FastExp>(a, g, Column(a, column), measure).x;
+      for (int i = 1; i < segments; ++i) measure.join<FastExp>(of_thread[i * p.columns + column]);
+      const Column at(a, column);
+      shifts[place_of(column)] = -column_of_measure<FastExp>(a, unit.g, at, measure).x;
     }
   };
 
   const int slots = int(p.scores.slots()), chunks = p.columns / kColumns;
   const int head_eights = head_columns(a) / kHeadAlign;
-  int f = is_twice ? n_tiles : 0;  // of the next unit's first tile, or behind its last
+  int f = is_twice ? n_tiles : 0;
   for (int j = first_unit; j < end_unit; ++j) {
-    const Unit unit(p, is_twice ? first_unit + end_unit - 1 - j : j);
-    if (is_twice) f -= unit.tiles;
+    const Unit<Shape> unit(p, is_twice ? first_unit + end_unit - 1 - j : j);
     if (unit.bg != bg_of_queries || unit.bg != bg_of_shifts) {
-      load_queries(unit.bg);
-      load_shifts(unit.bg);
-      sync_consumers();
+      if (is_twice) {
+        load_queries(unit);
+        join_shifts(unit);
+      } else {
+        // The shift is on its way while the queries are loaded.
+        float shift = 0.f;
+        if (thread < p.columns)
+          shift = -column_of_lse<FastExp>(a, unit.b, unit.g, Column(a, thread)).x;
+        load_queries(unit);
+        bg_of_shifts = unit.bg;
+        if (thread < p.columns) shifts[place_of(thread)] = shift;
+      }
+      sync_consumers<kConsumers>();
     }
-    const int start = Visibility::near(a.start.data ? a.start[unit.bg / a.kv_heads] : 0);
+    const int start = start_of(unit);
 
     float sum[2] = {};  // of keys r and r + 8 of a warp's 16
     const auto store = [&](int slot, int i) {
@@ -247,43 +253,60 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
       mine += __shfl_xor_sync(kFullMask, is_odd ? sum[0] : sum[1], 1);
       mine += __shfl_xor_sync(kFullMask, mine, 2);
       const int key = i * kTileRows + warp % 4 * 16 + lane / 4 + is_odd * 8;
-      if (!(lane & 2))
-        sums[slot * p.sums_stride + key] = unit.low + key < start ? 0.f : mine;
+      if (!(lane & 2)) sums[slot * p.sums_stride + key] = unit.low + key < start ? 0.f : mine;
     };
     for (int n = 0; n < unit.tiles; ++n) {
-      const int i = is_twice ? unit.tiles - 1 - n : n, at = f + i;
-      if (at % kGroups != group) continue;
-      loaded[at % stages].wait(parity_of(at));
+      if (is_twice) {
+        --f;
+        ring.retreat(place);
+      } else if (n || j != first_unit) {
+        ++f;
+        ring.advance(place);
+      }
+      const int i = is_twice ? unit.tiles - 1 - n : n;
+      if (f % kGroups != group) continue;
+      ring.wait(place);
+      if (i >= unit.loads) {
+        ring.free(place);
+        continue;
+      }
       int head = 0, eights = 0;  // of the columns so far
       for (int chunk = 0; chunk < chunks; ++chunk) {
         float x[kColumns / 2];
-        multiply<T, kDim, kColumns>(x, tile_of(at), kTileRows,
+        multiply<T, kDim, kColumns>(x, ring.tile(place), kTileRows,
                                     queries + chunk * kColumns * kRowBytes, p.query_rows);
-        if (chunk + 1 == chunks) free_tile(at);
+        if (chunk + 1 == chunks) ring.free(place);
         const float4* shift = reinterpret_cast<const float4*>(shifts) + chunk * kColumns / 4;
+        // Sums of 8 columns, which are one head's: at x[4e] of key r, at x[4e + 2] of key r + 8.
 #pragma unroll
         for (int e = 0; e < kColumns / 8; ++e) {
           const float4 four = shift[e / 2 * 4 + lane % 4];
           const float low = e % 2 ? four.z : four.x, high = e % 2 ? four.w : four.y;
 #pragma unroll
-          for (int row = 0; row < 2; ++row) {
-            const float* z = x + e * 4 + row * 2;
-            sum[row] +=
-                FastExp::exp(fmaf(z[0], factor, low)) + FastExp::exp(fmaf(z[1], factor, high));
-          }
-          if (slots > 1 && ++eights == head_eights) {
-            if (head < slots) store(head, i);
-            sum[0] = sum[1] = 0.f;
-            ++head;
-            eights = 0;
-          }
+          for (int z = e * 4; z < e * 4 + 4; z += 2)
+            x[z] =
+                FastExp::exp(fmaf(x[z], factor, low)) + FastExp::exp(fmaf(x[z + 1], factor, high));
+        }
+        if (slots == 1) {
+#pragma unroll
+          for (int z = 0; z < kColumns / 2; z += 2) sum[z / 2 % 2] += x[z];
+          continue;
+        }
+#pragma unroll
+        for (int e = 0; e < kColumns / 8; ++e) {
+          sum[0] += x[e * 4];
+          sum[1] += x[e * 4 + 2];
+          if (++eights < head_eights) continue;
+          if (head < slots) store(head, i);
+          sum[0] = sum[1] = 0.f;
+          ++head;
+          eights = 0;
         }
       }
       if (slots == 1) store(0, i);
       sum[0] = sum[1] = 0.f;
     }
-    if (!is_twice) f += unit.tiles;
-    sync_consumers();
+    sync_consumers<kConsumers>();
 
     const int64_t context = a.context();
     const int known = min(unit.high, int(context)) - unit.low;
@@ -302,11 +325,9 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
                             p.scores.mode);
       p.scores.out[unit.bg * context + to] = score;
     }
-    sync_consumers();
+    sync_consumers<kConsumers>();
   }
 }
-
-int padded_dim(const WindowAttention& a) { return a.dim <= 64 ? 64 : a.dim <= 128 ? 128 : 256; }
 
 int columns_of(const WindowAttention& a) {
   const int64_t columns = a.group() * head_columns(a);
@@ -330,9 +351,10 @@ struct Plan {
         device_attribute(cudaDevAttrMultiProcessorCount) * (groups == 1 ? 2 : 1);
 
     // The size of units for which the busiest block has the fewest tiles.
-    const int64_t least = s.halo() ? 2 : 1, most = max(least, kMostTiles / s.slots());
+    const int64_t least = round_up(s.halo() ? 2 : 1, groups);
+    const int64_t most = max(least, kMostTiles / s.slots());
     int64_t unit_tiles = least, least_cost = INT64_MAX;
-    for (int64_t tiles = least; tiles <= most; ++tiles) {
+    for (int64_t tiles = least; tiles <= most; tiles += groups) {
       const int64_t units = ceil_div(all, tiles * kTileRows - 2 * s.halo()) * planned;
       const int64_t cost = ceil_div(units, most_blocks) * (tiles + 1);
       if (cost > least_cost) continue;
@@ -344,16 +366,16 @@ struct Plan {
     blocks = min(units, most_blocks);
     measure_bytes = is_twice ? units * groups * columns * int64_t(sizeof(Measure)) : 0;
 
-    const int64_t query_rows = is_twice ? round_up(columns, kTileRows) : columns;
+    const int64_t query_rows = is_twice ? max(columns, kTileRows) : columns;
     const int64_t sums_stride = unit_tiles * kTileRows;
     const int64_t sums = max(s.slots() * sums_stride, 2 * groups * kWarpgroup);
-    const int64_t fixed = query_rows * tile_bytes / kTileRows +
-                          (sums + columns) * int64_t(sizeof(float));
-    const int64_t stage_bytes = tile_bytes + 2 * int64_t(sizeof(Barrier));
-    const int64_t room =
-        groups > 1 ? device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)
-                   : device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 -
-                          device_attribute(cudaDevAttrReservedSharedMemoryPerBlock);
+    const int64_t fixed =
+        query_rows * tile_bytes / kTileRows + (sums + columns) * int64_t(sizeof(float));
+    const int64_t stage_bytes = tile_bytes + Ring<1>::kBarrierBytes;
+    const int64_t room = groups > 1
+                             ? device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)
+                             : device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 -
+                                   device_attribute(cudaDevAttrReservedSharedMemoryPerBlock);
     // A stage must always have tiles of the same group.
     const int64_t stages =
         min((room - fixed) / stage_bytes, int64_t(kMostStages)) / groups * groups;
@@ -375,37 +397,10 @@ struct Plan {
 template <class Shape>
 cudaError_t launch(const Plan& plan, cudaStream_t stream) {
   CUtensorMap map;
-  cudaError_t status = map_keys(plan.params.scores.attention, &map);
+  const cudaError_t status = map_keys(plan.params.scores.attention, kTileRows, &map);
   if (status != cudaSuccess) return status;
-  status = cudaFuncSetAttribute(score_kernel<Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                int(plan.shared_bytes));
-  if (status != cudaSuccess) return status;
-  cudaLaunchAttribute cooperative{.id = cudaLaunchAttributeCooperative, .val = {.cooperative = 1}};
-  const cudaLaunchConfig_t config{.gridDim = dim3(unsigned(plan.blocks)),
-                                  .blockDim = dim3(Shape::kThreads),
-                                  .dynamicSmemBytes = size_t(plan.shared_bytes),
-                                  .stream = stream,
-                                  .attrs = &cooperative,
-                                  .numAttrs = plan.params.measures ? 1u : 0u};
-  return cudaLaunchKernelEx(&config, score_kernel<Shape>, map, plan.params);
-}
-
-template <class T, int kDim>
-cudaError_t launch_for_dim(const Plan& plan, cudaStream_t stream) {
-  switch (plan.params.columns) {
-    case 32: return launch<Shape<T, kDim, 32>>(plan, stream);
-    case 64: return launch<Shape<T, kDim, 64>>(plan, stream);
-    default: return launch<Shape<T, kDim, 128>>(plan, stream);
-  }
-}
-
-template <class T>
-cudaError_t launch_for_type(const Plan& plan, cudaStream_t stream) {
-  switch (padded_dim(plan.params.scores.attention)) {
-    case 64: return launch_for_dim<T, 64>(plan, stream);
-    case 128: return launch_for_dim<T, 128>(plan, stream);
-    default: return launch_for_dim<T, 256>(plan, stream);
-  }
+  return launch_kernel(score_kernel<Shape>, plan.blocks, Shape::kThreads, plan.shared_bytes,
+                       plan.params.measures != nullptr, stream, map, plan.params);
 }
 
 }  // namespace
@@ -423,8 +418,14 @@ int64_t workspace_bytes(const WindowScores& s) { return Plan(s).measure_bytes; }
 
 cudaError_t run(const WindowScores& s, cudaStream_t stream) {
   const Plan plan(s);
-  return s.attention.dtype == DType::f16 ? launch_for_type<__half>(plan, stream)
-                                         : launch_for_type<__nv_bfloat16>(plan, stream);
+  return with_shape(s.attention, [&](auto type, auto dim) {
+    using T = decltype(type);
+    switch (plan.params.columns) {
+      case 32: return launch<Shape<T, dim, 32>>(plan, stream);
+      case 64: return launch<Shape<T, dim, 64>>(plan, stream);
+      default: return launch<Shape<T, dim, 128>>(plan, stream);
+    }
+  });
 }
 
 }  // namespace claa::cuda::hopper

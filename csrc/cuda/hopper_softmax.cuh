@@ -9,7 +9,7 @@
 
 namespace claa::cuda::hopper {
 
-// Tiles of up to kTiles * 64 columns. Largest: of the products, before they are scaled.
+// Of kTiles * 64 columns. Largest: of the products, before they are scaled.
 template <int kTiles>
 struct ThreadMeasures {
   float largest[kTiles][2], sum[kTiles][2];
@@ -22,30 +22,29 @@ struct ThreadMeasures {
     }
   }
 
-  // The column of a thread's row.
-  __device__ static int column(int tile, int row) {
+  // The row of the product that a thread has as its row 0 or 1 of a tile.
+  __device__ static int row_of(int tile, int row) {
     return tile * kTileRows + int(threadIdx.x) % kWarpgroup / kWarp * 16 +
            int(threadIdx.x) % kWarp / 4 + row * 8;
   }
 
-  // Takes in the logits of 64 keys; `factor` is positive. Unless kAllSee, from(column) and
-  // to(column) are the first key of the tile that a column sees and the first that it does not.
-  template <class T, int kDim, bool kAllSee, class From, class To>
-  __device__ void add(const char* keys, const char* queries, int n_queries, int n_tiles,
-                      float factor, From from, To to) {
+  // Takes in the logits of 64 keys; `factor` is positive. Unless all queries see all of them, they
+  // see the keys from `from` on, and the query of a row those before to(row).
+  template <class T, int kDim, class To>
+  __device__ void add(const char* keys, const char* queries, int n_queries, float factor,
+                      bool all_see, int from, To to) {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      if (t >= n_tiles) continue;
+      if (t * kTileRows >= n_queries) continue;
       float logits[kTileRows / 2];
       multiply<T, kDim, kTileRows>(logits, queries + t * kTileRows * kRowBytes, n_queries, keys,
                                    kTileRows);
-      if constexpr (!kAllSee) {
-        const int first[2] = {from(column(t, 0)), from(column(t, 1))};
-        const int end[2] = {to(column(t, 0)), to(column(t, 1))};
+      if (!all_see) {
+        const int end[2] = {to(row_of(t, 0)), to(row_of(t, 1))};
 #pragma unroll
         for (int i = 0; i < kTileRows / 2; ++i) {
-          const int key = i / 4 * 8 + int(threadIdx.x) % 4 * 2 + i % 2, row = i / 2 % 2;
-          if (key < first[row] || key >= end[row]) logits[i] = -INFINITY;
+          const int key = i / 4 * 8 + int(threadIdx.x) % 4 * 2 + i % 2;
+          if (key < from || key >= end[i / 2 % 2]) logits[i] = -INFINITY;
         }
       }
 #pragma unroll
@@ -76,7 +75,7 @@ struct ThreadMeasures {
       Measure measure{top == -INFINITY ? kLowest : top * factor, sum[i / 2][i % 2]};
       measure.join_lanes<FastExp>(1);
       measure.join_lanes<FastExp>(2);
-      const int at = column(i / 2, i % 2);
+      const int at = row_of(i / 2, i % 2);
       if (threadIdx.x % 4 == 0 && at < n_columns) to[at] = measure;
     }
   }

@@ -17,13 +17,15 @@ constexpr int kColumnTiles = 4;
 constexpr int kJoinColumns = 8;  // of a block: as many segments of chunks as columns allow
 
 struct Plan {
+  bool is_hopper;
   int64_t chunk, chunks;  // keys of a chunk; chunks of a head
   int64_t columns;
   int64_t measures, bytes;
 
   explicit Plan(const WindowAttention& a) {
+    is_hopper = hopper::measures(a);
     chunk = min(int64_t(256), round_up(ceil_div(a.total, 256), 2 * kTileKeys));
-    chunks = ceil_div(a.total, chunk);
+    chunks = is_hopper ? hopper::measure_parts(a) : ceil_div(a.total, chunk);
     columns = group_columns(a);
     measures = a.batch * a.kv_heads * columns;  // the results come first in the workspace
     bytes = measures * (1 + chunks) * int64_t(sizeof(float2));
@@ -210,6 +212,7 @@ cudaError_t run_softmax(const WindowAttention& a, bool is_causal, cudaStream_t s
     using Product = decltype(product);
     const int columns = group_columns(a);
     const auto measured = [&] {
+      if (plan.is_hopper) return hopper::run_measures(a, is_causal, measures, stream);
       if constexpr (Product::kIsFast) {
         if (a.softcap == 0.f && queries_are_aligned(a))
           return columns > kColumnTiles * kTileColumns ? measure<Product, 2, true>(p, stream)
