@@ -143,7 +143,7 @@ struct Ring {
   __device__ Ring(char* tiles, Barrier* barriers, int count)
       : tiles(tiles), loaded(barriers), freed(barriers + count), count(count) {}
 
-  // By one thread, before a barrier of the block; `warps` use a stage.
+  // By one thread; `warps` use a stage.
   __device__ void init(int warps) {
     for (int i = 0; i < count; ++i) {
       loaded[i].init(1);
@@ -166,6 +166,22 @@ struct Ring {
     if (threadIdx.x % kWarp == 0) freed[at.stage].arrive();
   }
 };
+
+// The index of a warp, in a way that shows the compiler that it is that of the whole warp: what a
+// warpgroup does then needs no divergent code, nor addresses in registers of each thread.
+__device__ inline int warp_index() { return cutlass::canonical_warp_idx_sync(); }
+
+// The barriers of the rings are initialised: the warps that load say so and go on, the threads that
+// multiply wait for it.
+template <int kThreads>
+__device__ void begin(bool is_loading) {
+  __syncwarp();
+  if (is_loading) {
+    cutlass::arch::NamedBarrier::arrive(kThreads, 1);
+  } else {
+    cutlass::arch::NamedBarrier::sync(kThreads, 1);
+  }
+}
 
 // A barrier of the threads that multiply.
 template <int kThreads>
@@ -217,16 +233,11 @@ template <>
 struct Wgmma<__nv_bfloat16, 128>
     : cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_SS<Major::K, Major::K> {};
 
-// Rows of a tile, as a matrix of wgmma.
-__device__ inline uint64_t matrix(const char* rows) {
-  uint32_t address = cute::cast_smem_ptr_to_uint(rows);
-  // Else the compiler keeps the descriptors of all steps in registers, where rows do not change.
-  asm volatile("" : "+r"(address));
-  cute::GmmaDescriptor descriptor;
-  descriptor.bitfield.start_address_ = address >> 4;
-  descriptor.bitfield.stride_byte_offset_ = 8 * kRowBytes >> 4;
-  descriptor.bitfield.layout_type_ = uint8_t(cute::SM90::GMMA::LayoutType::B128);
-  return descriptor;
+// Rows of a tile as a matrix of wgmma, `bytes` behind their first: the address in 16 bytes, 1024
+// bytes from 8 rows to the next, the swizzle. Only the low half of it depends on the rows.
+__device__ inline uint64_t matrix(const char* rows, int bytes) {
+  constexpr uint64_t kHigh = uint64_t(cute::SM90::GMMA::LayoutType::B128) << 30 | kAlignment >> 4;
+  return kHigh << 32 | (cute::cast_smem_ptr_to_uint(rows) >> 4) + (bytes >> 4);
 }
 
 template <int kSums>
@@ -242,14 +253,13 @@ __device__ void fence_sums(float (&sum)[kSums]) {
 template <class T, int kDim, int kColumns>
 __device__ void multiply(float (&sum)[kColumns / 2], const char* rows, int n_rows,
                          const char* columns, int n_columns) {
-  const uint64_t a = matrix(rows), b = matrix(columns);
   fence_sums(sum);
   cute::warpgroup_arrive();
 #pragma unroll
   for (int step = 0; step < kDim / 16; ++step) {
     const int block = step / 4, byte = step % 4 * 32;
-    const uint64_t of_a[1] = {a + ((block * n_rows * kRowBytes + byte) >> 4)};
-    const uint64_t of_b[1] = {b + ((block * n_columns * kRowBytes + byte) >> 4)};
+    const uint64_t of_a[1] = {matrix(rows, block * n_rows * kRowBytes + byte)};
+    const uint64_t of_b[1] = {matrix(columns, block * n_columns * kRowBytes + byte)};
     const cute::SM90::GMMA::ScaleOut scale[1] = {step ? cute::SM90::GMMA::ScaleOut::One
                                                       : cute::SM90::GMMA::ScaleOut::Zero};
     cute::detail::explode(Wgmma<T, kColumns>::fma, of_a, cute::seq<0>{}, of_b, cute::seq<0>{}, sum,

@@ -53,11 +53,13 @@ __global__ __launch_bounds__(kThreads,
   Barrier* barriers = reinterpret_cast<Barrier*>(of_queries + p.query_stages * kStageBytes);
   Ring<Shape::kKeyBytes> keys(shared, barriers, Shape::kKeyStages);
   Ring<kStageBytes> queries(of_queries, barriers + 2 * Shape::kKeyStages, p.query_stages);
-  if (threadIdx.x == 0) {
+  const int warp = warp_index();
+  const bool is_producer = warp >= kConsumers / kWarp;
+  if (threadIdx.x == kConsumers) {
     keys.init(kConsumers / kWarp);
     queries.init(kConsumers / kWarp);
   }
-  __syncthreads();
+  begin<kThreads>(is_producer);
 
   const int group = int(a.group()), kv_heads = int(a.kv_heads);
   const auto batch_of = [&](int unit) { return unit / p.query_blocks / p.key_blocks; };
@@ -66,7 +68,7 @@ __global__ __launch_bounds__(kThreads,
 
   typename Ring<Shape::kKeyBytes>::Place key_at;
   typename Ring<kStageBytes>::Place query_at;
-  if (threadIdx.x >= kConsumers) {
+  if (is_producer) {
     cutlass::arch::warpgroup_reg_dealloc<24>();
     if (threadIdx.x == kConsumers) {
       int f = 0, h = 0;
@@ -94,7 +96,7 @@ __global__ __launch_bounds__(kThreads,
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<240>();
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int lane = threadIdx.x % kWarp;
     const float factor = a.scale * FastExp::kUnit;
     for (int unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
       float peak[kTiles][kQueries / 2];  // exponents

@@ -93,19 +93,19 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
   float* shifts = sums + p.sums;  // negative, in the order in which threads want them
   Ring<kTileBytes<kDim>> ring(tiles, reinterpret_cast<Barrier*>(shifts + p.columns), stages);
 
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int warp = warp_index(), lane = threadIdx.x % kWarp;
+  const bool is_producer = warp == kConsumers / kWarp;
+  if (is_producer && lane == 0) {
+    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map));
+    ring.init(kWarpgroup / kWarp);
+  }
+  begin<Shape::kThreads>(is_producer);
+
   const int first_unit = int(int64_t(blockIdx.x) * p.units / gridDim.x);
   const int end_unit = int(int64_t(blockIdx.x + 1) * p.units / gridDim.x);
   int n_tiles = 0;  // only needed to go back
   for (int u = first_unit; is_twice && u < end_unit; ++u) n_tiles += Unit<Shape>(p, u).tiles;
 
-  if (threadIdx.x == 0) {
-    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map));
-    ring.init(kWarpgroup / kWarp);
-  }
-  __syncthreads();
-
-  const bool is_producer = warp == kConsumers / kWarp;
   typename Ring<kTileBytes<kDim>>::Place place;  // of the next tile, or behind it on the way back
   const auto load = [&](const Unit<Shape>& unit, int i, bool is_first) {
     const bool is_empty = i >= unit.loads;
@@ -217,6 +217,7 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
     of_thread[thread] = measure;
     sync_consumers<kConsumers>();
     if (segment == 0) {
+#pragma unroll 1
       for (int i = 1; i < segments; ++i) measure.join<FastExp>(of_thread[i * p.columns + column]);
       const Column at(a, column);
       shifts[place_of(column)] = -column_of_measure<FastExp>(a, unit.g, at, measure).x;
@@ -311,15 +312,18 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
     const int64_t context = a.context();
     const int known = min(unit.high, int(context)) - unit.low;
     const int end = min(unit.end, int(context)) - unit.low;
+#pragma unroll 1
     for (int at = unit.first - unit.low + thread; at < end; at += kConsumers) {
       const int64_t to = unit.low + at;
       if (!p.scores.pooled) {
+#pragma unroll 1
         for (int slot = 0; slot < slots; ++slot)
           p.scores.out[(int64_t(unit.bg) * slots + slot) * context + to] =
               sums[slot * p.sums_stride + at];
         continue;
       }
       float score = 0.f;
+#pragma unroll 1
       for (int slot = 0; slot < slots; ++slot)
         score += pool_token(sums + slot * p.sums_stride, at, 0, known, int(p.scores.kernel_size),
                             p.scores.mode);

@@ -36,8 +36,10 @@ __global__ __launch_bounds__(kThreads,
   char* queries = shared + p.stages * kTileBytes<kDim>;
   Ring<kTileBytes<kDim>> ring(
       shared, reinterpret_cast<Barrier*>(queries + kSpanRows * kDim * int(sizeof(T))), p.stages);
-  if (threadIdx.x == 0) ring.init(kWarpgroup / kWarp);
-  __syncthreads();
+  const int warp = warp_index();
+  const bool is_producer = warp == kConsumers / kWarp;
+  if (is_producer && threadIdx.x % kWarp == 0) ring.init(kWarpgroup / kWarp);
+  begin<kThreads>(is_producer);
 
   const int first_unit = int(int64_t(blockIdx.x) * p.units / gridDim.x);
   const int end_unit = int(int64_t(blockIdx.x + 1) * p.units / gridDim.x);
@@ -50,8 +52,8 @@ __global__ __launch_bounds__(kThreads,
   const int kv_heads = int(a.kv_heads);
 
   typename Ring<kTileBytes<kDim>>::Place at;
-  if (threadIdx.x >= kConsumers) {
-    if (threadIdx.x != kConsumers) return;
+  if (is_producer) {
+    if (threadIdx.x % kWarp != 0) return;
     int f = 0;
     for (int u = first_unit; u < end_unit; ++u) {
       const int bg = u / p.chunks / p.spans, key = u % p.chunks * chunk_keys;
@@ -66,7 +68,7 @@ __global__ __launch_bounds__(kThreads,
     return;
   }
 
-  const int group = threadIdx.x / kWarpgroup;
+  const int group = warp / (kWarpgroup / kWarp);
   const float factor = a.scale * FastExp::kUnit;
   ThreadMeasures<kRowTiles> measures;
   int head_span = -1;
