@@ -117,6 +117,9 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
   const int thread = threadIdx.x, group = warp / (kWarpgroup / kWarp);
   const float factor = a.scale * FastExp::kUnit;
 
+  Turns<kGroups> turns{group};
+  if (!is_producer) turns.begin();
+
   int bg_of_queries = -1;
   const auto load_queries = [&](const Unit<Shape>& unit) {
     if (unit.bg == bg_of_queries) return;
@@ -155,9 +158,11 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
           if (f % kGroups != group) continue;
           ring.wait(place);
           const int key = unit.low + i * kTileRows, causal = int(a.context());
-          if (i < unit.loads)
+          if (i >= unit.loads)
+            measures.skip(turns, p.query_rows);
+          else
             measures.template add<T, kDim>(
-                ring.tile(place), queries, p.query_rows, factor,
+                turns, ring.tile(place), queries, p.query_rows, factor,
                 key >= start && key + kTileRows <= min(unit.end, causal + 1), start - key,
                 [&](int row) { return min(unit.end, causal + Column(a, row).query + 1) - key; });
           if (f < n_tiles - stages) ring.free(place);
@@ -166,6 +171,7 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
       }
     }
     cooperative_groups::this_grid().sync();
+    turns.rank = kGroups - 1 - group;  // the last tile's group is the first on the way back
   }
 
   if (is_producer) {
@@ -201,7 +207,8 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
     const int column = thread % p.columns, segment = thread / p.columns;
     const Measure* from = p.measures + int64_t(unit.bg) * parts * p.columns + column;
     Measure measure{kLowest, 0.f};
-    constexpr int kBatch = 8;  // that are on their way together
+    constexpr int kBatch = 12;  // that are on their way together
+#pragma unroll 1
     for (int first = segment; first < parts && segment < segments; first += kBatch * segments) {
       float2 batch[kBatch];
 #pragma unroll
@@ -268,6 +275,7 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
       if (f % kGroups != group) continue;
       ring.wait(place);
       if (i >= unit.loads) {
+        turns.skip(chunks);
         ring.free(place);
         continue;
       }
@@ -275,7 +283,7 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
       for (int chunk = 0; chunk < chunks; ++chunk) {
         float x[kColumns / 2];
         multiply<T, kDim, kColumns>(x, ring.tile(place), kTileRows,
-                                    queries + chunk * kColumns * kRowBytes, p.query_rows);
+                                    queries + chunk * kColumns * kRowBytes, p.query_rows, turns);
         if (chunk + 1 == chunks) ring.free(place);
         const float4* shift = reinterpret_cast<const float4*>(shifts) + chunk * kColumns / 4;
         // Sums of 8 columns, which are one head's: at x[4e] of key r, at x[4e + 2] of key r + 8.

@@ -30,15 +30,15 @@ struct ThreadMeasures {
 
   // Takes in the logits of 64 keys; `factor` is positive. Unless all queries see all of them, they
   // see the keys from `from` on, and the query of a row those before to(row).
-  template <class T, int kDim, class To>
-  __device__ void add(const char* keys, const char* queries, int n_queries, float factor,
-                      bool all_see, int from, To to) {
+  template <class T, int kDim, int kGroups, class To>
+  __device__ void add(const Turns<kGroups>& turns, const char* keys, const char* queries,
+                      int n_queries, float factor, bool all_see, int from, To to) {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       if (t * kTileRows >= n_queries) continue;
       float logits[kTileRows / 2];
       multiply<T, kDim, kTileRows>(logits, queries + t * kTileRows * kRowBytes, n_queries, keys,
-                                   kTileRows);
+                                   kTileRows, turns);
       if (!all_see) {
         const int end[2] = {to(row_of(t, 0)), to(row_of(t, 1))};
 #pragma unroll
@@ -65,6 +65,12 @@ struct ThreadMeasures {
         largest[t][row] = top;
       }
     }
+  }
+
+  // A turn for every product, where there is no tile to take in.
+  template <int kGroups>
+  __device__ static void skip(const Turns<kGroups>& turns, int n_queries) {
+    turns.skip(min(n_queries / kTileRows, kTiles));
   }
 
   // Joins the lanes of a row and writes the columns below `n_columns`.
