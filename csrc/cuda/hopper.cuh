@@ -246,42 +246,17 @@ __device__ void fence_sums(float (&sum)[kSums]) {
   for (int i = 0; i < kSums; ++i) cute::warpgroup_fence_operand(sum[i]);
 }
 
-// Warpgroups of a block multiply in turns. Else the tensor cores would take an instruction of each
-// at a time, all would finish together, and then all do something else while the tensor cores idle.
-template <int kGroups>
-struct Turns {
-  int rank;  // of this warpgroup; every one takes the same number of turns
-
-  __device__ void begin() const {
-    if (kGroups > 1 && rank == kGroups - 1) pass();
-  }
-  __device__ void wait() const {
-    if constexpr (kGroups > 1) cutlass::arch::NamedBarrier::sync(2 * kWarpgroup, 2 + rank);
-  }
-  __device__ void pass() const {
-    if constexpr (kGroups > 1)
-      cutlass::arch::NamedBarrier::arrive(2 * kWarpgroup, 2 + (rank + 1 == kGroups ? 0 : rank + 1));
-  }
-  __device__ void skip(int n) const {
-    for (int i = 0; kGroups > 1 && i < n; ++i) {
-      wait();
-      pass();
-    }
-  }
-};
-
 // The products of 64 rows with kColumns rows, by a warpgroup. Lane 4r + c of warp w gets of row
 // 16w + r the columns 8j + 2c and 8j + 2c + 1 at sum[4j] and sum[4j + 1], and of row 16w + r + 8
 // the same columns behind them. `n_rows`, `n_columns`: the rows of the tiles they are part of.
-template <class T, int kDim, int kColumns, int kGroups>
+// Other warpgroups keep the multiprocessor busy meanwhile.
+template <class T, int kDim, int kColumns>
 __device__ void multiply(float (&sum)[kColumns / 2], const char* rows, int n_rows,
-                         const char* columns, int n_columns, const Turns<kGroups>& turns) {
-  constexpr int kSteps = kDim / 16, kLast = 2;
-  turns.wait();
+                         const char* columns, int n_columns) {
   fence_sums(sum);
   cute::warpgroup_arrive();
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
+  for (int step = 0; step < kDim / 16; ++step) {
     const int block = step / 4, byte = step % 4 * 32;
     const uint64_t of_a[1] = {matrix(rows, block * n_rows * kRowBytes + byte)};
     const uint64_t of_b[1] = {matrix(columns, block * n_columns * kRowBytes + byte)};
@@ -289,14 +264,8 @@ __device__ void multiply(float (&sum)[kColumns / 2], const char* rows, int n_row
                                                       : cute::SM90::GMMA::ScaleOut::Zero};
     cute::detail::explode(Wgmma<T, kColumns>::fma, of_a, cute::seq<0>{}, of_b, cute::seq<0>{}, sum,
                           cute::make_seq<kColumns / 2>{}, scale, cute::seq<0>{});
-    if (kGroups > 1 && step + kLast == kSteps - 1) cute::warpgroup_commit_batch();
   }
   cute::warpgroup_commit_batch();
-  if constexpr (kGroups > 1) {
-    // The next one's first instructions arrive while these last ones are under way.
-    cute::warpgroup_wait<1>();
-    turns.pass();
-  }
   cute::warpgroup_wait<0>();
   fence_sums(sum);
 }

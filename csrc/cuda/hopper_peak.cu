@@ -97,8 +97,6 @@ __global__ __launch_bounds__(kThreads,
   } else {
     cutlass::arch::warpgroup_reg_alloc<240>();
     const int lane = threadIdx.x % kWarp;
-    const Turns<kGroups> turns{warp / (kWarpgroup / kWarp)};
-    turns.begin();
     const float factor = a.scale * FastExp::kUnit;
     for (int unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
       float peak[kTiles][kQueries / 2];  // exponents
@@ -117,7 +115,7 @@ __global__ __launch_bounds__(kThreads,
             float x[kQueries / 2];
             multiply<T, kDim, kQueries>(
                 x, keys.tile(key_at) + (warp / 4 * kTiles + t) * kTileRows * kRowBytes,
-                Shape::kKeys, queries.tile(query_at), kQueries, turns);
+                Shape::kKeys, queries.tile(query_at), kQueries);
 #pragma unroll
             for (int e = 0; e < kQueries / 8; ++e) {
               const float4 shift = shifts[e * 4];  // x and z; the factors are 1

@@ -117,9 +117,6 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
   const int thread = threadIdx.x, group = warp / (kWarpgroup / kWarp);
   const float factor = a.scale * FastExp::kUnit;
 
-  Turns<kGroups> turns{group};
-  if (!is_producer) turns.begin();
-
   int bg_of_queries = -1;
   const auto load_queries = [&](const Unit<Shape>& unit) {
     if (unit.bg == bg_of_queries) return;
@@ -158,11 +155,9 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
           if (f % kGroups != group) continue;
           ring.wait(place);
           const int key = unit.low + i * kTileRows, causal = int(a.context());
-          if (i >= unit.loads)
-            measures.skip(turns, p.query_rows);
-          else
+          if (i < unit.loads)
             measures.template add<T, kDim>(
-                turns, ring.tile(place), queries, p.query_rows, factor,
+                ring.tile(place), queries, p.query_rows, factor,
                 key >= start && key + kTileRows <= min(unit.end, causal + 1), start - key,
                 [&](int row) { return min(unit.end, causal + Column(a, row).query + 1) - key; });
           if (f < n_tiles - stages) ring.free(place);
@@ -171,7 +166,6 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
       }
     }
     cooperative_groups::this_grid().sync();
-    turns.rank = kGroups - 1 - group;  // the last tile's group is the first on the way back
   }
 
   if (is_producer) {
@@ -275,7 +269,6 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
       if (f % kGroups != group) continue;
       ring.wait(place);
       if (i >= unit.loads) {
-        turns.skip(chunks);
         ring.free(place);
         continue;
       }
@@ -283,19 +276,21 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
       for (int chunk = 0; chunk < chunks; ++chunk) {
         float x[kColumns / 2];
         multiply<T, kDim, kColumns>(x, ring.tile(place), kTileRows,
-                                    queries + chunk * kColumns * kRowBytes, p.query_rows, turns);
+                                    queries + chunk * kColumns * kRowBytes, p.query_rows);
         if (chunk + 1 == chunks) ring.free(place);
         const float4* shift = reinterpret_cast<const float4*>(shifts) + chunk * kColumns / 4;
-        // Sums of 8 columns, which are one head's: at x[4e] of key r, at x[4e + 2] of key r + 8.
 #pragma unroll
         for (int e = 0; e < kColumns / 8; ++e) {
           const float4 four = shift[e / 2 * 4 + lane % 4];
           const float low = e % 2 ? four.z : four.x, high = e % 2 ? four.w : four.y;
 #pragma unroll
-          for (int z = e * 4; z < e * 4 + 4; z += 2)
-            x[z] =
-                FastExp::exp(fmaf(x[z], factor, low)) + FastExp::exp(fmaf(x[z + 1], factor, high));
+          for (int z = e * 4; z < e * 4 + 4; ++z)
+            x[z] = FastExp::exp(fmaf(x[z], factor, z % 2 ? high : low));
         }
+        fence_sums(x);  // a sum between two exponentials would wait for the first
+        // Sums of 8 columns, which are one head's: at x[4e] of key r, at x[4e + 2] of key r + 8.
+#pragma unroll
+        for (int z = 0; z < kColumns / 2; z += 2) x[z] += x[z + 1];
         if (slots == 1) {
 #pragma unroll
           for (int z = 0; z < kColumns / 2; z += 2) sum[z / 2 % 2] += x[z];
@@ -415,6 +410,13 @@ cudaError_t launch(const Plan& plan, cudaStream_t stream) {
                        plan.params.measures != nullptr, stream, map, plan.params);
 }
 
+// Few columns over few keys, once: there the portable kernel, with less to begin, is the faster
+// one. Nothing here may depend on the batch: a row must not know it.
+bool is_small(const WindowAttention& a) {
+  constexpr int64_t kBytes = 32 << 20;
+  return a.lse && columns_of(a) == 32 && a.kv_heads * a.total * a.dim * 2 < kBytes;
+}
+
 }  // namespace
 
 bool takes(const WindowScores& s) {
@@ -422,6 +424,7 @@ bool takes(const WindowScores& s) {
   if (!device_fits() || !keys_fit(a) || !queries_are_aligned(a)) return false;
   if (a.softcap != 0.f || a.sliding_window || !(a.scale > 0.f)) return false;
   if (columns_of(a) > kMostColumns || s.halo() > kMostHalo) return false;
+  if (is_small(a)) return false;
   const Plan plan(s);
   return plan.params.stages > 0 && plan.params.units <= INT32_MAX;
 }

@@ -48,7 +48,7 @@ __global__ __launch_bounds__(kThreads,
     return (min(total - unit % p.chunks * chunk_keys, chunk_keys) + kTileRows - 1) / kTileRows;
   };
   // Groups take the same tiles of a unit in any block: there may be empty ones behind the last.
-  const auto places_of = [](int tiles) { return (tiles + kGroups - 1) / kGroups * kGroups; };
+  const auto turns_of = [](int tiles) { return (tiles + kGroups - 1) / kGroups * kGroups; };
   const int kv_heads = int(a.kv_heads);
 
   typename Ring<kTileBytes<kDim>>::Place at;
@@ -57,8 +57,8 @@ __global__ __launch_bounds__(kThreads,
     int f = 0;
     for (int u = first_unit; u < end_unit; ++u) {
       const int bg = u / p.chunks / p.spans, key = u % p.chunks * chunk_keys;
-      const int b = bg / kv_heads, g = bg % kv_heads, tiles = tiles_of(u), places = places_of(tiles);
-      for (int i = 0; i < places; ++i, ++f, ring.advance(at)) {
+      const int b = bg / kv_heads, g = bg % kv_heads, tiles = tiles_of(u), turns = turns_of(tiles);
+      for (int i = 0; i < turns; ++i, ++f, ring.advance(at)) {
         const bool is_empty = i >= tiles;
         Barrier& loaded = ring.begin_load(at, f < p.stages, is_empty ? 0 : kTileBytes<kDim>);
         if (!is_empty)
@@ -70,8 +70,6 @@ __global__ __launch_bounds__(kThreads,
 
   const int group = warp / (kWarpgroup / kWarp);
   const float factor = a.scale * FastExp::kUnit;
-  const Turns<kGroups> turns{group};
-  turns.begin();
   ThreadMeasures<kRowTiles> measures;
   int head_span = -1;
   for (int u = first_unit; u < end_unit; ++u) {
@@ -91,16 +89,14 @@ __global__ __launch_bounds__(kThreads,
     const int start = Visibility::near(a.start.data ? a.start[b] : 0);
     const int causal = p.is_causal ? int(a.context()) : total - 1;
     measures.clear();
-    const int tiles = tiles_of(u), places = places_of(tiles);
-    for (int i = 0; i < places; ++i, ring.advance(at)) {
+    const int tiles = tiles_of(u), turns = turns_of(tiles);
+    for (int i = 0; i < turns; ++i, ring.advance(at)) {
       if (i % kGroups != group) continue;
       ring.wait(at);
       const int key = chunk * chunk_keys + i * kTileRows;
-      if (i >= tiles)
-        measures.skip(turns, kSpanRows);
-      else
+      if (i < tiles)
         measures.template add<T, kDim>(
-            turns, ring.tile(at), queries, kSpanRows, factor,
+            ring.tile(at), queries, kSpanRows, factor,
             key >= start && key + kTileRows <= min(end, causal + 1), start - key, [&](int row) {
               const int query = p.is_causal ? Column(a, first_column + row).query : 0;
               return min(end, causal + query + 1) - key;

@@ -30,15 +30,15 @@ struct ThreadMeasures {
 
   // Takes in the logits of 64 keys; `factor` is positive. Unless all queries see all of them, they
   // see the keys from `from` on, and the query of a row those before to(row).
-  template <class T, int kDim, int kGroups, class To>
-  __device__ void add(const Turns<kGroups>& turns, const char* keys, const char* queries,
-                      int n_queries, float factor, bool all_see, int from, To to) {
+  template <class T, int kDim, class To>
+  __device__ void add(const char* keys, const char* queries, int n_queries, float factor,
+                      bool all_see, int from, To to) {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       if (t * kTileRows >= n_queries) continue;
       float logits[kTileRows / 2];
       multiply<T, kDim, kTileRows>(logits, queries + t * kTileRows * kRowBytes, n_queries, keys,
-                                   kTileRows, turns);
+                                   kTileRows);
       if (!all_see) {
         const int end[2] = {to(row_of(t, 0)), to(row_of(t, 1))};
 #pragma unroll
@@ -47,30 +47,31 @@ struct ThreadMeasures {
           if (key < from || key >= end[i / 2 % 2]) logits[i] = -INFINITY;
         }
       }
+      float before[2], shift[2];
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const float before = largest[t][row];
-        float top = before;
+        before[row] = largest[t][row];
+        float top = before[row];
 #pragma unroll
         for (int i = 0; i < kTileRows / 4; ++i)
           top = fmaxf(top, logits[i / 2 * 4 + row * 2 + i % 2]);
         // Where nothing was seen, anything finite will do.
-        const float shift = top == -INFINITY ? 0.f : top * factor;
-        float part[2] = {};
-#pragma unroll
-        for (int i = 0; i < kTileRows / 4; ++i)
-          part[i % 2] += FastExp::exp(fmaf(logits[i / 2 * 4 + row * 2 + i % 2], factor, -shift));
-        sum[t][row] =
-            sum[t][row] * FastExp::exp(fmaf(before, factor, -shift)) + (part[0] + part[1]);
+        shift[row] = top == -INFINITY ? 0.f : top * factor;
         largest[t][row] = top;
       }
+#pragma unroll
+      for (int i = 0; i < kTileRows / 2; ++i)
+        logits[i] = FastExp::exp(fmaf(logits[i], factor, -shift[i / 2 % 2]));
+      fence_sums(logits);  // a sum between two exponentials would wait for the first
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        float part[2] = {};
+#pragma unroll
+        for (int i = 0; i < kTileRows / 4; ++i) part[i % 2] += logits[i / 2 * 4 + row * 2 + i % 2];
+        sum[t][row] = sum[t][row] * FastExp::exp(fmaf(before[row], factor, -shift[row])) +
+                      (part[0] + part[1]);
+      }
     }
-  }
-
-  // A turn for every product, where there is no tile to take in.
-  template <int kGroups>
-  __device__ static void skip(const Turns<kGroups>& turns, int n_queries) {
-    turns.skip(min(n_queries / kTileRows, kTiles));
   }
 
   // Joins the lanes of a row and writes the columns below `n_columns`.
