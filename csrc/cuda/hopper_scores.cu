@@ -152,7 +152,7 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
         const int start = max(unit.first, start_of(unit));
         measures.clear();
         for (int i = 0; i < unit.tiles; ++i, ++f, ring.advance(place)) {
-          if (f % kGroups != group) continue;
+          if (i % kGroups != group) continue;
           ring.wait(place);
           const int key = unit.low + i * kTileRows, causal = int(a.context());
           if (i < unit.loads)
@@ -227,7 +227,6 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
 
   const int slots = int(p.scores.slots()), chunks = p.columns / kColumns;
   const int head_eights = head_columns(a) / kHeadAlign;
-  int f = is_twice ? n_tiles : 0;
   for (int j = first_unit; j < end_unit; ++j) {
     const Unit<Shape> unit(p, is_twice ? first_unit + end_unit - 1 - j : j);
     if (unit.bg != bg_of_queries || unit.bg != bg_of_shifts) {
@@ -257,16 +256,13 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
       const int key = i * kTileRows + warp % 4 * 16 + lane / 4 + is_odd * 8;
       if (!(lane & 2)) sums[slot * p.sums_stride + key] = unit.low + key < start ? 0.f : mine;
     };
-    for (int n = 0; n < unit.tiles; ++n) {
-      if (is_twice) {
-        --f;
-        ring.retreat(place);
-      } else if (n || j != first_unit) {
-        ++f;
-        ring.advance(place);
-      }
+    const auto go_on = [&] {
+      if (!is_twice) ring.advance(place);
+    };
+    for (int n = 0; n < unit.tiles; ++n, go_on()) {
+      if (is_twice) ring.retreat(place);
       const int i = is_twice ? unit.tiles - 1 - n : n;
-      if (f % kGroups != group) continue;
+      if (i % kGroups != group) continue;
       ring.wait(place);
       if (i >= unit.loads) {
         ring.free(place);
@@ -279,18 +275,16 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
                                     queries + chunk * kColumns * kRowBytes, p.query_rows);
         if (chunk + 1 == chunks) ring.free(place);
         const float4* shift = reinterpret_cast<const float4*>(shifts) + chunk * kColumns / 4;
+        // Sums of 8 columns, which are one head's: at x[4e] of key r, at x[4e + 2] of key r + 8.
 #pragma unroll
         for (int e = 0; e < kColumns / 8; ++e) {
           const float4 four = shift[e / 2 * 4 + lane % 4];
           const float low = e % 2 ? four.z : four.x, high = e % 2 ? four.w : four.y;
 #pragma unroll
-          for (int z = e * 4; z < e * 4 + 4; ++z)
-            x[z] = FastExp::exp(fmaf(x[z], factor, z % 2 ? high : low));
+          for (int z = e * 4; z < e * 4 + 4; z += 2)
+            x[z] =
+                FastExp::exp(fmaf(x[z], factor, low)) + FastExp::exp(fmaf(x[z + 1], factor, high));
         }
-        fence_sums(x);  // a sum between two exponentials would wait for the first
-        // Sums of 8 columns, which are one head's: at x[4e] of key r, at x[4e + 2] of key r + 8.
-#pragma unroll
-        for (int z = 0; z < kColumns / 2; z += 2) x[z] += x[z + 1];
         if (slots == 1) {
 #pragma unroll
           for (int z = 0; z < kColumns / 2; z += 2) sum[z / 2 % 2] += x[z];
@@ -425,8 +419,7 @@ bool takes(const WindowScores& s) {
   if (a.softcap != 0.f || a.sliding_window || !(a.scale > 0.f)) return false;
   if (columns_of(a) > kMostColumns || s.halo() > kMostHalo) return false;
   if (is_small(a)) return false;
-  const Plan plan(s);
-  return plan.params.stages > 0 && plan.params.units <= INT32_MAX;
+  return Plan(s).params.stages > 0;
 }
 
 int64_t workspace_bytes(const WindowScores& s) { return Plan(s).measure_bytes; }

@@ -47,29 +47,22 @@ struct ThreadMeasures {
           if (key < from || key >= end[i / 2 % 2]) logits[i] = -INFINITY;
         }
       }
-      float before[2], shift[2];
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        before[row] = largest[t][row];
-        float top = before[row];
+        const float before = largest[t][row];
+        float top = before;
 #pragma unroll
         for (int i = 0; i < kTileRows / 4; ++i)
           top = fmaxf(top, logits[i / 2 * 4 + row * 2 + i % 2]);
         // Where nothing was seen, anything finite will do.
-        shift[row] = top == -INFINITY ? 0.f : top * factor;
-        largest[t][row] = top;
-      }
-#pragma unroll
-      for (int i = 0; i < kTileRows / 2; ++i)
-        logits[i] = FastExp::exp(fmaf(logits[i], factor, -shift[i / 2 % 2]));
-      fence_sums(logits);  // a sum between two exponentials would wait for the first
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
+        const float shift = top == -INFINITY ? 0.f : top * factor;
         float part[2] = {};
 #pragma unroll
-        for (int i = 0; i < kTileRows / 4; ++i) part[i % 2] += logits[i / 2 * 4 + row * 2 + i % 2];
-        sum[t][row] = sum[t][row] * FastExp::exp(fmaf(before[row], factor, -shift[row])) +
-                      (part[0] + part[1]);
+        for (int i = 0; i < kTileRows / 4; ++i)
+          part[i % 2] += FastExp::exp(fmaf(logits[i / 2 * 4 + row * 2 + i % 2], factor, -shift));
+        sum[t][row] =
+            sum[t][row] * FastExp::exp(fmaf(before, factor, -shift)) + (part[0] + part[1]);
+        largest[t][row] = top;
       }
     }
   }
