@@ -198,12 +198,16 @@ cudaError_t run_softmax(const WindowAttention& a, bool is_causal, cudaStream_t s
 namespace hopper {
 #ifdef CLAA_HOPPER
 bool measures(const WindowAttention& a);
-#else
-inline bool measures(const WindowAttention&) { return false; }
-#endif
 int64_t measure_parts(const WindowAttention& a);
 cudaError_t run_measures(const WindowAttention& a, bool is_causal, Measure* measures,
                          cudaStream_t stream);
+#else
+inline bool measures(const WindowAttention&) { return false; }
+inline int64_t measure_parts(const WindowAttention&) { return 0; }
+inline cudaError_t run_measures(const WindowAttention&, bool, Measure*, cudaStream_t) {
+  return cudaErrorNotSupported;
+}
+#endif
 }  // namespace hopper
 
 // Launches a kernel that may need more shared memory than a kernel has without asking.

@@ -27,6 +27,10 @@ constexpr int kAlignment = 1024;
 constexpr int kWarpgroup = 128;                  // threads
 constexpr int64_t kMaxTotal = int64_t(1) << 30;  // keys: their positions are 32-bit integers
 
+// The heads for which the units of a softmax are planned, whatever there are: its measures must
+// know neither the batch nor the other heads.
+constexpr int64_t kPlannedHeads = 8;
+
 using Barrier = cutlass::arch::ClusterTransactionBarrier;
 
 // 2-byte items of a tile of keys.

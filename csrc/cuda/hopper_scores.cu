@@ -346,8 +346,7 @@ struct Plan {
     const int64_t tile_bytes = kTileRows * dim * 2, groups = groups_of(dim, columns);
     const bool is_twice = !a.lse;
     const int64_t all = is_twice ? a.total : a.context();
-    // Measures must not know the batch, nor must the units that make them.
-    const int64_t heads = a.batch * a.kv_heads, planned = is_twice ? a.kv_heads : heads;
+    const int64_t heads = a.batch * a.kv_heads, planned = is_twice ? kPlannedHeads : heads;
     const int64_t most_blocks =
         device_attribute(cudaDevAttrMultiProcessorCount) * (groups == 1 ? 2 : 1);
 
@@ -405,10 +404,10 @@ cudaError_t launch(const Plan& plan, cudaStream_t stream) {
 }
 
 // Few columns over few keys, once: there the portable kernel, with less to begin, is the faster
-// one. Nothing here may depend on the batch: a row must not know it.
+// one. Neither the batch nor the number of heads may count: a row must not know them.
 bool is_small(const WindowAttention& a) {
-  constexpr int64_t kBytes = 32 << 20;
-  return a.lse && columns_of(a) == 32 && a.kv_heads * a.total * a.dim * 2 < kBytes;
+  constexpr int64_t kHeadBytes = 4 << 20;
+  return a.lse && columns_of(a) == 32 && a.total * a.dim * 2 < kHeadBytes;
 }
 
 }  // namespace

@@ -114,11 +114,10 @@ Params plan(const WindowAttention& a) {
   const int64_t spans = ceil_div(columns, span_columns);
   const int64_t blocks = device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t all = ceil_div(a.total, kTileRows);
-  // The chunk for which the busiest block has the fewest tiles, of a batch of 1: the chunks of a
-  // prompt must not know its batch.
+  // The chunk for which the busiest block has the fewest tiles.
   int64_t chunk_tiles = kGroups, least_cost = INT64_MAX;
   for (int64_t tiles = kGroups; tiles <= 64; tiles += kGroups) {
-    const int64_t units = ceil_div(all, tiles) * a.kv_heads * spans;
+    const int64_t units = ceil_div(all, tiles) * kPlannedHeads * spans;
     const int64_t cost = ceil_div(units, blocks) * (tiles + 1);
     if (cost > least_cost) continue;
     least_cost = cost;

@@ -19,10 +19,11 @@ struct PeakEmit {
 namespace hopper {
 #ifdef CLAA_HOPPER
 bool takes(const PeakEmit& p);
+cudaError_t run(const PeakEmit& p, cudaStream_t stream);
 #else
 inline bool takes(const PeakEmit&) { return false; }
+inline cudaError_t run(const PeakEmit&, cudaStream_t) { return cudaErrorNotSupported; }
 #endif
-cudaError_t run(const PeakEmit& p, cudaStream_t stream);
 }  // namespace hopper
 
 }  // namespace claa::cuda

@@ -31,11 +31,13 @@ cudaError_t run(const WindowScores& p, cudaStream_t stream);
 namespace hopper {
 #ifdef CLAA_HOPPER
 bool takes(const WindowScores& p);
-#else
-inline bool takes(const WindowScores&) { return false; }
-#endif
 int64_t workspace_bytes(const WindowScores& p);
 cudaError_t run(const WindowScores& p, cudaStream_t stream);
+#else
+inline bool takes(const WindowScores&) { return false; }
+inline int64_t workspace_bytes(const WindowScores&) { return 0; }
+inline cudaError_t run(const WindowScores&, cudaStream_t) { return cudaErrorNotSupported; }
+#endif
 }  // namespace hopper
 
 }  // namespace claa::cuda
