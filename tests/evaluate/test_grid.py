@@ -65,6 +65,12 @@ def test_equal_bytes():
         MethodSpec.parse("snapkv@full")
 
 
+def test_a_budget_of_the_caches_is_for_those_that_have_one():
+    grid = cells("claa", "claa:keep_kv=0.3", "snapkv", "fastkv@claa", keeps=[0.1], keep_kv=1.0)
+    assert [getattr(cell.method, "keep_kv", None) for cell in grid[1:4]] == [1.0, 0.3, None]
+    assert grid[4].method.keep_kv < 1.0
+
+
 def test_keys_are_json():
     for cell in cells("claa", schedules=[parse_schedule("7:50%,18:10%")], keeps=[400]):
         assert json.loads(json.dumps(cell.key())) == cell.key()

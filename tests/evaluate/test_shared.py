@@ -97,6 +97,27 @@ def test_run_is_run(name):
         expected = run(model, ids, method)
 
 
+def test_what_goes_before_a_prefill_is_done_once(monkeypatch):
+    answers, prepare = [], Oracle.prepare
+    monkeypatch.setattr(Oracle, "prepare", lambda *given: answers.append(1) or prepare(*given))
+    model = attach(build("llama"))
+    ids, _ = prompt(80)
+    shared = SharedPrefill(model, ids)
+    method = Oracle(keep=0.4, layer=1, max_new_tokens=3)
+    for settings, number in [
+        ({}, 1),
+        ({"layer": 2, "keep": 0.3, "keep_kv": 1.0}, 1),
+        ({"kernel_size": 5}, 2),
+        ({"max_new_tokens": 4}, 3),
+    ]:
+        changed = replace(method, **settings)
+        prefilled = shared.run(changed)
+        assert len(answers) == number
+        expected = run(model, ids, changed, prepared=prepare(changed, model, ids, None))
+        assert torch.equal(prefilled.logits, expected.logits)
+        assert prefilled.work == expected.work
+
+
 def test_only_layers_that_were_recorded_can_select():
     model = attach(build("llama"))
     ids, mask = prompt(50)

@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from claa_ops import prefill
-from claa_ops.methods import ASL, CLAA, FastKV, FastKVDeferral, Oracle, Peak, Random, SinksRandom
+from claa_ops.methods import (
+    ASL,
+    CLAA,
+    FastKV,
+    FastKVDeferral,
+    GemFilter,
+    Oracle,
+    Peak,
+    Random,
+    SinksRandom,
+)
 from claa_ops.methods.budget import Budget
 
 LAYERS, HEADS, GROUPS, DIM = 6, 4, 2, 4
@@ -124,6 +134,24 @@ def test_random_tokens_depend_on_the_seed_and_on_nothing_else():
     shorter = trace(Random(keep=20, layer=1, seed=3), 47).state.positions
     later = kept[kept >= 13].view(2, -1)  # counted from the end
     assert set((later[0] - 13).tolist()) <= set(shorter[0].tolist())
+
+
+@pytest.mark.parametrize("method", [GemFilter(keep=20, layer=2), ASL(20, 2, last_n=3, window=8)])
+def test_what_stands_before_the_prompt_does_not_change_its_ranking(method):
+    padding, states = 23, []
+    generator = torch.Generator().manual_seed(0)
+    query, key = (
+        3 * torch.randn(3, 1, heads, 60, DIM, generator=generator) for heads in (HEADS, GROUPS)
+    )
+    for dropped, start in ((0, torch.tensor([padding])), (padding, None)):
+        length = 60 - dropped
+        state = prefill.begin(method, num_layers=LAYERS, prompt_length=length, start=start)
+        for layer in range(3):
+            state.observe(layer, query[layer, :, :, dropped:], key[layer, :, :, dropped:])
+        states.append(state)
+    padded, alone = states
+    torch.testing.assert_close(padded.importance[:, padding:], alone.importance)
+    assert padded.notes.get("variance") == alone.notes.get("variance")
 
 
 def test_rankings_stand_in_importance_before_the_selection():

@@ -445,14 +445,6 @@ def test_the_adaptive_layer_is_found_in_some_cases_and_not_in_others(model):
     assert selected[1] is None and selected[4] is None and selected[5] == 2
 
 
-def test_padding_has_no_part_in_the_variance_of_ranks(model):
-    method = ASL(keep=60, layer=2, last_n=3, tau=0.01, window=8)
-    ids, mask = prompt(LENGTH, SHORT)
-    padded = run(model, ids[1:], method, mask[1:]).state.notes["variance"]
-    alone = run(model, ids[1:, LENGTH - SHORT :], method).state.notes["variance"]
-    assert padded == pytest.approx(alone, rel=1e-6)
-
-
 # Everything kept, and short prompts.
 
 EVERYTHING = [

@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from claa_ops.cli.options import AsJson, Device, Dtype, Threads, input_errors
+from claa_ops.cli.options import AsJson, Device, Dtype, KeepKv, Threads, input_errors
 
 
 def evaluate(
@@ -50,6 +50,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Staged selection, such as 7:50%,15:20%,23:10%. Repeat it for several."),
     ] = None,
+    keep_kv: KeepKv = None,
     task: Annotated[
         list[str] | None,
         typer.Option(
@@ -121,6 +122,7 @@ def evaluate(
             layers=layer,
             keeps=keep,
             schedules=schedule,
+            keep_kv=keep_kv,
             tasks=task,
             suite=suite,
             lengths=lengths,

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from claa_ops.evaluate.inputs import parse_budget
@@ -143,16 +143,20 @@ def make_cells(
     layers: Sequence[int] = (),
     keeps: Sequence[Budget] = (),
     schedules: Sequence[tuple[tuple[int, ...], tuple[Budget, ...]]] = (),
+    keep_kv: Budget | None = None,
 ) -> list[Cell]:
     """Full prefill, then every method with every layer, rate and schedule that it takes.
 
-    Without layers or rates the methods' own defaults for the depth stand.
+    Without layers or rates the methods' own defaults for the depth stand. ``keep_kv`` is for the
+    methods that have a budget for their caches apart, unless their specification states it.
 
     Raises:
         InputError: a layer is outside the model, or a method does not take its settings.
     """
     cells = {"full": MethodSpec.parse("full").cell(num_layers, None, None)}
     for spec in specs:
+        if keep_kv is not None and spec.has("keep_kv") and spec.bytes_of is None:
+            spec = replace(spec, settings={**spec.settings, "keep_kv": keep_kv})
         stages: list[tuple[Layer, Keep]] = [
             (layer, keep)
             for layer in (layers if layers and spec.has("layer") else [None])

@@ -29,7 +29,7 @@ def plot_frontier(rows: Sequence[Row], file: Path) -> None:
         rows: of one model.
         file: where to write the .png picture.
     """
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 5.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     labels = list(dict.fromkeys(row.label for row in rows if row.label != "full"))
     for index, label in enumerate(labels):
@@ -84,7 +84,7 @@ def plot_frontier(rows: Sequence[Row], file: Path) -> None:
     axes.set_axisbelow(True)
     prompts = max(row.prompts for row in rows)
     axes.set_title(f"{prompts:,} prompts, bars: 95 % intervals", loc="left", fontsize=10)
-    figure.legend(loc="outside right upper", fontsize=9, frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     FigureCanvasAgg(figure).print_figure(file)
 
 
@@ -129,7 +129,7 @@ def _plot_panels(
     lines = -(-len(cells) // columns)
     size = (1.6 + 2.2 * columns, 1.1 + 2.2 * lines)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
-    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
     for panel in panels.flat[len(cells) :]:
         panel.set_visible(False)
     for panel, (cell, its) in zip(panels.flat, cells, strict=False):

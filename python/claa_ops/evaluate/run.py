@@ -27,6 +27,7 @@ from claa_ops.evaluate.grid import (
     parse_layers,
     parse_schedule,
 )
+from claa_ops.evaluate.inputs import parse_budget
 from claa_ops.evaluate.journal import Journal
 from claa_ops.evaluate.report import versions
 from claa_ops.evaluate.suite import find_suite
@@ -53,7 +54,7 @@ class Plan:
     Attributes:
         models: directories, .gguf files or hub ids.
         methods: as `MethodSpec.parse` reads them.
-        layers, keeps, schedules: of the grid, see `make_cells`.
+        layers, keeps, schedules, keep_kv: of the grid, see `make_cells`.
         tasks: as `check_task` reads them.
         settings: which prompts.
         any_length: whether needle lengths that the model's context does not hold are left out.
@@ -68,6 +69,7 @@ class Plan:
     layers: Sequence[int] = ()
     keeps: Sequence[Budget] = (0.1,)
     schedules: Sequence[tuple[tuple[int, ...], tuple[Budget, ...]]] = ()
+    keep_kv: Budget | None = None
     tasks: Sequence[str] = ("needle",)
     settings: TaskSettings = field(default_factory=TaskSettings)
     any_length: bool = False
@@ -87,6 +89,7 @@ class Plan:
         layers: str | None,
         keeps: str | None,
         schedules: Sequence[str] | None,
+        keep_kv: str | None,
         tasks: Sequence[str] | None,
         suite: str | None,
         lengths: str | None,
@@ -128,6 +131,7 @@ class Plan:
             models=models or [SMOLLM2],
             layers=() if layers is None else parse_layers(layers),
             schedules=[parse_schedule(text) for text in schedules or ()],
+            keep_kv=None if keep_kv is None else parse_budget("--keep-kv", keep_kv),
             tasks=list(dict.fromkeys(tasks or ["needle"])),
             settings=TaskSettings(**settings),
             **{"methods": ["claa"], **given, **others},
@@ -293,7 +297,7 @@ def _cells(
             for spec in specs
         ]
     layers = model.config.get_text_config().num_hidden_layers
-    return make_cells(specs, layers, plan.layers, plan.keeps, plan.schedules)
+    return make_cells(specs, layers, plan.layers, plan.keeps, plan.schedules, plan.keep_kv)
 
 
 def _fitting(plan: Plan, model: PreTrainedModel) -> TaskSettings:

@@ -62,10 +62,10 @@ class ASL(Pruning):
         super().__post_init__()
         self.require(isinstance(self.layer, int), "layer", "one layer")
         self.require(not self.equal_cache, "equal_cache", "False")
-        last = next(iter(self._stages))
+        first = min(self._stages)
         self.require(is_count(self.last_n, 1), "last_n", "a positive integer")
         if self.tau is not None:
-            self.require(self.last_n <= last + 1, "last_n", f"at most layer + 1 = {last + 1}")
+            self.require(self.last_n <= first + 1, "last_n", f"at most layer + 1 = {first + 1}")
             self.require(self.tau > 0, "tau", "above 0, or None")
         self.require(self.passes in (1, 2), "passes", "1 or 2")
         self.require(isinstance(self.full_before, bool), "full_before", "True or False")
@@ -90,10 +90,10 @@ class ASL(Pruning):
 
     def needs_scores(self, state: PrefillState, layer: int) -> bool:
         """Whether the selection is yet to come, or the layer's cache is compressed."""
-        open_ = self.informs(layer) and self._selected(state) is None
-        return (open_ and self._drops(state, self._next_stage(layer))) or (
-            not self.two_pass and self._compresses(state, layer)
-        )
+        pending = self.informs(layer) and self._selected(state) is None
+        if pending and self._drops(state, self._next_stage(layer)):
+            return True
+        return not self.two_pass and self._compresses(state, layer)
 
     def observe(self, state: PrefillState, layer: int) -> None:
         """Rank the tokens, and test whether the last layers agree."""

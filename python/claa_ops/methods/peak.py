@@ -30,8 +30,8 @@ class Peak(Pruning):
         window, kernel_size, pooling: see :class:`Method`. The window must reach back into the
             question, past what a chat template puts behind it.
 
-    The ranking takes every layer up to the last selection; softcaps, sliding windows and sink
-    logits do not enter it.
+    The ranking takes every layer up to the last selection. As in the oracle the softmax runs over
+    all keys, without a causal mask inside the window, softcaps, sliding windows or sink logits.
 
     Raises:
         ValueError: a setting is out of its range.

@@ -134,8 +134,7 @@ class Pruning(Method):
 
     def best(self, state: PrefillState, scores: Tensor, kept: int) -> Tensor:
         """The sinks, the window and the tokens of best score."""
-        sink, window = self.sink, self.window
-        return select_topk(scores, kept, window=window, sink=sink, start=state.start)
+        return select_topk(scores, kept, window=self.window, sink=self.sink, start=state.start)
 
     def capacity(self, state: PrefillState, layer: int) -> int:
         """How many entries the cache of this layer may keep."""

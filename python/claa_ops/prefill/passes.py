@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from claa_ops.methods.base import Method, Preparation
 from claa_ops.methods.full import FullKV
@@ -73,18 +73,21 @@ def run(
         token = prefilled.logits.argmax(dim=-1)
     """
     attach(model)
+    # Before anything slow: it refuses a method that does not fit the model.
+    kind = _FirstPassCache if method.two_pass else ClaaCache
+    cache: ClaaCache = kind(model.config, method)
     length = input_ids.shape[1]
     if first_valid(attention_mask, length) is None:
         attention_mask = None
     if prepared is None:
         prepared = method.prepare(model, input_ids, attention_mask)
-    ranking, work = (None, 0) if prepared is None else prepared
+    cache.ranking, work = (None, 0) if prepared is None else prepared
     position_ids = count_positions(input_ids, attention_mask)
     next_position = position_ids[:, -1] + 1
 
     first = None
     if method.two_pass:
-        first = _first_pass(model, input_ids, position_ids, method, attention_mask, ranking)
+        first = _first_pass(model, input_ids, position_ids, attention_mask, cache)
         work += linear_work(model, first.lengths)
         if first.positions is not None:
             input_ids = input_ids.gather(1, first.positions)
@@ -95,10 +98,8 @@ def run(
             else:
                 position_ids = count_positions(input_ids, attention_mask)
                 next_position = position_ids[:, -1] + 1
+        cache = ClaaCache(model.config, FullKV())
 
-    cache = ClaaCache(
-        model.config, FullKV() if method.two_pass else method, ranking=None if first else ranking
-    )
     output = model(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -220,29 +221,30 @@ def end_tokens(
 class _FirstPassCache(ClaaCache):
     first_pass = True
 
+    def __init__(self, config: PreTrainedConfig, method: Method) -> None:
+        super().__init__(config, method)
+        if method.keeps_positions and "sliding_attention" in self.layer_types:
+            raise ValueError(
+                f"{type(method).__name__}: a second pass in original positions needs a model "
+                "without sliding windows, which go by position"
+            )
+
 
 def _first_pass(
     model: PreTrainedModel,
     input_ids: Tensor,
     position_ids: Tensor,
-    method: Method,
     attention_mask: Tensor | None,
-    ranking: Tensor | None,
+    cache: ClaaCache,
 ) -> PrefillState:
     """The state after the tokens of the second pass are chosen; no layer runs needlessly."""
-    cache = _FirstPassCache(model.config, method, ranking=ranking)
-    if method.keeps_positions and "sliding_attention" in cache.layer_types:
-        raise ValueError(
-            f"{type(method).__name__}: a second pass in original positions needs a model without "
-            "sliding windows, which go by position"
-        )
-    layers = len(cache.layers)
+    method, layers = cache.method, len(cache.layers)
     state = begin(
         method,
         num_layers=layers,
         prompt_length=input_ids.shape[1],
         start=first_valid(attention_mask, input_ids.shape[1]),
-        ranking=ranking,
+        ranking=cache.ranking,
     )
     chosen = state.choose()
     if chosen is not None or not any(method.needs_scores(state, layer) for layer in range(layers)):
