@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from claa_ops.prefill.cache import ClaaCache, SlidingLayer
+from claa_ops.prefill.logsumexp import attention_and_logsumexp
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -38,6 +39,9 @@ def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if claa_cache is None:
+            if attention_mask is not None and attention_mask.dim() == 4:
+                # A StaticClaaCache has one mask for layers of different lengths.
+                attention_mask = attention_mask[..., -key.shape[2] :]
             return base(module, query, key, value, attention_mask, **kwargs)
         layer: Any = module.layer_idx
         held = claa_cache.layers[layer]
@@ -53,9 +57,15 @@ def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
                 )
             # Positions with gaps would be taken for several sequences packed into one.
             kwargs.pop("position_ids", None)
-        output = base(module, query, key, value, attention_mask, **kwargs)
+        fused = None
+        if claa_cache.prefilling and base_name == "sdpa" and attention_mask is None:
+            fused = _plain_attention(module, query, key, value, kwargs)
+        if fused is None:
+            output, lse = base(module, query, key, value, attention_mask, **kwargs), None
+        else:
+            output, lse = (fused[0].transpose(1, 2).contiguous(), None), fused[1]
         if claa_cache.prefilling:
-            _observe_and_compress(claa_cache, layer, query, key, kwargs)
+            _observe_and_compress(claa_cache, layer, query, key, lse, kwargs)
         return output
 
     vars(claa_attention)["claa_base"] = base
@@ -67,8 +77,24 @@ def unwrapped(attention: AttentionFunction) -> AttentionFunction:
     return getattr(attention, "claa_base", attention)
 
 
+def _plain_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
+    """Output and logsumexp of SDPA attention that is causal and nothing else, if this is."""
+    special = ("dropout", "position_bias", "s_aux", "softcap")
+    causal = attention.get("is_causal", getattr(module, "is_causal", True))
+    if causal is False or any(attention.get(name) for name in special):
+        return None
+    return attention_and_logsumexp(query, key, value, attention.get("scaling"))
+
+
 def _observe_and_compress(
-    cache: ClaaCache, layer: int, query: Tensor, key: Tensor, attention: dict[str, Any]
+    cache: ClaaCache,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor | None,
+    attention: dict[str, Any],
 ) -> None:
     state, held = cache.state, cache.layers[layer]
     assert state is not None  # begin_forward made it
@@ -76,6 +102,7 @@ def _observe_and_compress(
         layer,
         query,
         key,
+        lse=lse,
         scale=attention.get("scaling"),
         sliding_window=attention.get("sliding_window") or 0,
         softcap=attention.get("softcap") or 0.0,
