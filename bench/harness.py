@@ -47,10 +47,11 @@ def measure(
         for name, call in calls.items():
             evict.fill_(done)
             samples[name].append(_one_call_ms(call, device))
-    return {name: _summary(times) for name, times in samples.items()}
+    return {name: summary(times) for name, times in samples.items()}
 
 
-def _summary(times: list[float]) -> Timing:
+def summary(times: list[float]) -> Timing:
+    """Median and deciles of repeated calls."""
     deciles = statistics.quantiles(times, n=10, method="inclusive")
     return Timing(statistics.median(times), deciles[0], deciles[-1], len(times))
 
