@@ -18,7 +18,8 @@ from bench.harness import BUFFER_BYTES, Call, Timing, measure, summary
 NODES, REPLAYS = 20, 11
 TOKENS = (8192, 32_768, 131_072)
 HEADER = (
-    f"{'op':<17}{'shape':<18}{'note':<17}{'ours us':>9}  {'[p10..p90]':<16}{'floor':>8}{'x floor':>9}"
+    f"{'op':<17}{'shape':<18}{'note':<17}{'ours us':>9}  {'[p10..p90]':<16}"
+    f"{'floor':>8}{'x floor':>9}"
     f"{'GB/s':>7}{'torch us':>10}{'/torch':>8}{'eager us':>10}{'/eager':>8}"
     f"{'called: ours':>14}{'eager':>9}{'/eager':>8}"
 )
