@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ops.window_cases import log_sum_exp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CompileConfig
 
@@ -12,6 +11,7 @@ from claa_ops.methods import CLAA
 from claa_ops.prefill import ClaaCache, PrefillState, attach
 from claa_ops.prefill.logsumexp import attention_and_logsumexp
 from claa_ops.prefill.static import StaticClaaCache
+from ops.window_cases import log_sum_exp
 
 from .tiny_models import build, generate, prompt
 

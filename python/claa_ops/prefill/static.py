@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache, StaticLayer
 
@@ -32,6 +34,8 @@ class StaticClaaCache(Cache):
             max_new_tokens=63,
         )
     """
+
+    layers: list[Any]
 
     def __init__(self, cache: ClaaCache, max_new_tokens: int) -> None:
         if cache.get_seq_length() == 0:
