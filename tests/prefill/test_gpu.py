@@ -85,13 +85,12 @@ def test_other_back_ends_are_left_to_sdpa(backend):
 def test_keeping_everything_is_the_plain_model(backend, observed):
     """Bit for bit: the logsumexp comes from the kernel that the plain model runs."""
     ids, _ = on_gpu(200)
-    model = model_for(backend)
+    model, attached = model_for(backend), attach(model_for(backend))
+    observed.clear()
     with sdpa_kernel(backend):
         plain = model(ids).logits
-        attach(model)
-        observed.clear()
         cache = ClaaCache(model.config, CLAA(keep=1.0, layer=1))
-        assert torch.equal(model(ids, past_key_values=cache).logits, plain)
+        assert torch.equal(attached(ids, past_key_values=cache).logits, plain)
     assert len(observed) == 4
     for query, key, lse in observed:
         if backend in HEADS or backend == SDPBackend.MATH:
@@ -156,8 +155,8 @@ def test_a_captured_prefill_replays_on_other_prompts(backend):
         kept = [x for layer in cache.layers for x in (layer.keys, layer.values)]
         return logits, cache.state.positions, *kept
 
+    ids, _ = on_gpu(200)
     with sdpa_kernel(backend):
-        ids, _ = on_gpu(200)
         prefill(ids)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
