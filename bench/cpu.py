@@ -47,9 +47,7 @@ def line_of(case: Case, quick: bool) -> dict:
     if case.builtin is not None:
         calls["torch"] = case.builtin
     calls |= floor_calls(case)
-    timings = measure(
-        calls, "cpu", budget_s=0.5 if quick else 1.5, rounds=(3, 10) if quick else (3, 30)
-    )
+    timings = measure(calls, budget_s=0.5 if quick else 1.5, rounds=(3, 10) if quick else (3, 30))
     ours = timings["ours"].median
     floor = floor_ms(case, timings)
     return {
@@ -60,7 +58,7 @@ def line_of(case: Case, quick: bool) -> dict:
         "ms": {name: timing._asdict() for name, timing in timings.items()},
         "speedup": {n: timings[n].median / ours for n in OPPONENTS if n in timings},
         "min_bytes": case.min_bytes,
-        "of_copy": case.min_bytes / ours / 1e6 / copy_gbps("cpu"),
+        "of_copy": case.min_bytes / ours / 1e6 / copy_gbps(),
         "floor_ms": floor,
         "times_floor": None if floor is None else ours / floor,
     }
@@ -90,9 +88,9 @@ def memory_lines(tokens: int) -> Iterator[dict]:
 def report(ops: list[str], quick: bool) -> dict:
     """Measure and print everything."""
     roofs = {
-        "copy_gbps": copy_gbps("cpu"),
-        "read_gbps": read_gbps("cpu"),
-        "matmul_gflops": matmul_gflops("cpu"),
+        "copy_gbps": copy_gbps(),
+        "read_gbps": read_gbps(),
+        "matmul_gflops": matmul_gflops(),
     }
     print(
         f"roofs: copy {roofs['copy_gbps']:.1f} GB/s (read + written), read "

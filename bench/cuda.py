@@ -13,9 +13,9 @@ import torch
 
 from bench.cases import LLAMA, Case
 from bench.cuda_cases import cases, layer
-from bench.harness import BUFFER_BYTES, Call, Timing, measure, summary
+from bench.harness import BUFFER_BYTES, Call, Timing, summary
 
-NODES, REPLAYS = 20, 11
+NODES, REPLAYS, CALLS = 20, 11, 25
 TOKENS = (8192, 32_768, 131_072)
 HEADER = (
     f"{'op':<17}{'shape':<18}{'note':<17}{'ours us':>9}  {'[p10..p90]':<16}"
@@ -47,14 +47,16 @@ class Graph:
         return begin.elapsed_time(end)
 
 
-def node_times(calls: Mapping[str, Call], *, nodes: int = NODES) -> dict[str, Timing]:
-    """What each call costs as a node of a graph, in milliseconds; all replayed in turn."""
+def eviction() -> Call:
+    """A call that leaves nothing of others in the caches, and nothing that must be written."""
     buffer = torch.ones(BUFFER_BYTES // 4, device="cuda")
     total = torch.empty((), device="cuda")
+    return lambda: torch.sum(buffer, dim=0, out=total)
 
-    def evict() -> None:
-        torch.sum(buffer, dim=0, out=total)
 
+def node_times(calls: Mapping[str, Call], *, nodes: int = NODES) -> dict[str, Timing]:
+    """What each call costs as a node of a graph, in milliseconds; all replayed in turn."""
+    evict = eviction()
     without = Graph(lambda: None, evict, nodes)
     graphs = {name: Graph(call, evict, nodes) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -64,6 +66,22 @@ def node_times(calls: Mapping[str, Call], *, nodes: int = NODES) -> dict[str, Ti
             spent = graph.replay_ms()
             if replay:  # the first uploads the graph
                 samples[name].append((spent - empty) / nodes)
+    return {name: summary(times) for name, times in samples.items()}
+
+
+def called_times(calls: Mapping[str, Call]) -> dict[str, Timing]:
+    """What each call costs as Python makes it, launches and all, in milliseconds."""
+    evict = eviction()
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(CALLS):
+        for name, call in calls.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            evict()
+            begin.record()  # behind the eviction, which hides the way to the first launch
+            call()
+            end.record()
+            end.synchronize()
+            samples[name].append(begin.elapsed_time(end))
     return {name: summary(times) for name, times in samples.items()}
 
 
@@ -104,14 +122,13 @@ def floor_ms(case: Case) -> float:
     return max(case.min_bytes / rate / 1e6, multiply, roof["node_us"] / 1e3)
 
 
-def line_of(case: Case, quick: bool) -> dict:
+def line_of(case: Case) -> dict:
     """Measure one case, as nodes and as called from Python."""
     calls: dict[str, Call] = {"ours": case.ours}
     if case.builtin is not None:
         calls["torch"] = case.builtin
     nodes = node_times(calls) | node_times({"eager": case.eager}, nodes=4)
-    rounds = (3, 3) if quick else (5, 9)
-    called = measure({"ours": case.ours, "eager": case.eager}, "cuda", budget_s=0.1, rounds=rounds)
+    called = called_times({"ours": case.ours, "eager": case.eager})
     floor = floor_ms(case)
     return {
         "op": case.op,
@@ -199,7 +216,7 @@ def report(ops: list[str], quick: bool) -> dict:
     lines, memory = [], []
     for op in ops:
         for case in cases(op, tokens):
-            lines.append(line_of(case, quick))
+            lines.append(line_of(case))
             print(printed(lines[-1]), flush=True)
             if op == "score_tokens" and case.shape.tokens == tokens[-1]:
                 memory.append(memory_line(case))

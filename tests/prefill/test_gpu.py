@@ -146,7 +146,7 @@ def test_prefill_is_one_compiled_graph():
 
 @torch.no_grad()
 @pytest.mark.parametrize("backend", WITH_LSE)
-def test_a_captured_prefill_replays_on_other_prompts(backend):
+def test_a_captured_prefill_replays_on_other_prompts(backend, observed):
     model = attach(model_for())
 
     def prefill(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -159,8 +159,10 @@ def test_a_captured_prefill_replays_on_other_prompts(backend):
     with sdpa_kernel(backend):
         prefill(ids)
         graph = torch.cuda.CUDAGraph()
+        observed.clear()
         with torch.cuda.graph(graph):
             outputs = prefill(ids)
+        assert all(lse is not None for _, _, lse in observed)
         for seed in (1, 2):
             other, _ = on_gpu(200, seed=seed)
             ids.copy_(other)

@@ -24,8 +24,23 @@ def register_attention(base_name: str, base: AttentionFunction, family: str) -> 
     name = {"sdpa": "claa_sdpa", "eager": f"claa_eager_{family}"}.get(base_name, base_name)
     AttentionInterface.register(name, _with_prefill(base, base_name))
     # Without this twin the model would find no mask for the name, and ignore padding.
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base_name])
+    mask = _sdpa_mask if base_name == "sdpa" else ALL_MASK_ATTENTION_FUNCTIONS[base_name]
+    AttentionMaskInterface.register(name, mask)
     return name
+
+
+def _sdpa_mask(**request: Any) -> Tensor | None:
+    """SDPA's mask; none for a whole prompt or a single token without padding.
+
+    While a CUDA graph is captured, transformers 5.17 makes one nevertheless, of N x N, with which
+    SDPA takes slower kernels.
+    """
+    captured = not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+    whole = request["q_length"] in (1, request["kv_length"])
+    special = request.get("attention_mask") is not None or request.get("local_size") is not None
+    if captured and whole and not special and request.get("allow_is_causal_skip", True):
+        return None
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**request)
 
 
 def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
