@@ -35,7 +35,8 @@ def _sdpa_mask(**request: Any) -> Tensor | None:
     While a CUDA graph is captured, transformers 5.17 makes one nevertheless, of N x N, with which
     SDPA takes slower kernels.
     """
-    captured = not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+    on_gpu = not torch.compiler.is_compiling() and torch.cuda.is_initialized()
+    captured = on_gpu and torch.cuda.is_current_stream_capturing()
     whole = request["q_length"] in (1, request["kv_length"])
     special = request.get("attention_mask") is not None or request.get("local_size") is not None
     if captured and whole and not special and request.get("allow_is_causal_skip", True):
