@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from claa_ops.prefill.cache import ClaaCache, SlidingLayer
 from claa_ops.prefill.logsumexp import attention_and_logsumexp
@@ -32,16 +32,14 @@ def register_attention(base_name: str, base: AttentionFunction, family: str) -> 
 def _sdpa_mask(**request: Any) -> Tensor | None:
     """SDPA's mask; none for a whole prompt or a single token without padding.
 
-    While a CUDA graph is captured, transformers 5.17 makes one nevertheless, of N x N, with which
-    SDPA takes slower kernels.
+    Transformers does so too, but not while a graph is compiled or captured (5.17, and later ones
+    with torch before 2.14): then it makes one of N x N, with which SDPA takes slower kernels.
     """
-    on_gpu = not torch.compiler.is_compiling() and torch.cuda.is_initialized()
-    captured = on_gpu and torch.cuda.is_current_stream_capturing()
-    whole = request["q_length"] in (1, request["kv_length"])
+    whole = request["q_length"] == 1 or request["q_length"] == request["kv_length"]
     special = request.get("attention_mask") is not None or request.get("local_size") is not None
-    if captured and whole and not special and request.get("allow_is_causal_skip", True):
+    if whole and not special and request.get("allow_is_causal_skip", True):
         return None
-    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**request)
+    return sdpa_mask(**request)
 
 
 def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
