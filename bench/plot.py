@@ -53,7 +53,8 @@ def flops_per_second(axes: Axes, report: dict, colours: dict) -> None:
             rate = line["flops"] / line["node_ms"]["ours"]["median"] / 1e9
             point = (line["flops"] / line["min_bytes"], rate)
             axes.plot(*point, "o", ms=4, color=colours[line["op"]])
-    axes.set(xscale="log", yscale="log", xlabel="operations for each byte", ylabel="TFLOP/s")
+    axes.set(xscale="log", yscale="log", ylim=(None, 2 * roof["matmul_tflops"]))
+    axes.set(xlabel="operations for each byte", ylabel="TFLOP/s")
 
 
 def main() -> None:
