@@ -176,13 +176,19 @@ def cache_bytes(cache: Any) -> int:
 def decode_ms(model: PreTrainedModel, cache: Any) -> float:
     """One more token, as a CUDA graph, so that the speed of Python does not count."""
     token = torch.ones(1, 1, dtype=torch.int64, device="cuda")
-    held = [(layer.keys, layer.values) for layer in cache.layers]  # the graph reads these
+    held = [(layer.keys, layer.values) for layer in cache.layers]
+
+    def step() -> None:
+        for layer, (keys, values) in zip(cache.layers, held, strict=True):
+            layer.keys, layer.values = keys, values  # what the prefill left
+        model(token, past_key_values=cache)
+
+    step()  # libraries choose their kernels for these sizes now, not while capturing
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        model(token, past_key_values=cache)
-    spent = [timed(graph.replay)[0] for _ in range(DECODE_REPLAYS)]
-    del held
-    return statistics.median(spent)
+        step()
+    return statistics.median(timed(graph.replay)[0] for _ in range(DECODE_REPLAYS))
 
 
 def kernel_ms(call: Callable[[], object]) -> dict[str, float]:
@@ -259,22 +265,25 @@ def main() -> None:
     arguments = parsed_arguments()
     about = machine("cuda", arguments.commit)
     print(", ".join(f"{name} {value}" for name, value in about.items()) + "\n" + HEADER)
-    measured = []
     for name in arguments.models:
         model = build(name, "cuda")
         for tokens in arguments.tokens:
+            measured = []
             for row in rows(model, name, tokens, arguments.keep):
                 measured.append(row)
                 print(printed(row), flush=True)
+            add_to(arguments.out, about, measured)
         del model
         gc.collect()
         torch.cuda.empty_cache()
-    before = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
-    new = {(row["model"], row["tokens"]) for row in measured}
-    kept = [row for row in before if (row["model"], row["tokens"]) not in new]
-    arguments.out.write_text(
-        json.dumps({"machine": about, "rows": kept + measured}, indent=1) + "\n"
-    )
+
+
+def add_to(path: Path, about: dict, measured: list[dict]) -> None:
+    """Write the rows of one model at one length in place of older ones of it."""
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    replaced = (measured[0]["model"], measured[0]["tokens"])
+    kept = [row for row in before if (row["model"], row["tokens"]) != replaced]
+    path.write_text(json.dumps({"machine": about, "rows": kept + measured}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
