@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from claa_ops.prefill.cache import ClaaCache
     from claa_ops.prefill.huggingface import attach
     from claa_ops.prefill.passes import Prefilled, decode, generate, run
+    from claa_ops.prefill.static import StaticClaaCache
 
 __all__ = [
     "ClaaCache",
     "PrefillState",
     "Prefilled",
+    "StaticClaaCache",
     "attach",
     "begin",
     "decode",
@@ -26,6 +28,7 @@ _MODULES = {
     "ClaaCache": "cache",
     "attach": "huggingface",
     "Prefilled": "passes",
+    "StaticClaaCache": "static",
     "decode": "passes",
     "generate": "passes",
     "run": "passes",
