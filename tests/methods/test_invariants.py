@@ -11,13 +11,16 @@ from claa_ops import prefill
 from claa_ops.methods import (
     ASL,
     CLAA,
+    METHODS,
     FastKV,
     FastKVDeferral,
     GemFilter,
     Oracle,
     Peak,
+    PyramidInfer,
     Random,
     SinksRandom,
+    make_method,
 )
 from claa_ops.methods.budget import Budget
 
@@ -152,6 +155,30 @@ def test_what_stands_before_the_prompt_does_not_change_its_ranking(method):
     padded, alone = states
     torch.testing.assert_close(padded.importance[:, padding:], alone.importance)
     assert padded.notes.get("variance") == alone.notes.get("variance")
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("full", "speculative")])
+def test_the_logsumexp_of_the_attention_changes_nothing(name):
+    method = make_method(name, num_layers=LAYERS, keep=20)
+    if isinstance(method, PyramidInfer):
+        method = dataclasses.replace(method, least=5)
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, heads, 60, DIM, generator=generator) for heads in (HEADS, GROUPS))
+    logits = query @ key.repeat_interleave(2, dim=1).transpose(2, 3) / DIM**0.5
+    future = torch.ones(60, 60, dtype=torch.bool).triu(1)
+    lse = logits.masked_fill(future, -torch.inf).logsumexp(-1)
+    scores = []
+    for logsumexp in (None, lse):
+        state = prefill.begin(
+            method,
+            num_layers=LAYERS,
+            prompt_length=60,
+            ranking=torch.arange(60.0)[None] if method.needs_ranking else None,
+        )
+        layer = max(getattr(method, "layer", 1), 1)  # PyramidInfer's layer 0 keeps all
+        state.observe(layer, query, key, lse=logsumexp)
+        scores.append(state.layer_scores)
+    torch.testing.assert_close(*scores)
 
 
 def test_rankings_stand_in_importance_before_the_selection():

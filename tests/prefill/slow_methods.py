@@ -63,7 +63,7 @@ Select = Callable[[Seen], list[int] | None]  # what goes on to the next layer
 
 class Llama:
     def __init__(self, model) -> None:
-        self.weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+        self.weights = {name: x.double().cpu() for name, x in model.state_dict().items()}
         self.config = model.config
         self.layers = model.config.num_hidden_layers
 

@@ -35,8 +35,10 @@ def plot_frontier(rows: Sequence[Row], file: Path) -> None:
     for index, label in enumerate(labels):
         its = sorted((row for row in rows if row.label == label), key=lambda row: row.work)
         colour = _COLOURS[index % len(_COLOURS)]
+        # Methods that do the same work stand side by side, so that each bar can be seen.
+        aside = 0.004 * (index - (len(labels) - 1) / 2)
         axes.errorbar(
-            [row.work for row in its],
+            [row.work + aside for row in its],
             [row.accuracy.mean for row in its],
             yerr=np.array([_arms(row) for row in its]).T,
             linestyle="none",
@@ -54,7 +56,7 @@ def plot_frontier(rows: Sequence[Row], file: Path) -> None:
             if all(row.accuracy.mean > cheaper.accuracy.mean for cheaper in its[:place])
         ]
         axes.plot(
-            [row.work for row in best],
+            [row.work + aside for row in best],
             [row.accuracy.mean for row in best],
             color=colour,
             linewidth=1.2,

@@ -72,11 +72,15 @@ class PyramidInfer(Method):
     def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
         """The weighted mean attention, ``[B, 1, M]``."""
         rows, context = query.shape[2], key.shape[2] - query.shape[2]
+        lse = attention.pop("lse")
         total = key.new_zeros(key.shape[0], query.shape[1], context).float()
         for row in range(rows):
             ramp = row / (rows - 1) if rows > 1 else 0.0
             seen = score_window(
-                query[:, :, row : row + 1], key[:, :, : context + row + 1], **attention
+                query[:, :, row : row + 1],
+                key[:, :, : context + row + 1],
+                lse=None if lse is None else lse[:, :, row : row + 1],
+                **attention,
             )
             total += (1 + (self.distance_weight - 1) * ramp) * seen[..., :context]
         return total.mean(dim=1, keepdim=True) / rows
