@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -69,6 +70,21 @@ def test_everything_is_written(checkpoint, filler, tmp_path):
         assert part in result.stdout
     again = evaluate(checkpoint, filler, tmp_path, *methods, "--json")
     assert json.loads(again.stdout) == facts
+
+
+def test_several_models(checkpoint, filler, tmp_path):
+    other = tmp_path / "other model"
+    shutil.copytree(checkpoint, other)
+    result = evaluate(checkpoint, filler, tmp_path / "out", "--model", str(other))
+    assert result.exit_code == 0, result.output
+    facts = json.loads((tmp_path / "out" / "results.json").read_text())
+    first, second = (
+        [row for row in facts["table"] if row["model"] == model]
+        for model in (checkpoint, str(other))
+    )
+    assert [row["accuracy"] for row in first] == [row["accuracy"] for row in second]
+    assert (tmp_path / "out" / "2-other-model" / "frontier.png").exists()
+    assert result.stdout.lstrip().startswith("model")
 
 
 def test_after_a_kill_it_goes_on_where_it_was(checkpoint, filler, tmp_path):

@@ -150,7 +150,7 @@ def test_the_command_runs_tasks_of_a_local_file(checkpoint, tmp_path, monkeypatc
         model_args=f"pretrained={checkpoint},method=claa,keep=0.2,layer=2,zscore=True",
         tasks=list(TASKS),
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-        device="cpu",
+        device=None if torch.cuda.is_available() else "cuda:0",  # the command's default
         bootstrap_iters=0,
     )
     assert found["results"]["claa_local_words"]["exact_match,none"] == 0.0
