@@ -120,9 +120,9 @@ def test_long_prompts_are_cut_in_the_middle_or_left_out(model, tmp_path, prompts
         model, tmp_path, cells, [replace(long, may_cut=True)], max_length=100, **told
     )
     assert not problems and {record.tokens for record in records} == {100 - 16}
-    assert evaluate(model, tmp_path, cells, [long], **told) == []
+    assert evaluate(model, tmp_path, cells, [replace(long, name="1")], **told) == []
     (problem,) = problems
-    assert problem.startswith("open, 0: the prompt has 1,013 tokens and 5 may follow")
+    assert problem.startswith("open, 1: the prompt has 1,012 tokens and 5 may follow")
 
 
 def test_a_method_that_cannot_serve_a_prompt_leaves_the_others(model, tmp_path, prompts):

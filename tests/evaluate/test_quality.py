@@ -34,9 +34,9 @@ KEEP = 0.1
 OF_A_LAYER, OF_ALL = 0.05, 0.01
 
 
-@pytest.fixture(scope="module", autouse=True)
-def all_threads():
-    """The other tests of this folder use models for which one thread is faster."""
+@pytest.fixture(autouse=True)
+def single_thread():
+    """Not here: this model, unlike those of the other tests in this folder, gains by threads."""
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """One full prefill serves every method as prefilling anew would, to the bit."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -29,7 +30,14 @@ LENGTHS = {"alone": (50,), "padded batch": (50, 41)}
 @torch.no_grad()
 def prefill(model, ids, mask, method):
     cache = ClaaCache(model.config, method)
-    output = model(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    output = model(
+        ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        logits_to_keep=1,
+    )
     return output.logits[:, -1], cache
 
 
@@ -56,13 +64,36 @@ def test_a_replayed_prefill_is_the_prefill(family, lengths, method):
         logits, cache = prefill(model, ids, mask, method)
     assert torch.equal(logits, expected)
     assert_same_cache(cache, expected_cache)
-    more = torch.full((len(lengths), 1), 7)
-    seen = torch.cat([mask, torch.ones_like(more)], dim=1)
-    after, expected_after = (
-        model(more, attention_mask=seen, past_key_values=held).logits
-        for held in (cache, expected_cache)
-    )
-    assert torch.equal(after, expected_after)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_what_is_decoded_is_what_run_decodes(family, lengths):
+    model, method = attach(build(family)), CLAA(keep=0.4, layer=1)
+    ids, mask = prompt(*lengths)
+    expected = run(model, ids, method, mask)
+    prefilled = SharedPrefill(model, ids, mask).run(method)
+    assert_same_cache(prefilled.cache, expected.cache)
+    assert torch.equal(prefilled.next_position, expected.next_position)
+    ours, theirs = (continue_greedily(model, one) for one in (prefilled, expected))
+    assert torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+def continue_greedily(model, prefilled):
+    """The logits of four more tokens."""
+    logits, position, seen = [prefilled.logits], prefilled.next_position, prefilled.attention_mask
+    for _ in range(4):
+        seen = None if seen is None else torch.nn.functional.pad(seen, (0, 1), value=1)
+        output = model(
+            logits[-1].argmax(dim=-1, keepdim=True),
+            attention_mask=seen,
+            position_ids=position[:, None],
+            past_key_values=prefilled.cache,
+        )
+        logits.append(output.logits[:, -1])
+        position = position + 1
+    return torch.stack(logits)
 
 
 METHODS = {
@@ -130,6 +161,22 @@ def test_only_layers_that_were_recorded_can_select():
         ):
             prefill(model, ids, mask, CLAA(keep=0.4, layer=2))
     assert torch.equal(prefill(model, ids, mask, CLAA(keep=0.4, layer=1))[0], expected)
+
+
+def test_other_positions_are_another_prompt():
+    model = attach(build("llama"))
+    ids, mask = prompt(50, 41)
+    shared = SharedPrefill(model, ids, mask)
+    computed = []
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: computed.append(1))
+    caches = []
+    for context in (shared.replay(), contextlib.nullcontext()):
+        with context, torch.no_grad():
+            cache = ClaaCache(model.config, FullKV())
+            model(ids, attention_mask=mask, past_key_values=cache)  # counts the padding
+            caches.append(cache)
+    assert len(computed) == 2
+    assert_same_cache(*caches)
 
 
 def test_what_was_not_recorded_is_computed():

@@ -6,14 +6,14 @@ method ranks the tokens alike, it loses nothing by dropping the rest.
 Memory, beside the weights, of a prompt of N = 131072 tokens and T = 512 answer tokens in
 Llama-3.1-8B (32 layers, 32 heads, 8 key/value heads, D = 128, bfloat16):
 
-    keys and values of the prompt     2 * 32 * 8 * N * D * 2 bytes    17.2 GB
-    queries of the answer             32 * 32 * T * D * 2 bytes       0.13 GB
-    peak over the layers so far       2 * 128 * N * 4 bytes           0.13 GB, 128 queries at a time
-    rankings, in host memory          32 * N * 4 bytes                0.02 GB for each method
+    keys and values of the prompt    2 * 32 * 8 * N * D * 2 bytes    17.2 GB, twice: for the answer
+    queries of the answer            32 * 32 * T * D * 2 bytes       0.13 GB
+    peak over the layers so far      2 * 128 * N * 4 bytes           0.13 GB, 128 queries at a time
+    rankings, in host memory         32 * N * 4 bytes                0.02 GB for each method
 
-The keys and values are there once for the answer, then once for the methods. With 16 GB of weights
-and 8 GB for the widest layer of the prefill half of an 80 GB GPU stays free. The probabilities of
-one layer, which `peak_attention` does not write, would take 32 * T * N * 4 bytes: 8.6 GB.
+With 16 GB of weights that is 51 GB, and the widest layer of the prefill, before the answer has its
+keys and values, takes less than those. The probabilities of one layer, which `peak_attention` does
+not write, would take 32 * T * N * 4 bytes: 8.6 GB.
 """
 
 from __future__ import annotations
@@ -207,10 +207,10 @@ def _rank_prompt(
 ) -> RankedPrompt:
     ids = prompt.ids.to(model.device)
     context = ids.shape[1] - _longest_window(methods)
-    # The answer's keys and values are gone when the methods' come.
-    tokens, attention = answer_attention(model, ids, new_tokens)
-    answer = str(tokenizer.decode(tokens[0], skip_special_tokens=True))
     shared = SharedPrefill(model, ids, layers=())
+    with shared.replay():  # the answer and all methods share one prefill
+        tokens, attention = answer_attention(model, ids, new_tokens)
+    answer = str(tokenizer.decode(tokens[0], skip_special_tokens=True))
     return RankedPrompt(
         name=f"{example.task}, {example.name}",
         ids=prompt.ids[0],

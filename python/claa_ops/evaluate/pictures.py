@@ -23,7 +23,8 @@ _FULL = "#666666"
 def plot_frontier(rows: Sequence[Row], file: Path) -> None:
     """Draw accuracy with 95 % intervals against work: each cell a point, each method a colour.
 
-    A line joins those cells of a method that none of its cheaper cells equals.
+    A line joins those cells of a method that none of its cheaper cells equals. Methods that do the
+    same work stand side by side.
 
     Args:
         rows: of one model.

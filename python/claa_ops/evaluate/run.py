@@ -326,9 +326,10 @@ def _write(results: Results, folder: Path) -> list[Path]:
     _replace(folder / "table.md", as_markdown(results.rows, results.plan.baseline))
     files = [folder / "results.json", folder / "table.md"]
     models = list(dict.fromkeys(row.model for row in results.rows))
-    for model in models:
+    for number, model in enumerate(models, start=1):
         # Pictures of one model lie beside the table, those of several in a folder for each.
-        place = folder / re.sub(r"\W+", "-", Path(model).stem) if len(models) > 1 else folder
+        name = re.sub(r"\W+", "-", Path(model).name)
+        place = folder / f"{number}-{name}" if len(models) > 1 else folder
         place.mkdir(exist_ok=True)
         plot_frontier([row for row in results.rows if row.model == model], place / "frontier.png")
         files.append(place / "frontier.png")

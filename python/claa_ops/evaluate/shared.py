@@ -17,6 +17,7 @@ from claa_ops.methods import FullKV, Method
 from claa_ops.methods.base import Preparation
 from claa_ops.methods.pruning import Pruning
 from claa_ops.prefill import ClaaCache, Prefilled, PrefillState, begin, run
+from claa_ops.prefill.passes import count_positions
 
 _ROWS = 64  # of the queries, the last: a method that reads more is computed as a whole
 
@@ -75,6 +76,7 @@ class SharedPrefill:
                 output = model(
                     self.input_ids,
                     attention_mask=self.attention_mask,
+                    position_ids=count_positions(self.input_ids, self.attention_mask),
                     past_key_values=recorder,
                     use_cache=True,
                     logits_to_keep=1,
@@ -151,8 +153,9 @@ class SharedPrefill:
     def replay(self) -> Iterator[None]:
         """Within, prefills of this prompt by the model replay what was recorded.
 
-        That is any forward of the whole prompt with a ClaaCache; all others, such as those of
-        decoding or the second pass of a two-pass method, are computed.
+        That is any forward of the whole prompt, at the positions that its mask counts, with a
+        ClaaCache; all others, such as those of decoding or the second pass of a two-pass method,
+        are computed.
         """
         blocks = decoder_layers(self.model)
         for index, block in enumerate(blocks):
@@ -165,7 +168,7 @@ class SharedPrefill:
 
     def _keep_embedded(self, block: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         bound = inspect.signature(block.forward).bind(*args, **kwargs)
-        self._embedded: Tensor = bound.arguments["hidden_states"]
+        self._given = _given(bound.arguments)
 
     def _keep_output(self, layer: int) -> Callable[..., None]:
         def hook(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -180,7 +183,7 @@ class SharedPrefill:
             arguments = signature.bind(*args, **kwargs).arguments
             cache: Any = arguments.get("past_key_values")
             if layer == 0:
-                self._replays = self._is_recorded(arguments["hidden_states"], cache)
+                self._replays = self._is_recorded(_given(arguments), cache)
             if not self._replays:
                 return compute(*args, **kwargs)
             if cache.has_selected:
@@ -202,11 +205,16 @@ class SharedPrefill:
 
         return forward
 
-    def _is_recorded(self, embedded: Tensor, cache: Any) -> bool:
+    def _is_recorded(self, given: list[Tensor], cache: Any) -> bool:
         if not isinstance(cache, ClaaCache) or cache.state is None or not cache.prefilling:
             return False
         enough = cache.method.rows(cache.state) <= _ROWS
-        return enough and torch.equal(embedded, self._embedded)
+        return enough and all(map(torch.equal, given, self._given))
+
+
+def _given(arguments: dict[str, Any]) -> list[Tensor]:
+    """What tells one prompt from another: the embedded tokens and their rotary angles."""
+    return [arguments["hidden_states"], *arguments["position_embeddings"]]
 
 
 @dataclass(frozen=True)

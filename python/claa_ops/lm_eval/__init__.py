@@ -74,7 +74,10 @@ class ClaaLM(TemplateLM):
         **settings: Any,
     ) -> None:
         super().__init__()
-        self.model, self.tokenizer = load_model(pretrained, dtype, device or "auto")
+        # lm-eval's command asks for cuda:0 unless told otherwise, wherever it runs.
+        if device is None or (device == "cuda:0" and not torch.cuda.is_available()):
+            device = "auto"
+        self.model, self.tokenizer = load_model(pretrained, dtype, device)
         attach(self.model)
         self._device = self.model.device
         config = self.model.config.get_text_config()
