@@ -48,14 +48,28 @@ message(STATUS "claa_ops: CUDA ${CLAA_CUDA_VERSION} for ${CLAA_CUDA_BUILT}, "
 list(TRANSFORM CLAA_OPS REPLACE "(.+)" "csrc/cuda/\\1.cu" OUTPUT_VARIABLE cuda_sources)
 add_library(claa_cuda OBJECT ${cuda_sources} csrc/cuda/device_code.cu csrc/cuda/softmax.cu
                              csrc/cuda/window_attention.cu)
-target_include_directories(claa_cuda PRIVATE "${CMAKE_SOURCE_DIR}")
-target_include_directories(claa_cuda SYSTEM PRIVATE "${CLAA_CUTLASS_DIR}/include")
-target_compile_definitions(claa_cuda PRIVATE CLAA_CUDA)
-target_compile_options(claa_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr
-  -Xcompiler=-fno-gnu-unique --compress-mode=size>)
-if(CLAA_WERROR)
-  target_compile_options(claa_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--Werror=all-warnings>)
+set(cuda_objects claa_cuda)
+
+# Kernels of Hopper's own instructions: for that architecture alone.
+if("90a-real" IN_LIST CLAA_CUDA_ARCHITECTURES)
+  add_library(claa_hopper OBJECT csrc/cuda/hopper_peak.cu csrc/cuda/hopper_scores.cu
+                                 csrc/cuda/hopper_softmax.cu)
+  set_target_properties(claa_hopper PROPERTIES CUDA_ARCHITECTURES 90a-real)
+  target_compile_definitions(claa_cuda PRIVATE CLAA_HOPPER)
+  target_compile_definitions(claa_hopper PRIVATE CLAA_HOPPER)
+  list(APPEND cuda_objects claa_hopper)
 endif()
+
+foreach(objects ${cuda_objects})
+  target_include_directories(${objects} PRIVATE "${CMAKE_SOURCE_DIR}")
+  target_include_directories(${objects} SYSTEM PRIVATE "${CLAA_CUTLASS_DIR}/include")
+  target_compile_definitions(${objects} PRIVATE CLAA_CUDA)
+  target_compile_options(${objects} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr
+    -Xcompiler=-fno-gnu-unique --compress-mode=size>)
+  if(CLAA_WERROR)
+    target_compile_options(${objects} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--Werror=all-warnings>)
+  endif()
+endforeach()
 
 # Stands in for libtorch_cuda.so at link time, so that a machine with a CPU torch builds the same
 # library, and any other symbol of libtorch_cuda is a link error.
@@ -65,8 +79,8 @@ add_library(torch_cuda_stub SHARED "${CMAKE_CURRENT_BINARY_DIR}/torch_cuda_stub.
 set_target_properties(torch_cuda_stub PROPERTIES OUTPUT_NAME torch_cuda C_VISIBILITY_PRESET default
                       LIBRARY_OUTPUT_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/stubs")
 
-add_library(claa_ops_cuda SHARED src/claa_ops/library.cpp ${border_sources}
-            $<TARGET_OBJECTS:claa_cuda>)
+list(TRANSFORM cuda_objects REPLACE "(.+)" "$<TARGET_OBJECTS:\\1>" OUTPUT_VARIABLE cuda_objects)
+add_library(claa_ops_cuda SHARED src/claa_ops/library.cpp ${border_sources} ${cuda_objects})
 target_include_directories(claa_ops_cuda PRIVATE "${CMAKE_SOURCE_DIR}")
 target_compile_definitions(claa_ops_cuda PRIVATE CLAA_CUDA USE_CUDA)
 # cudart is linked statically, so the library does not care which CUDA torch was built with.

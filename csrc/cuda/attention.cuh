@@ -139,11 +139,72 @@ inline bool queries_are_aligned(const WindowAttention& a) {
                           a.query_stride_w);
 }
 
+// Less than any logit, and no infinity: the difference of two of them is 0, not NaN.
+constexpr float kLowest = -1.7e38f;
+
+// A part of a softmax: of the logits it has seen, the largest one and the sum of exp(z - largest).
+struct Measure {
+  float largest, sum;
+
+  template <class Math>
+  __device__ void join(const Measure& other) {
+    const float top = fmaxf(largest, other.largest);
+    sum = sum * Math::exp(largest - top) + other.sum * Math::exp(other.largest - top);
+    largest = top;
+  }
+  template <class Math>
+  __device__ void join_lanes(int step) {
+    join<Math>({__shfl_xor_sync(kFullMask, largest, step), __shfl_xor_sync(kFullMask, sum, step)});
+  }
+};
+
+// shift and factor of a column whose logsumexp is given.
+template <class Math>
+__device__ float2 column_of_lse(const WindowAttention& a, int64_t b, int64_t g,
+                                const Column& column) {
+  if (!column.exists(a)) return {INFINITY, 0.f};
+  // Padding sees no key, and its lse may be anything.
+  if (a.start.data && a.context() + column.query < a.start[b]) return {0.f, 0.f};
+  const int64_t head = g * a.group() + column.head;
+  float lse = a.lse[b * a.lse_stride_b + head * a.lse_stride_h + column.query];
+  if (a.sinks) {
+    const float sink = load_sink(a, head), top = fmaxf(lse, sink);
+    lse = top + logf(expf(lse - top) + expf(sink - top));
+  }
+  return {lse * Math::kUnit, 1.f};
+}
+
+// shift and factor of a column, from the measure of all its keys.
+template <class Math>
+__device__ float2 column_of_measure(const WindowAttention& a, int64_t g, const Column& column,
+                                    Measure measure) {
+  if (!column.exists(a)) return {INFINITY, 0.f};
+  if (a.sinks) {
+    const int64_t head = g * a.group() + column.head;
+    measure.join<Math>({load_sink(a, head) * Math::kUnit, 1.f});
+  }
+  if (measure.sum == 0.f) return {INFINITY, 0.f};  // it sees no key
+  return Math::kUnit == 1.f ? float2{measure.largest, 1.f / measure.sum}
+                            : float2{measure.largest + Math::log(measure.sum), 1.f};
+}
+
 // shift and factor of every column of every (prompt, key head), from all keys: [batch * kv_heads,
 // group_columns] at softmax_columns(a), in the workspace of softmax_bytes(a) at its front.
 int64_t softmax_bytes(const WindowAttention& a);
 const float2* softmax_columns(const WindowAttention& a);
 cudaError_t run_softmax(const WindowAttention& a, bool is_causal, cudaStream_t stream);
+
+// The measures on Hopper (hopper_softmax.cu): [batch * kv_heads, measure_parts(a), group_columns].
+namespace hopper {
+#ifdef CLAA_HOPPER
+bool measures(const WindowAttention& a);
+#else
+inline bool measures(const WindowAttention&) { return false; }
+#endif
+int64_t measure_parts(const WindowAttention& a);
+cudaError_t run_measures(const WindowAttention& a, bool is_causal, Measure* measures,
+                         cudaStream_t stream);
+}  // namespace hopper
 
 // Launches a kernel that may need more shared memory than a kernel has without asking.
 template <class... Params>

@@ -8,7 +8,7 @@
 // Compute bound: 4 * heads * queries * keys * dim operations in two passes over the keys. Writes
 // queries * keys floats once. A maximum does not depend on its order.
 
-#include "csrc/cuda/attention.cuh"
+#include "csrc/cuda/peak_attention.cuh"
 
 namespace claa::cuda {
 namespace {
@@ -16,11 +16,7 @@ namespace {
 constexpr int kMaxTiles = 4;  // of a block; with pairs of key tiles half as many
 
 struct EmitParams {
-  WindowAttention attention;  // its window: the queries
-  const float* running;       // [batch, queries, total], may be nullptr
-  float* out;                 // [batch, queries, total]
-  int64_t running_stride_b, running_stride_t;
-  const float2* columns;
+  PeakEmit emit;
   int64_t key_blocks, query_blocks;
   int block_tiles;  // tiles of queries of a block
   int batch_heads;  // heads whose queries are in shared memory together
@@ -34,7 +30,7 @@ __global__ __launch_bounds__(kAttentionThreads,
   constexpr int kTiles = kMaxTiles / kKeyTiles;
   constexpr int kStep = kKeyTiles * kTileKeys;
   extern __shared__ uint4 shared[];
-  const WindowAttention& a = p.attention;
+  const WindowAttention& a = p.emit.attention;
   const unsigned block = blockIdx.x / unsigned(p.query_blocks);
   const int64_t b = block / unsigned(p.key_blocks);
   const int first_query = int(blockIdx.x % unsigned(p.query_blocks)) * p.block_tiles * kTileColumns;
@@ -69,7 +65,7 @@ __global__ __launch_bounds__(kAttentionThreads,
             const int64_t query = min(int64_t(first_query + i % n_columns), a.window - 1);
             return (first_head + i / n_columns) * a.query_stride_h + query * a.query_stride_w;
           });
-      const float2* of_group = p.columns + (b * a.kv_heads + g) * group_columns(a);
+      const float2* of_group = p.emit.columns + (b * a.kv_heads + g) * group_columns(a);
       const auto column_of = [&](int head, int query) {
         return query < a.window ? of_group[head * head_columns(a) + query] : float2{INFINITY, 0.f};
       };
@@ -114,17 +110,18 @@ __global__ __launch_bounds__(kAttentionThreads,
       const int64_t at = key + i / 4 * 8 + lane % 4 * 2 + i % 2;
       if (t >= n_tiles || query >= a.window || at >= a.total) continue;
       float value = peak[t][i / 8][i / 4 % 2][i % 4];
-      if (p.running)
-        value =
-            max_or_nan(value, p.running[b * p.running_stride_b + query * p.running_stride_t + at]);
-      p.out[(b * a.window + query) * a.total + at] = value;
+      if (p.emit.running)
+        value = max_or_nan(
+            value,
+            p.emit.running[b * p.emit.running_stride_b + query * p.emit.running_stride_t + at]);
+      p.emit.out[(b * a.window + query) * a.total + at] = value;
     }
   }
 }
 
 template <class Product, int kKeyTiles, bool kQueriesAligned>
 cudaError_t emit(EmitParams p, cudaStream_t stream) {
-  const WindowAttention& a = p.attention;
+  const WindowAttention& a = p.emit.attention;
   const int64_t tile_bytes = Product::tile_bytes(a.dim);
   const int64_t tiles = ceil_div(a.window, kTileColumns);
   const int64_t most_tiles =
@@ -177,16 +174,15 @@ cudaError_t run(const PeakAttentionParams& params, cudaStream_t stream) {
   const WindowAttention a = attention_of(params);
   const cudaError_t status = run_softmax(a, false, stream);
   if (status != cudaSuccess) return status;
-  const EmitParams p{.attention = a,
-                     .running = params.running,
-                     .out = params.out,
-                     .running_stride_b = params.running_stride_b,
-                     .running_stride_t = params.running_stride_t,
-                     .columns = softmax_columns(a),
-                     .key_blocks = 0,
-                     .query_blocks = 0,
-                     .block_tiles = 0,
-                     .batch_heads = 0};
+  const PeakEmit peak{.attention = a,
+                      .running = params.running,
+                      .out = params.out,
+                      .running_stride_b = params.running_stride_b,
+                      .running_stride_t = params.running_stride_t,
+                      .columns = softmax_columns(a)};
+  if (hopper::takes(peak)) return hopper::run(peak, stream);
+  const EmitParams p{
+      .emit = peak, .key_blocks = 0, .query_blocks = 0, .block_tiles = 0, .batch_heads = 0};
   return with_product(a.dtype, a.dim, keys_are_aligned(a), [&](auto product) {
     using Product = decltype(product);
     if constexpr (Product::kIsFast) {

@@ -16,32 +16,16 @@ namespace {
 constexpr int kColumnTiles = 4;
 constexpr int kJoinColumns = 8;  // of a block: as many segments of chunks as columns allow
 
-// Less than any logit, and no infinity: the difference of two of them is 0, not NaN.
-constexpr float kLowest = -1.7e38f;
-
-struct Measure {
-  float largest, sum;
-
-  template <class Math>
-  __device__ void join(const Measure& other) {
-    const float top = fmaxf(largest, other.largest);
-    sum = sum * Math::exp(largest - top) + other.sum * Math::exp(other.largest - top);
-    largest = top;
-  }
-  template <class Math>
-  __device__ void join_lanes(int step) {
-    join<Math>({__shfl_xor_sync(kFullMask, largest, step), __shfl_xor_sync(kFullMask, sum, step)});
-  }
-};
-
 struct Plan {
+  bool is_hopper;
   int64_t chunk, chunks;  // keys of a chunk; chunks of a head
   int64_t columns;
   int64_t measures, bytes;
 
   explicit Plan(const WindowAttention& a) {
+    is_hopper = hopper::measures(a);
     chunk = min(int64_t(256), round_up(ceil_div(a.total, 256), 2 * kTileKeys));
-    chunks = ceil_div(a.total, chunk);
+    chunks = is_hopper ? hopper::measure_parts(a) : ceil_div(a.total, chunk);
     columns = group_columns(a);
     measures = a.batch * a.kv_heads * columns;  // the results come first in the workspace
     bytes = measures * (1 + chunks) * int64_t(sizeof(float2));
@@ -181,16 +165,8 @@ __global__ __launch_bounds__(kAttentionThreads) void join_kernel(const WindowAtt
   if (threadIdx.x >= kJoinColumns) return;
   for (int i = 1; i < kAttentionWarps; ++i) measure.join<Math>(of_warp[i][in_block]);
 
-  const Column at(a, column);
-  if (a.sinks && at.exists(a)) {
-    const int64_t head = bg % a.kv_heads * a.group() + at.head;
-    measure.join<Math>({load_sink(a, head) * Math::kUnit, 1.f});
-  }
-  float2 result{INFINITY, 0.f};  // no query, or one that sees no key
-  if (at.exists(a) && measure.sum != 0.f)
-    result = Math::kUnit == 1.f ? float2{measure.largest, 1.f / measure.sum}
-                                : float2{measure.largest + Math::log(measure.sum), 1.f};
-  out[bg * columns + column] = result;
+  out[bg * columns + column] =
+      column_of_measure<Math>(a, bg % a.kv_heads, Column(a, column), measure);
 }
 
 template <class Product, int kKeyTiles, bool kPlain>
@@ -236,6 +212,7 @@ cudaError_t run_softmax(const WindowAttention& a, bool is_causal, cudaStream_t s
     using Product = decltype(product);
     const int columns = group_columns(a);
     const auto measured = [&] {
+      if (plan.is_hopper) return hopper::run_measures(a, is_causal, measures, stream);
       if constexpr (Product::kIsFast) {
         if (a.softcap == 0.f && queries_are_aligned(a))
           return columns > kColumnTiles * kTileColumns ? measure<Product, 2, true>(p, stream)

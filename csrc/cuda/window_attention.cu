@@ -32,17 +32,7 @@ template <class Math>
 __device__ float2 column_of(const EmitParams& p, int64_t b, int64_t g, int index) {
   const WindowAttention& a = p.scores.attention;
   if (p.columns) return p.columns[(b * a.kv_heads + g) * group_columns(a) + index];
-  const Column column(a, index);
-  if (!column.exists(a)) return {INFINITY, 0.f};
-  // Padding sees no key, and its lse may be anything.
-  if (a.start.data && a.context() + column.query < a.start[b]) return {0.f, 0.f};
-  const int64_t head = g * a.group() + column.head;
-  float lse = a.lse[b * a.lse_stride_b + head * a.lse_stride_h + column.query];
-  if (a.sinks) {
-    const float sink = load_sink(a, head), top = fmaxf(lse, sink);
-    lse = top + logf(expf(lse - top) + expf(sink - top));
-  }
-  return {lse * Math::kUnit, 1.f};
+  return column_of_lse<Math>(a, b, g, Column(a, index));
 }
 
 // kPlain: every query sees every context key, no softcap, and queries that 16-byte loads may take.
@@ -242,10 +232,12 @@ cudaError_t emit(EmitParams p, cudaStream_t stream) {
 }  // namespace
 
 int64_t workspace_bytes(const WindowScores& p) {
+  if (hopper::takes(p)) return hopper::workspace_bytes(p);
   return p.attention.lse ? 0 : softmax_bytes(p.attention);
 }
 
 cudaError_t run(const WindowScores& s, cudaStream_t stream) {
+  if (hopper::takes(s)) return hopper::run(s, stream);
   const WindowAttention& a = s.attention;
   if (!a.lse) {
     const cudaError_t status = run_softmax(a, true, stream);

@@ -26,4 +26,16 @@ constexpr int64_t kMaxHalo = 128;
 int64_t workspace_bytes(const WindowScores& p);
 cudaError_t run(const WindowScores& p, cudaStream_t stream);
 
+// The same for Hopper (hopper_scores.cu). `takes`: whether the device, the sizes and the strides
+// are such that its instructions can do the work.
+namespace hopper {
+#ifdef CLAA_HOPPER
+bool takes(const WindowScores& p);
+#else
+inline bool takes(const WindowScores&) { return false; }
+#endif
+int64_t workspace_bytes(const WindowScores& p);
+cudaError_t run(const WindowScores& p, cudaStream_t stream);
+}  // namespace hopper
+
 }  // namespace claa::cuda
