@@ -4,9 +4,12 @@
 # make wheel   one wheel for every Python and every torch >= 2.11, in dist/
 # make lint    ruff, clang-format, mypy
 # make cuda    compile the CUDA library alone, in build/cuda
+# make test-gpu      on a machine with a GPU: build for it with the torch that is there, run the tests
+# make sanitize-gpu  after test-gpu: the CUDA kernels under compute-sanitizer
 #
 # Settings: PYTHON, VENV, TORCH (a requirement), TORCH_ARGS (such as --index-url with PyTorch's
-# index of CPU wheels), CLAA_CUDA=AUTO|ON|OFF.
+# index of CPU wheels), CLAA_CUDA=AUTO|ON|OFF. For test-gpu: WHEELS (a folder of wheels of what
+# PYTHON lacks), ARCHITECTURES, CLAA_CUTLASS_DIR, PYTEST_ARGS (such as -n 12).
 PYTHON     ?= python3
 VENV       ?= .venv
 TORCH      ?= torch==2.13.0
@@ -20,7 +23,7 @@ BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = $(shell find csrc src cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo test bench wheel lint cuda clean
+.PHONY: demo test bench wheel lint cuda test-gpu sanitize-gpu clean
 demo: $(VENV)/.model
 	$(BIN)/claa-ops demo
 
@@ -46,6 +49,36 @@ cuda: $(VENV)/.deps
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DSKBUILD_PROJECT_VERSION=0 \
 	  -DCLAA_CUDA=ON -DCLAA_PYTHON_MODULE=OFF -DCLAA_WERROR=ON
 	$(BIN)/cmake --build build/cuda --target claa_ops_cuda -j 2
+
+# Without a network: PYTHON has torch for CUDA, and with the wheels all else. Nothing is installed
+# into it; the package and the wheels go to build/gpu/site.
+WHEELS        ?=
+ARCHITECTURES ?= 90a-real
+PYTEST_ARGS   ?=
+SITE           = $(abspath build/gpu/site)
+GPU_PYTHON     = PYTHONPATH=$(SITE) $(PYTHON)
+GPU_INSTALL    = -m pip install -q --no-index --no-deps --no-build-isolation --upgrade --target $(SITE)
+
+build/gpu/site/claa_ops: $(SOURCES) $(shell find python -name '*.py')
+	$(if $(WHEELS),$(PYTHON) $(GPU_INSTALL) $(WHEELS)/*.whl)
+	CLAA_CUDA=ON $(GPU_PYTHON) $(GPU_INSTALL) -C build-dir=build/gpu/cmake \
+	  -C cmake.define.CLAA_CUDA_ARCHITECTURES="$(ARCHITECTURES)" .
+	touch $@
+
+# The wheel that the tests build is the CPU's: the CUDA library is tested where it is.
+test-gpu: build/gpu/site/claa_ops
+	CLAA_CUDA=OFF $(GPU_PYTHON) -m pytest -q $(PYTEST_ARGS)
+
+# Kernels of this library alone, but for initcheck, which has to see who wrote the inputs. torch's
+# pool of memory would hide a read beyond a tensor's end.
+SANITIZER = PYTHONPATH=$(SITE) PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \
+  --error-exitcode 1 --report-api-errors no
+OURS      = --kernel-name kernel_substring=claa
+sanitize-gpu: build/gpu/site/claa_ops
+	for tool in "memcheck $(OURS)" "racecheck $(OURS)" "synccheck $(OURS)" initcheck; do \
+	  $(SANITIZER) --tool $$tool $(PYTHON) -m pytest -q $(PYTEST_ARGS) \
+	    tests/ops/test_device.py -k "cuda and short and second_run" || exit 1; \
+	done
 
 # torch comes first and alone: a later "torch>=2.11" is then met and downloads nothing.
 $(VENV)/.torch:

@@ -86,13 +86,17 @@ class Case:
         return lambda: function(*self.args, **self.options)
 
 
-def keys_of(model: Model, dtype: torch.dtype, tokens: int, device: str = "cpu") -> Tensor:
-    memory = torch.empty(1, tokens, model.kv_heads, model.dim, dtype=dtype, device=device)
+def keys_of(
+    model: Model, dtype: torch.dtype, tokens: int, device: str = "cpu", *, batch: int = 1
+) -> Tensor:
+    memory = torch.empty(batch, tokens, model.kv_heads, model.dim, dtype=dtype, device=device)
     return memory.normal_().transpose(1, 2)
 
 
-def queries_of(model: Model, dtype: torch.dtype, device: str = "cpu") -> Tensor:
-    memory = torch.empty(1, WINDOW, model.heads, model.dim, dtype=dtype, device=device)
+def queries_of(
+    model: Model, dtype: torch.dtype, device: str = "cpu", *, window: int = WINDOW, batch: int = 1
+) -> Tensor:
+    memory = torch.empty(batch, window, model.heads, model.dim, dtype=dtype, device=device)
     return memory.normal_().transpose(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Times calls with cold caches, and measures the roofs they are judged against."""
+"""Times calls on the CPU with cold caches, and measures the roofs they are judged against."""
 
 import statistics
 import subprocess
@@ -25,7 +25,6 @@ class Timing(NamedTuple):
 
 def measure(
     calls: Mapping[str, Call],
-    device: str,
     *,
     budget_s: float = 2.0,
     rounds: tuple[int, int] = (5, 30),
@@ -35,7 +34,7 @@ def measure(
     Before each call a 256 MiB write evicts its data from every cache. Rounds go on until the
     budget is spent, but number at least `rounds[0]` and at most `rounds[1]`.
     """
-    evict = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device=device)
+    evict = torch.empty(BUFFER_BYTES, dtype=torch.uint8)
     for call in calls.values():
         call()  # warm up: allocators, thread pools, compilers
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -46,52 +45,42 @@ def measure(
             break
         for name, call in calls.items():
             evict.fill_(done)
-            samples[name].append(_one_call_ms(call, device))
-    return {name: _summary(times) for name, times in samples.items()}
+            start = time.perf_counter()
+            call()
+            samples[name].append((time.perf_counter() - start) * 1e3)
+    return {name: summary(times) for name, times in samples.items()}
 
 
-def _summary(times: list[float]) -> Timing:
+def summary(times: list[float]) -> Timing:
+    """Median and deciles of repeated calls."""
     deciles = statistics.quantiles(times, n=10, method="inclusive")
     return Timing(statistics.median(times), deciles[0], deciles[-1], len(times))
 
 
-def _one_call_ms(call: Call, device: str) -> float:
-    if device == "cpu":
-        start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) * 1e3
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()  # queued behind the eviction, so the launch cost is not in the interval
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
-
-
-def _best_ms(call: Call, device: str) -> float:
-    return measure({"roof": call}, device)["roof"].median
+def _best_ms(call: Call) -> float:
+    return measure({"roof": call})["roof"].median
 
 
 @cache
-def copy_gbps(device: str) -> float:
+def copy_gbps() -> float:
     """GB/s of a 256 MiB copy, counting bytes read and bytes written."""
-    source = torch.ones(BUFFER_BYTES, dtype=torch.uint8, device=device)
+    source = torch.ones(BUFFER_BYTES, dtype=torch.uint8)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _best_ms(lambda: target.copy_(source), device) / 1e6
+    return 2 * source.nbytes / _best_ms(lambda: target.copy_(source)) / 1e6
 
 
 @cache
-def read_gbps(device: str) -> float:
+def read_gbps() -> float:
     """GB/s of adding up 256 MiB."""
-    source = torch.ones(BUFFER_BYTES // 4, device=device)
-    return source.nbytes / _best_ms(source.sum, device) / 1e6
+    source = torch.ones(BUFFER_BYTES // 4)
+    return source.nbytes / _best_ms(source.sum) / 1e6
 
 
 @cache
-def matmul_gflops(device: str) -> float:
+def matmul_gflops() -> float:
     """GFLOP/s of torch.matmul on float32 squares of 2048; a multiply-add counts two."""
-    a, b = (torch.ones(2048, 2048, device=device) for _ in range(2))
-    return 2 * 2048**3 / _best_ms(lambda: a @ b, device) / 1e6
+    a, b = (torch.ones(2048, 2048) for _ in range(2))
+    return 2 * 2048**3 / _best_ms(lambda: a @ b) / 1e6
 
 
 def peak_extra_bytes(contestant: str, dtype: str, tokens: int) -> int:

@@ -93,6 +93,7 @@ struct SelectTopkParams {
   const float* scores;  // [batch, inner, context]
   Indices start;        // [batch], may be nullptr
   void* out;            // [batch, inner, k], int32 or int64
+  void* workspace;      // scratch memory, as much as the device asks for
   bool out_is_int32;
   int64_t batch, inner, context, k, window, sink;
   int64_t scores_stride_b, scores_stride_inner;

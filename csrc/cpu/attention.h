@@ -111,6 +111,13 @@ inline void with_step(int64_t dim, Fn fn) {
   fn(FloatStep{});
 }
 
+// Bytes from a key to the keys that are fetched while it is multiplied, 0 for none: the order in
+// which a product meets keys is not one that the processor would guess. `near`: the next block, for
+// the nearest cache; `far`: the next tile, so that memory is read while exponentials are computed.
+struct Ahead {
+  int64_t near = 0, far = 0;
+};
+
 // Rows go in blocks: two vectors, then what is left: one vector, half a vector, or both.
 inline int64_t block_rows(int64_t rows_left) {
   return min(2 * kLanes, round_up(rows_left, kRowLanes));
@@ -143,19 +150,22 @@ void pack_queries(const QueryRows& q, float* panel) {
 
 // out[j, row] = scale * panel[row] . keys[j] for j < n_keys and the rows of one block: `n_vectors`
 // vectors, and half a vector more if has_half. Long products go in parts of kStepBlock steps.
-// Meanwhile the keys `ahead` bytes on are fetched, a line of each at a time: the order in which the
-// product meets them is not one that the processor would guess.
+// Meanwhile keys that come later are fetched, a line of each at a time.
 template <class Step, int n_keys, int n_vectors, bool has_half>
 inline void multiply_block(const float* panel, int64_t steps, const char* keys, int64_t key_bytes,
-                           int64_t ahead, float scale, float* out, int64_t out_stride) {
+                           Ahead ahead, float scale, float* out, int64_t out_stride) {
   constexpr int64_t width = n_vectors * kLanes + (has_half ? kRowLanes : 0);
   for (int64_t first = 0; first < steps; first += kStepBlock) {
     const int64_t end = min(first + kStepBlock, steps);
     Vec sum[n_keys][n_vectors ? n_vectors : 1] = {};
     RowVec half_sum[n_keys] = {};
     for (int64_t d = first; d < end; ++d) {
-      if (ahead && d % kLineSteps == 0) {
-        for (int j = 0; j < n_keys; ++j) __builtin_prefetch(keys + ahead + j * key_bytes + d * 4);
+      if (d % kLineSteps == 0) {
+        const char* line = keys + d * 4;
+        for (int j = 0; ahead.near && j < n_keys; ++j)
+          __builtin_prefetch(line + ahead.near + j * key_bytes);
+        for (int j = 0; ahead.far && j < n_keys; ++j)
+          __builtin_prefetch(line + ahead.far + j * key_bytes, /*rw=*/0, /*locality=*/2);
       }
       Vec q[n_vectors ? n_vectors : 1];
       RowVec half_q = {};
@@ -186,13 +196,13 @@ inline void multiply_block(const float* panel, int64_t steps, const char* keys, 
 
 template <class Step, int n_keys>
 inline void multiply_rows(const float* panel, int64_t rows, int64_t steps, const char* keys,
-                          int64_t key_bytes, int64_t ahead, float scale, float* out,
+                          int64_t key_bytes, Ahead ahead, float scale, float* out,
                           int64_t out_stride) {
   for (int64_t row = 0; row < rows; row += 2 * kLanes) {
     const int64_t width = block_rows(rows - row);
     const auto multiply = [&](auto n_vectors, auto has_half) {
       multiply_block<Step, n_keys, n_vectors(), has_half()>(
-          panel, steps, keys, key_bytes, row == 0 ? ahead : 0, scale, out + row, out_stride);
+          panel, steps, keys, key_bytes, row == 0 ? ahead : Ahead{}, scale, out + row, out_stride);
     };
     if (width == 2 * kLanes) {
       multiply(Constant<2>{}, Constant<false>{});
@@ -228,12 +238,14 @@ void multiply_tile(const QueryRows& q, const Keys& keys, int64_t begin, int64_t 
       float* out = tile + (j - begin) * row_stride;
       if (n_keys == kBlockKeys) {
         const bool reads_keys = block != reinterpret_cast<const char*>(slot.keys);
-        const int64_t ahead = reads_keys && j + 2 * kBlockKeys <= end ? kBlockKeys * key_bytes : 0;
+        Ahead ahead;
+        if (reads_keys && j + 2 * kBlockKeys <= end) ahead.near = kBlockKeys * key_bytes;
+        if (reads_keys && j >= kTileKeys) ahead.far = -kTileKeys * key_bytes;
         multiply_rows<Step, kBlockKeys>(slot.panel, q.rows(), steps, block, key_bytes, ahead, scale,
                                         out, row_stride);
       } else {
         for (int64_t i = 0; i < n_keys; ++i)
-          multiply_rows<Step, 1>(slot.panel, q.rows(), steps, block + i * key_bytes, key_bytes, 0,
+          multiply_rows<Step, 1>(slot.panel, q.rows(), steps, block + i * key_bytes, key_bytes, {},
                                  scale, out + i * row_stride, row_stride);
       }
     }

@@ -173,25 +173,43 @@ inline void shifts_from_lse(const WindowPlan& plan, const WindowHead& head,
   for (int64_t r = plan.rows; r < plan.row_stride; ++r) slot.shift[r] = slot.factor[r] = 0.f;
 }
 
-// slot.sums[h, j] = sum over the window's queries of exponentials[j] * weight, for n_keys keys.
-inline void sum_queries(const WindowPlan& plan, const AttentionSlot& slot,
-                        const float* exponentials, const float* weight, int64_t n_keys) {
-  const int64_t group = plan.a.group(), window = plan.a.window;
-  for (int64_t j = 0; j < n_keys; ++j) {
-    const float* row = exponentials + j * plan.row_stride;
-    for (int64_t h = 0; h < group; h += 4) {
-      Vec4 sum = {};  // lanes beyond the group hold sums of other rows and are dropped
-      for (int64_t first = h; first < window * group; first += kSumBlock * group) {
-        const int64_t end = min(first + kSumBlock * group, window * group);
-        Vec4 part = {};
-        for (int64_t r = first; r < end; r += group)
-          part = multiply_add(load<Vec4>(row + r), load<Vec4>(weight + r), part);
-        sum += part;
+// slot.sums[h, j] = sum over the window's queries of exponentials[j] * weight, for the n keys from
+// `first_key` on. The keys take turns, so a weight is loaded once for all, and no sum waits for
+// itself.
+template <int n>
+inline void sum_queries_of(const WindowPlan& plan, const AttentionSlot& slot,
+                           const float* exponentials, const float* weight, int64_t first_key) {
+  const int64_t group = plan.a.group(), rows = plan.rows, stride = plan.row_stride;
+  const float* keys = exponentials + first_key * stride;
+  for (int64_t h = 0; h < group; h += 4) {
+    Vec4 sum[n] = {};  // lanes beyond the group hold sums of other rows and are dropped
+    for (int64_t first = h; first < rows; first += kSumBlock * group) {
+      const int64_t end = min(first + kSumBlock * group, rows);
+      Vec4 part[n] = {};
+      for (int64_t r = first; r < end; r += group) {
+        const Vec4 w = load<Vec4>(weight + r);
+#pragma GCC unroll 8
+        for (int i = 0; i < n; ++i)
+          part[i] = multiply_add(load<Vec4>(keys + i * stride + r), w, part[i]);
       }
-      for (int64_t i = h; i < min(h + 4, group); ++i)
-        slot.sums[i * plan.tile_keys + j] = sum[i - h];
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) sum[i] += part[i];
+    }
+    for (int64_t lane = 0; lane < min(int64_t(4), group - h); ++lane) {
+      float* to = slot.sums + (h + lane) * plan.tile_keys + first_key;
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) to[i] = sum[i][lane];
     }
   }
+}
+
+inline void sum_queries(const WindowPlan& plan, const AttentionSlot& slot,
+                        const float* exponentials, const float* weight, int64_t n_keys) {
+  constexpr int kTogether = 8;
+  int64_t j = 0;
+  for (; j + kTogether <= n_keys; j += kTogether)
+    sum_queries_of<kTogether>(plan, slot, exponentials, weight, j);
+  for (; j < n_keys; ++j) sum_queries_of<1>(plan, slot, exponentials, weight, j);
 }
 
 // shift and factor of each row from the measures of all tiles. Every worker joins those of its

@@ -1,42 +1,53 @@
 // aggregate_scores: the larger of the running score and of every head's score, token by token.
 //
-// Memory bound: reads (1 + kv_heads) * context floats of a row and writes context. A thread takes
-// kItems tokens one block width apart, so every load is coalesced and several are in flight.
+// Memory bound, and short: reads (1 + kv_heads) * context floats of a row and writes context. A
+// thread takes one vector of tokens and has the loads of kHeads heads in flight.
 
 #include "csrc/cuda/common.cuh"
 
 namespace claa::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kItems = 2;
+constexpr int kThreads = 128;
+constexpr int kHeads = 8;
+constexpr unsigned kMaxGridY = 65535;
 
+__device__ float larger(float a, float b) { return max_or_nan(a, b); }
+__device__ float4 larger(float4 a, float4 b) {
+  return {max_or_nan(a.x, b.x), max_or_nan(a.y, b.y), max_or_nan(a.z, b.z), max_or_nan(a.w, b.w)};
+}
+
+// `context` and the strides count vectors.
+template <class Vector>
 __global__ __launch_bounds__(kThreads) void aggregate_kernel(const AggregateScoresParams p) {
-  const int64_t blocks = ceil_div(p.context, kThreads * kItems);
-  const int64_t b = blockIdx.x / blocks;
-  const int64_t first = blockIdx.x % blocks * kThreads * kItems + threadIdx.x;
-  const float* running = p.running + b * p.running_stride_b;
-  const float* scores = p.scores + b * p.scores_stride_b;
-
-  float best[kItems];
+  const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (j >= p.context) return;
+  for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
+    const auto* scores = reinterpret_cast<const Vector*>(p.scores) + b * p.scores_stride_b + j;
+    Vector best = reinterpret_cast<const Vector*>(p.running)[b * p.running_stride_b + j];
+    int64_t g = 0;
+    for (; g + kHeads <= p.kv_heads; g += kHeads) {
+      Vector of_head[kHeads];
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const int64_t j = first + i * kThreads;
-    best[i] = j < p.context ? running[j] : 0.f;
-  }
-#pragma unroll 4
-  for (int64_t g = 0; g < p.kv_heads; ++g) {
+      for (int i = 0; i < kHeads; ++i) of_head[i] = __ldg(scores + (g + i) * p.scores_stride_g);
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int64_t j = first + i * kThreads;
-      if (j < p.context) best[i] = max_or_nan(best[i], scores[g * p.scores_stride_g + j]);
+      for (int i = 0; i < kHeads; ++i) best = larger(best, of_head[i]);
     }
+    for (; g < p.kv_heads; ++g) best = larger(best, __ldg(scores + g * p.scores_stride_g));
+    reinterpret_cast<Vector*>(p.out)[b * p.context + j] = best;
   }
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const int64_t j = first + i * kThreads;
-    if (j < p.context) p.out[b * p.context + j] = best[i];
-  }
+}
+
+template <class Vector>
+void launch(AggregateScoresParams p, cudaStream_t stream) {
+  constexpr int64_t kItems = sizeof(Vector) / sizeof(float);
+  p.context /= kItems;
+  p.running_stride_b /= kItems;
+  p.scores_stride_b /= kItems;
+  p.scores_stride_g /= kItems;
+  const dim3 grid(unsigned(ceil_div(p.context, kThreads)),
+                  unsigned(min<int64_t>(p.batch, kMaxGridY)));
+  aggregate_kernel<Vector><<<grid, kThreads, 0, stream>>>(p);
 }
 
 }  // namespace
@@ -44,8 +55,12 @@ __global__ __launch_bounds__(kThreads) void aggregate_kernel(const AggregateScor
 int64_t workspace_bytes(const AggregateScoresParams&) { return 0; }
 
 cudaError_t run(const AggregateScoresParams& p, cudaStream_t stream) {
-  const int64_t blocks = p.batch * ceil_div(p.context, kThreads * kItems);
-  aggregate_kernel<<<blocks, kThreads, 0, stream>>>(p);
+  const uint64_t floats = p.context | p.running_stride_b | p.scores_stride_b | p.scores_stride_g;
+  const uint64_t addresses = uint64_t(p.running) | uint64_t(p.scores) | uint64_t(p.out);
+  if (floats % 4 == 0 && addresses % sizeof(float4) == 0)
+    launch<float4>(p, stream);
+  else
+    launch<float>(p, stream);
   return launched();
 }
 

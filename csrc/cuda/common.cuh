@@ -55,11 +55,11 @@ __device__ inline uint4 load_streaming(const void* from) {
   return v;
 }
 
-// An integer that grows with the score, as torch.topk has it: NaN above every number, -0 as 0.
+// An integer that grows with the score, as torch.topk has it: NaN above every number, -0 as 0. The
+// sum is +0 for both zeros, and for every NaN the one whose bits are 0x7fffffff.
 __device__ inline uint32_t order_of(float score) {
-  const int32_t bits = __float_as_int(score == 0.f ? 0.f : score);
-  const int32_t order = bits ^ ((bits >> 31) & 0x7fffffff);
-  return score != score ? 0xffffffffu : uint32_t(order) ^ 0x80000000u;
+  const int32_t bits = __float_as_int(__fadd_rn(score, 0.f));
+  return uint32_t(bits) ^ (uint32_t(bits >> 31) | 0x80000000u);
 }
 
 // The launches of an op so far; the first error counts.

@@ -1,8 +1,8 @@
 // Copying kept rows as bytes, shared by gather_kv and gather_tokens.
 //
 // A row is moved in words as wide as its size, strides and addresses allow, 16 bytes at best. A
-// team of lanes moves one row, a thread kRows rows at a time: all its loads are in flight before
-// its first store.
+// thread moves one word of each of kGatherRows rows: all its loads are in flight before its first
+// store.
 
 #pragma once
 
@@ -19,49 +19,60 @@ struct RowSource {
   int64_t row_bytes;
 };
 
-constexpr int kGatherThreads = 256;
-constexpr int kGatherRows = 4;
+constexpr int kGatherThreads = 128;
+constexpr int kGatherRows = 2;
+constexpr int64_t kMaxGridY = 65535;
 
-// Lanes that move one row: a power of two.
-__host__ __device__ inline int team_size(int64_t row_bytes, int word) {
-  const int64_t words = ceil_div(row_bytes, word);
-  int team = 1;
-  while (team < kGatherThreads && team < words) team *= 2;
-  return team;
-}
+// How a strip of rows is spread over blocks: a team of lanes moves a word each of a piece of a row.
+// Teams are powers of two, so that the kernel need not divide.
+struct GatherPlan {
+  int log_team;
+  uint32_t pieces;  // of a row
+  int64_t blocks;   // of rows
 
-// Rows that a block moves.
-__host__ __device__ inline int64_t block_rows(int64_t row_bytes, int word) {
-  return int64_t(kGatherThreads / team_size(row_bytes, word)) * kGatherRows;
-}
-
-// Rows [begin, end) of a strip, `position(i)` being the source row of row i.
-template <class Word, class Position>
-__device__ void gather_rows(const RowSource& s, int64_t total, int64_t begin, int64_t end,
-                            Position position) {
-  const int team = team_size(s.row_bytes, sizeof(Word));
-  const int lane = threadIdx.x % team;
-  const int64_t words = s.row_bytes / sizeof(Word);
-  const int64_t step = kGatherThreads / team;
-  const int64_t row = begin + threadIdx.x / team;
-
-  int64_t from[kGatherRows];
-#pragma unroll
-  for (int i = 0; i < kGatherRows; ++i) {
-    from[i] = row + i * step < end ? position(row + i * step) : -1;
-    assert(from[i] >= -1 && from[i] < total);
+  __host__ __device__ int64_t block_rows() const {
+    return int64_t(kGatherThreads >> log_team) * kGatherRows;
   }
-  for (int64_t w = lane; w < words; w += team) {
+};
+
+inline GatherPlan plan_gather(int64_t kept, int64_t row_bytes, int word) {
+  GatherPlan plan{0, 0, 0};
+  if (row_bytes == 0) return plan;
+  while ((1 << plan.log_team) < kGatherThreads && (word << plan.log_team) < row_bytes)
+    ++plan.log_team;
+  plan.pieces = uint32_t(ceil_div(row_bytes, word << plan.log_team));
+  plan.blocks = ceil_div(kept, plan.block_rows());
+  return plan;
+}
+
+// Strips and pieces lie side by side in x: blocks that run at a time copy the same tokens of all
+// heads, which lie close together in memory.
+inline dim3 gather_grid(int64_t strips, uint32_t pieces, int64_t blocks) {
+  return {unsigned(strips * pieces), unsigned(min(blocks, kMaxGridY))};
+}
+
+// This block's piece of rows of a strip, `position(i)` being the source row of row i.
+template <class Word, class Position>
+__device__ void gather_rows(const RowSource& s, const GatherPlan& plan, uint32_t piece,
+                            int64_t total, int64_t kept, Position position) {
+  const int lane = threadIdx.x & ((1 << plan.log_team) - 1);
+  const int step = kGatherThreads >> plan.log_team;
+  const int64_t byte = ((int64_t(piece) << plan.log_team) + lane) * int64_t(sizeof(Word));
+  for (int64_t block = blockIdx.y; block < plan.blocks; block += gridDim.y) {
+    const int64_t row = block * plan.block_rows() + (threadIdx.x >> plan.log_team);
     Word value[kGatherRows];
 #pragma unroll
-    for (int i = 0; i < kGatherRows; ++i)
-      value[i] = from[i] < 0
-                     ? Word{}
-                     : __ldg(reinterpret_cast<const Word*>(s.first + from[i] * s.stride) + w);
+    for (int i = 0; i < kGatherRows; ++i) {
+      const int64_t from = row + i * step < kept ? position(row + i * step) : -1;
+      assert(from >= -1 && from < total);
+      value[i] = from >= 0 && byte < s.row_bytes
+                     ? __ldg(reinterpret_cast<const Word*>(s.first + from * s.stride + byte))
+                     : Word{};
+    }
 #pragma unroll
     for (int i = 0; i < kGatherRows; ++i)
-      if (row + i * step < end)
-        reinterpret_cast<Word*>(s.out + (row + i * step) * s.row_bytes)[w] = value[i];
+      if (row + i * step < kept && byte < s.row_bytes)
+        *reinterpret_cast<Word*>(s.out + (row + i * step) * s.row_bytes + byte) = value[i];
   }
 }
 

@@ -8,15 +8,20 @@
 namespace claa::cuda {
 namespace {
 
-// Of each head the blocks [0, key_blocks) copy keys, the others values.
+// The first `heads` strips are keys, the others values.
 template <class Word>
 __global__ __launch_bounds__(kGatherThreads) void gather_kv_kernel(const GatherKvParams p,
-                                                                   int64_t key_blocks,
-                                                                   int64_t value_blocks) {
-  const int64_t head = blockIdx.x / (key_blocks + value_blocks);
-  const int64_t block = blockIdx.x % (key_blocks + value_blocks);
-  const int64_t b = head / p.kv_heads, g = head % p.kv_heads;
-  const bool is_key = block < key_blocks;
+                                                                   const uint32_t heads,
+                                                                   const GatherPlan key_plan,
+                                                                   const GatherPlan value_plan) {
+  const uint32_t key_blocks = heads * key_plan.pieces;
+  const bool is_key = blockIdx.x < key_blocks;
+  const GatherPlan plan{is_key ? key_plan.log_team : value_plan.log_team,
+                        is_key ? key_plan.pieces : value_plan.pieces,
+                        is_key ? key_plan.blocks : value_plan.blocks};
+  const uint32_t block = is_key ? blockIdx.x : blockIdx.x - key_blocks;
+  const uint32_t head = block / plan.pieces, piece = block - head * plan.pieces;
+  const uint32_t b = head / uint32_t(p.kv_heads), g = head - b * uint32_t(p.kv_heads);
   const RowSource source =
       is_key ? RowSource{.first = p.key + b * p.key_stride_b + g * p.key_stride_g,
                          .out = p.key_out + head * p.kept * p.key_row_bytes,
@@ -26,10 +31,8 @@ __global__ __launch_bounds__(kGatherThreads) void gather_kv_kernel(const GatherK
                          .out = p.value_out + head * p.kept * p.value_row_bytes,
                          .stride = p.value_stride_n,
                          .row_bytes = p.value_row_bytes};
-  const int64_t rows = block_rows(source.row_bytes, sizeof(Word));
-  const int64_t begin = (is_key ? block : block - key_blocks) * rows;
   const int64_t index = b * p.index_stride_b + g * p.index_stride_g;
-  gather_rows<Word>(source, p.total, begin, min(begin + rows, p.kept),
+  gather_rows<Word>(source, plan, piece, p.total, p.kept,
                     [&](int64_t i) { return p.index[index + i]; });
 }
 
@@ -43,12 +46,13 @@ cudaError_t run(const GatherKvParams& p, cudaStream_t stream) {
                          p.value_stride_n | uint64_t(p.key) | uint64_t(p.value);
   return with_word(word_bytes(sizes), [&](auto word) {
     using Word = decltype(word);
-    const auto blocks = [&](int64_t row_bytes) {
-      return row_bytes ? ceil_div(p.kept, block_rows(row_bytes, sizeof(Word))) : 0;
-    };
-    const int64_t key_blocks = blocks(p.key_row_bytes), value_blocks = blocks(p.value_row_bytes);
-    const int64_t grid = p.batch * p.kv_heads * (key_blocks + value_blocks);
-    gather_kv_kernel<Word><<<grid, kGatherThreads, 0, stream>>>(p, key_blocks, value_blocks);
+    const GatherPlan key_plan = plan_gather(p.kept, p.key_row_bytes, sizeof(Word));
+    const GatherPlan value_plan = plan_gather(p.kept, p.value_row_bytes, sizeof(Word));
+    const int64_t heads = p.batch * p.kv_heads;
+    const dim3 grid = gather_grid(heads, key_plan.pieces + value_plan.pieces,
+                                  max(key_plan.blocks, value_plan.blocks));
+    gather_kv_kernel<Word>
+        <<<grid, kGatherThreads, 0, stream>>>(p, uint32_t(heads), key_plan, value_plan);
     return launched();
   });
 }

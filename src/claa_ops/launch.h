@@ -20,6 +20,7 @@ inline int64_t workers() { return 1; }
 // Scratch memory for `params`, empty if it needs none. Keep it until the launch.
 template <class Params>
 Tensor workspace_for(const Params& params, const Tensor& like) {
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   return torch::stable::new_empty(like, {cuda::workspace_bytes(params)}, ScalarType::Byte);
 }
 

@@ -36,20 +36,24 @@ Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t sink
   const Tensor out =
       torch::stable::new_empty(scores, shape, int32 ? ScalarType::Int : ScalarType::Long);
   if (out.numel() == 0) return out;
-  launch(scores, SelectTopkParams{
-                     .scores = scores.const_data_ptr<float>(),
-                     .start = first_valid,
-                     .out = out.mutable_data_ptr(),
-                     .out_is_int32 = int32,
-                     .batch = batch,
-                     .inner = inner,
-                     .context = context,
-                     .k = k,
-                     .window = window,
-                     .sink = sink,
-                     .scores_stride_b = rank > 1 ? scores.stride(0) : 0,
-                     .scores_stride_inner = rank > 2 ? scores.stride(rank - 2) : 0,
-                 });
+  SelectTopkParams params{
+      .scores = scores.const_data_ptr<float>(),
+      .start = first_valid,
+      .out = out.mutable_data_ptr(),
+      .workspace = nullptr,
+      .out_is_int32 = int32,
+      .batch = batch,
+      .inner = inner,
+      .context = context,
+      .k = k,
+      .window = window,
+      .sink = sink,
+      .scores_stride_b = rank > 1 ? scores.stride(0) : 0,
+      .scores_stride_inner = rank > 2 ? scores.stride(rank - 2) : 0,
+  };
+  const Tensor workspace = workspace_for(params, scores);
+  params.workspace = workspace.mutable_data_ptr();
+  launch(scores, params);
   return out;
 }
 

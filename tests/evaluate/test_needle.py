@@ -1,4 +1,4 @@
-from claa_ops.evaluate.needle import _prose, needle_task
+from claa_ops.evaluate.needle import manual_prose, needle_task
 from evaluate.tiny_checkpoint import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer(chat=False)
@@ -23,7 +23,7 @@ def test_the_fact_lies_at_the_depth():
 
 
 def test_prose_is_sentences():
-    paragraphs = list(_prose())
+    paragraphs = list(manual_prose())
     assert len(paragraphs) > 200
     assert all(text[0].isalpha() and text.endswith(".") for text in paragraphs)
     assert not any("::=" in text or "***" in text for text in paragraphs)

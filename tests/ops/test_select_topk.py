@@ -35,6 +35,12 @@ SHAPES = [  # shape of scores, k, window
     pytest.param((0, 50), 5, 2, id="empty-batch"),
     pytest.param((2, 2, 2, 33), 9, 1, id="four-dimensions"),
     pytest.param((1, 70_001), 7001, 8, id="long"),
+    # On CUDA a row is read by one block, or several that share it: both sides of each change.
+    pytest.param((3, 8189), 800, 8, id="one-block-full"),
+    pytest.param((3, 8190), 800, 8, id="small-cluster"),
+    pytest.param((3, 32_765), 3000, 0, id="small-cluster-full"),
+    pytest.param((1, 131_069), 13_000, 8, id="large-cluster-full"),
+    pytest.param((1, 131_071), 13_000, 8, id="blocks-that-meet-in-memory"),
 ]
 
 

@@ -177,3 +177,8 @@ def rejected_call(changes: dict, device: str) -> dict:
     """Arguments that are right but for `changes`."""
     call = {"query": _zeros(2, 8, 4, 64), "key": _zeros(2, 4, 16, 64)} | changes
     return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in call.items()}
+
+
+def is_read_like_packed(layout: str, dtype: torch.dtype, device: str) -> bool:
+    """Whether the kernel that takes packed keys takes these: on CUDA tensor cores read 16 bytes."""
+    return device == "cpu" or dtype == torch.float32 or layout != "slice-of-static-cache"

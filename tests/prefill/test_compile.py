@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from claa_ops.methods import CLAA
+from claa_ops.methods import CLAA, FastKV
 from claa_ops.prefill import ClaaCache, attach
 
 from .tiny_models import build, prompt
 
 RATE = CLAA(keep=0.4, layer=1, last_n=2, first_full=1)
+STAGED = FastKV(keep=(0.6, 0.3), layer=(0, 1), sink=2)
 ABSOLUTE = CLAA(keep=23, keep_kv=17, layer=1, last_n=2, first_full=0)
 
 
@@ -27,7 +28,7 @@ def prefill_and_decode(forward, cache, ids, mask, steps=2):
 
 @pytest.mark.parametrize(
     ("family", "method", "padded"),
-    [("llama", RATE, False), ("gemma3_text", ABSOLUTE, True)],
+    [("llama", RATE, False), ("llama", STAGED, False), ("gemma3_text", ABSOLUTE, True)],
 )
 def test_prefill_and_decode_are_one_graph_each(family, method, padded):
     torch.compiler.reset()

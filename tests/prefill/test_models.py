@@ -62,9 +62,9 @@ class Recording(CLAA):
 
     seen: list = field(default_factory=list, compare=False)
 
-    def score(self, query, key, **attention):
+    def score(self, state, query, key, **attention):
         self.seen.append({name: attention[name] for name in attention if name != "start"})
-        return super().score(query, key, **attention)
+        return super().score(state, query, key, **attention)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])

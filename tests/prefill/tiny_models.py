@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from claa_ops.prefill import ClaaCache
+from claa_ops.prefill import ClaaCache, Prefilled
 
 VOCABULARY = 99
 SLIDING_WINDOW = 16
@@ -79,3 +79,24 @@ def generate(
         **settings,
     )
     return output.sequences[:, ids.shape[1] :], torch.stack(output.logits, dim=1)
+
+
+def decoded(model: PreTrainedModel, prefilled: Prefilled, steps: int = 4) -> tuple[Tensor, Tensor]:
+    """Logits [B, steps, vocabulary] of greedy decoding, and the tokens [B, steps]."""
+    logits, feed = [prefilled.logits], prefilled.logits.argmax(-1, keepdim=True)
+    new, position, mask = [feed], prefilled.next_position[:, None], prefilled.attention_mask
+    with torch.no_grad():
+        for _ in range(steps - 1):
+            if mask is not None:
+                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            logits.append(
+                model(
+                    feed,
+                    attention_mask=mask,
+                    position_ids=position,
+                    past_key_values=prefilled.cache,
+                ).logits[:, -1]
+            )
+            feed, position = logits[-1].argmax(-1, keepdim=True), position + 1
+            new.append(feed)
+    return torch.stack(logits, dim=1), torch.cat(new, dim=1)

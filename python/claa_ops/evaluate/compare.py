@@ -59,7 +59,7 @@ class Comparison:
     @property
     def layer(self) -> int | None:
         """The selection layer, if the method has one."""
-        return self.method.layer if isinstance(self.method, CLAA) else None
+        return _selection_layer(self.method)
 
     def finds(self, answer: str) -> bool:
         """Whether both answers contain `answer`."""
@@ -125,8 +125,7 @@ def compare(
     assert cache.state is not None and full_cache.state is not None  # a prefill has made them
     positions = cache.state.positions
     kept = torch.arange(tokens) if positions is None else positions[0].cpu()
-    layer = method.layer if isinstance(method, CLAA) else None
-    pruned_cost = prefill_cost(model, tokens, kept.numel(), layer)
+    pruned_cost = prefill_cost(model, tokens, kept.numel(), _selection_layer(method))
     return Comparison(
         method=method,
         device=model.device,
@@ -138,6 +137,12 @@ def compare(
         scores={index: rows[0].cpu() for index, rows in full_cache.state.scores.items()},
         expected_ratio=pruned_cost.total / prefill_cost(model, tokens).total,
     )
+
+
+def _selection_layer(method: CLAA | FullKV) -> int | None:
+    """After which layer tokens are dropped: one, if any, in what is compared here."""
+    layer = getattr(method, "layer", None)
+    return layer if isinstance(layer, int) else None
 
 
 def _timed_prefill(model: PreTrainedModel, ids: Tensor, cache: Cache) -> float:

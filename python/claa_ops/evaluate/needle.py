@@ -29,7 +29,7 @@ def needle_task(tokenizer: PreTrainedTokenizerBase, tokens: int, depth: float = 
     budget = tokens - _count(tokenizer, frame)
     paragraphs: list[str] = []
     lengths: list[int] = []
-    for paragraph in _prose():
+    for paragraph in manual_prose():
         length = _count(tokenizer, paragraph)
         if sum(lengths) + length > budget:
             break
@@ -42,7 +42,7 @@ def needle_task(tokenizer: PreTrainedTokenizerBase, tokens: int, depth: float = 
     return Task(f"{_INSTRUCTION}\n\n{text}\n\n{_QUESTION}", _FACT, _ANSWER)
 
 
-def _prose() -> Iterator[str]:
+def manual_prose() -> Iterator[str]:
     """Paragraphs of plain sentences: no headings, grammar, code, lists or signatures."""
     for name in sorted(topics):
         for block in topics[name].split("\n\n"):

@@ -24,8 +24,12 @@ def encode_prompt(
     *,
     chat: bool | None = None,
     fact: str | None = None,
+    answer_prefix: str = "",
 ) -> Prompt:
-    """Tokenise `text`, as a user's turn if `chat` (None: if the tokenizer has a chat template)."""
+    """Tokenise `text`, as a user's turn if `chat` (None: if the tokenizer has a chat template).
+
+    The answer is made to begin with `answer_prefix`, the last thing in the prompt.
+    """
     if chat and not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template: use --no-chat")
     if chat is None:
@@ -33,6 +37,7 @@ def encode_prompt(
     if chat:
         turn = [{"role": "user", "content": text}]
         text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    text += answer_prefix
     # A template writes the special tokens itself.
     encoding = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)
     place = None

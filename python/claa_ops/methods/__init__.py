@@ -1,7 +1,38 @@
 """One module per ranking system: which prompt tokens it keeps, where, and how many."""
 
+from claa_ops.methods.asl import ASL
 from claa_ops.methods.base import Method
 from claa_ops.methods.claa import CLAA
+from claa_ops.methods.controls import FastKVDeferral, Random, SinksRandom
+from claa_ops.methods.fastkv import FastKV
 from claa_ops.methods.full import FullKV
+from claa_ops.methods.gemfilter import GemFilter
+from claa_ops.methods.oracle import Oracle
+from claa_ops.methods.peak import Peak
+from claa_ops.methods.pyramidinfer import PyramidInfer
+from claa_ops.methods.pyramidkv import PyramidKV
+from claa_ops.methods.registry import METHODS, make_method
+from claa_ops.methods.snapkv import SnapKV
+from claa_ops.methods.speculative import SpeculativePrefill
+from claa_ops.methods.streaming import StreamingLLM
 
-__all__ = ["CLAA", "FullKV", "Method"]
+__all__ = [
+    "ASL",
+    "CLAA",
+    "METHODS",
+    "FastKV",
+    "FastKVDeferral",
+    "FullKV",
+    "GemFilter",
+    "Method",
+    "Oracle",
+    "Peak",
+    "PyramidInfer",
+    "PyramidKV",
+    "Random",
+    "SinksRandom",
+    "SnapKV",
+    "SpeculativePrefill",
+    "StreamingLLM",
+    "make_method",
+]

@@ -1,18 +1,27 @@
-"""What a ranking system decides about a prompt, and how it states its budgets."""
+"""What a ranking system decides about a prompt."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from claa_ops.methods.budget import Budget, is_count
 from claa_ops.ops._pool_mode import PoolMode
 from claa_ops.ops.score_tokens import score_tokens
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from claa_ops.prefill.state import PrefillState
+
+
+class Preparation(NamedTuple):
+    """What a method found out about a prompt before its prefill."""
+
+    ranking: Tensor  # [B, N], float32: how important each token is
+    work: int  # multiplications by weights that it took, as prefill.work counts them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +30,8 @@ class Method:
 
     The decisions below are those that keep everything; a system overrides the ones it makes
     otherwise. A method is immutable and holds nothing of a request: what it has learned so far
-    stands on the :class:`~claa_ops.prefill.PrefillState`, which it may read and whose
-    ``importance`` it may write. So one method serves any number of requests.
+    stands on the :class:`~claa_ops.prefill.PrefillState`, which it may read, and whose
+    ``importance`` and ``notes`` it may write. So one method serves any number of requests.
 
     Args:
         window: the last tokens of the prompt, whose attention ranks the others.
@@ -43,8 +52,45 @@ class Method:
         self.require(odd, "kernel_size", "a positive odd integer")
         self.require(self.pooling in ("avg", "max"), "pooling", "'avg' or 'max'")
 
+    @classmethod
+    def defaults(cls, num_layers: int) -> dict[str, Any]:
+        """The settings that follow the depth of the model, for :func:`make_method`."""
+        return {}
+
     def check(self, num_layers: int) -> None:
         """Raise ValueError if a model of ``num_layers`` layers cannot be served."""
+
+    # Before the prefill.
+
+    @property
+    def two_pass(self) -> bool:
+        """Whether the model starts anew, from its first layer, on the chosen tokens alone."""
+        return False
+
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether the tokens of a second pass keep the positions that they had in the prompt."""
+        return False
+
+    @property
+    def needs_ranking(self) -> bool:
+        """Whether a prefill needs ``state.ranking``, which :meth:`prepare` makes."""
+        return False
+
+    def prepare(
+        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> Preparation | None:
+        """Rank the prompt by other means than its prefill; None if the method does not."""
+        return None
+
+    def begin(self, state: PrefillState) -> None:
+        """Prepare a new state; raise ValueError if its prompt cannot be served."""
+
+    def choose(self, state: PrefillState) -> Tensor | None:
+        """The tokens of a second pass, ``[B, k]``, if no first pass is needed to choose them."""
+        return None
+
+    # In each layer.
 
     def ranks(self, layer: int) -> bool:
         """Whether this layer's scores belong in a plot of the system's ranking."""
@@ -54,8 +100,20 @@ class Method:
         """Whether a decision of this prefill depends on the scores of this layer."""
         return False
 
-    def score(self, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
-        """Scores ``[B, G, M]`` of the context tokens, from the queries of the window."""
+    def rows(self, state: PrefillState) -> int:
+        """How many queries, the last ones, score the tokens."""
+        return self.window
+
+    def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
+        """Scores ``[B, G, M]`` of the context tokens, from the queries of the window.
+
+        Args:
+            state: the prefill.
+            query: ``[B, H, W, D]``, the last :meth:`rows` queries.
+            key: ``[B, G, n, D]``.
+            attention: ``lse, scale, start, sliding_window, softcap, sinks``, as
+                :func:`claa_ops.score_tokens` takes them.
+        """
         return score_tokens(
             query, key, kernel_size=self.kernel_size, mode=self.pooling, **attention
         )
@@ -71,41 +129,21 @@ class Method:
         """Tokens, ``[B, k]``, that go on to the layers after this one; None for all."""
         return None
 
+    # For the settings of a system.
+
     def budget(self, name: str) -> Budget:
         """The named setting, a rate in (0, 1] or a number of tokens, as a budget."""
-        keep = getattr(self, name)
-        if isinstance(keep, float) and 0 < keep <= 1:
-            rate = Fraction(str(float(keep)))
-            return Budget(rate.numerator, rate.denominator)
-        self.require(is_count(keep, 1), name, "a rate in (0, 1] or a number of tokens")
-        return Budget(keep)
+        budget = Budget.of(getattr(self, name))
+        if budget is None:
+            raise self.refusal(name, "a rate in (0, 1] or a number of tokens")
+        return budget
 
     def require(self, satisfied: bool, name: str, requirement: str) -> None:
         """Raise the ValueError that names the setting, what it must be and what it is."""
         if not satisfied:
-            system = type(self).__name__
-            raise ValueError(f"{system}: {name} must be {requirement}, got {getattr(self, name)!r}")
+            raise self.refusal(name, requirement)
 
-
-@dataclass(frozen=True)
-class Budget:
-    """How many tokens to keep: ``count`` of them, or ``count`` out of every ``per``.
-
-    A rate is held as two integers, the fraction that its decimal spells. The published code
-    truncates ``int(length * rate)``; with a symbolic length, as in ``torch.export``, only integer
-    arithmetic stays symbolic, and it has no rounding: 0.3 of 10 tokens is 3.
-    """
-
-    count: int
-    per: int = 0
-
-    def tokens(self, prompt_length: int, window: int) -> int:
-        """The number of tokens; never less than the window, or the prompt if that is shorter."""
-        if prompt_length <= window:
-            return prompt_length
-        return max(window, prompt_length * self.count // self.per if self.per else self.count)
-
-
-def is_count(value: object, least: int) -> bool:
-    """Whether the value is an integer of at least ``least``."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    def refusal(self, name: str, requirement: str) -> ValueError:
+        """The error that names the setting, what it must be and what it is."""
+        system = type(self).__name__
+        return ValueError(f"{system}: {name} must be {requirement}, got {getattr(self, name)!r}")

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from claa_ops.prefill.cache import ClaaCache, SlidingLayer
+from claa_ops.prefill.logsumexp import attention_and_logsumexp
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -23,8 +24,22 @@ def register_attention(base_name: str, base: AttentionFunction, family: str) -> 
     name = {"sdpa": "claa_sdpa", "eager": f"claa_eager_{family}"}.get(base_name, base_name)
     AttentionInterface.register(name, _with_prefill(base, base_name))
     # Without this twin the model would find no mask for the name, and ignore padding.
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base_name])
+    mask = _sdpa_mask if base_name == "sdpa" else ALL_MASK_ATTENTION_FUNCTIONS[base_name]
+    AttentionMaskInterface.register(name, mask)
     return name
+
+
+def _sdpa_mask(**request: Any) -> Tensor | None:
+    """SDPA's mask; none for a whole prompt or a single token without padding.
+
+    Transformers does so too, but not while a graph is compiled or captured (5.17, and later ones
+    with torch before 2.14): then it makes one of N x N, with which SDPA takes slower kernels.
+    """
+    whole = request["q_length"] == 1 or request["q_length"] == request["kv_length"]
+    special = request.get("attention_mask") is not None or request.get("local_size") is not None
+    if whole and not special and request.get("allow_is_causal_skip", True):
+        return None
+    return sdpa_mask(**request)
 
 
 def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
@@ -38,6 +53,9 @@ def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if claa_cache is None:
+            if attention_mask is not None and attention_mask.dim() == 4:
+                # A StaticClaaCache has one mask for layers of different lengths.
+                attention_mask = attention_mask[..., -key.shape[2] :]
             return base(module, query, key, value, attention_mask, **kwargs)
         layer: Any = module.layer_idx
         held = claa_cache.layers[layer]
@@ -53,9 +71,15 @@ def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
                 )
             # Positions with gaps would be taken for several sequences packed into one.
             kwargs.pop("position_ids", None)
-        output = base(module, query, key, value, attention_mask, **kwargs)
+        fused = None
+        if claa_cache.prefilling and base_name == "sdpa" and attention_mask is None:
+            fused = _plain_attention(module, query, key, value, kwargs)
+        if fused is None:
+            output, lse = base(module, query, key, value, attention_mask, **kwargs), None
+        else:
+            output, lse = (fused[0].transpose(1, 2).contiguous(), None), fused[1]
         if claa_cache.prefilling:
-            _observe_and_compress(claa_cache, layer, query, key, kwargs)
+            _observe_and_compress(claa_cache, layer, query, key, lse, kwargs)
         return output
 
     vars(claa_attention)["claa_base"] = base
@@ -67,8 +91,24 @@ def unwrapped(attention: AttentionFunction) -> AttentionFunction:
     return getattr(attention, "claa_base", attention)
 
 
+def _plain_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
+    """Output and logsumexp of SDPA attention that is causal and nothing else, if this is."""
+    special = ("dropout", "position_bias", "s_aux", "softcap")
+    causal = attention.get("is_causal", getattr(module, "is_causal", True))
+    if causal is False or any(attention.get(name) for name in special):
+        return None
+    return attention_and_logsumexp(query, key, value, attention.get("scaling"))
+
+
 def _observe_and_compress(
-    cache: ClaaCache, layer: int, query: Tensor, key: Tensor, attention: dict[str, Any]
+    cache: ClaaCache,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor | None,
+    attention: dict[str, Any],
 ) -> None:
     state, held = cache.state, cache.layers[layer]
     assert state is not None  # begin_forward made it
@@ -76,6 +116,7 @@ def _observe_and_compress(
         layer,
         query,
         key,
+        lse=lse,
         scale=attention.get("scaling"),
         sliding_window=attention.get("sliding_window") or 0,
         softcap=attention.get("softcap") or 0.0,

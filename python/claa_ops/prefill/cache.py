@@ -30,13 +30,15 @@ class ClaaCache(Cache):
     Args:
         config: the model's configuration.
         method: the ranking system, such as :class:`claa_ops.methods.CLAA`.
+        ranking: ``[B, N]``, float32, for methods that need one of the prompt.
         keep_scores: record the token scores of each ranked layer in ``state.scores``.
 
     Attributes:
         state: the :class:`PrefillState` of the prompt; None before the prefill.
 
     Raises:
-        ValueError: the method does not fit the model, or a layer is of a kind not served.
+        ValueError: the method does not fit the model or prefills twice, or a layer is of a kind
+            not served.
 
     Example::
 
@@ -46,10 +48,21 @@ class ClaaCache(Cache):
     """
 
     layers: list[Any]
+    first_pass = False  # whether it serves the first of two passes, and no decoding
 
     def __init__(
-        self, config: PreTrainedConfig, method: Method, *, keep_scores: bool = False
+        self,
+        config: PreTrainedConfig,
+        method: Method,
+        *,
+        ranking: Tensor | None = None,
+        keep_scores: bool = False,
     ) -> None:
+        if method.two_pass and not self.first_pass:
+            raise ValueError(
+                f"ClaaCache: the method must prefill once, got {type(method).__name__}, which "
+                "prefills twice: call claa_ops.prefill.generate(model, input_ids, method) instead"
+            )
         config = config.get_text_config(decoder=True)
         self.layer_types: list[str] = get_layer_types_and_kwargs(config)[0]
         method.check(len(self.layer_types))
@@ -66,6 +79,7 @@ class ClaaCache(Cache):
                 )
         super().__init__(layers=layers)
         self.method = method
+        self.ranking = ranking
         self.keep_scores = keep_scores
         self._clear()
 
@@ -107,7 +121,8 @@ class ClaaCache(Cache):
                 self.method,
                 num_layers=len(self.layers),
                 prompt_length=num_tokens,
-                start=_first_valid(attention_mask, num_tokens),
+                start=first_valid(attention_mask, num_tokens),
+                ranking=self.ranking,
                 keep_scores=self.keep_scores,
             )
 
@@ -236,8 +251,8 @@ class SlidingLayer(DynamicLayer):
             self.positions = self.positions[indices]
 
 
-def _first_valid(attention_mask: Tensor | None, num_tokens: int) -> Tensor | None:
-    """The first token of each row that is not left padding; None where there is no padding."""
+def first_valid(attention_mask: Tensor | None, num_tokens: int) -> Tensor | None:
+    """[B]: the first token of each row that is not left padding; None where there is no padding."""
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2 or attention_mask.shape[1] != num_tokens:

@@ -16,6 +16,10 @@ from claa_ops.prefill.cache import ClaaCache
 Arguments = dict[str, Any]
 
 
+class FirstPassDone(Exception):
+    """Ends the first of two passes after its selection: no layer behind it runs."""
+
+
 def install_hooks(
     model: nn.Module,
     decoder: nn.Module,
@@ -96,6 +100,8 @@ def _continue_with_selected(layer: nn.Module, index: int) -> Callable[..., Any]:
         state = cache.state
         assert state is not None  # begin_forward made it
         selected = state.select(index - 1)
+        if selected is not None and cache.first_pass:
+            raise FirstPassDone
         if selected is not None:
             cache.selected.clear()
             hidden = gather_tokens(hidden, selected)

@@ -41,7 +41,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         model = attach(AutoModelForCausalLM.from_pretrained(name))
         model.generate(ids, past_key_values=ClaaCache(model.config, CLAA(keep=0.1)))
     """
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     if getattr(decoder, "claa_attached", False):
         return model
     layers, attentions = _layers(model, decoder)
@@ -65,7 +65,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _decoder(model: PreTrainedModel) -> Any:
+def decoder_of(model: PreTrainedModel) -> Any:
     """The module that runs the layers."""
     decoder = model.get_decoder()
     return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from claa_ops.methods.base import Method
@@ -16,6 +18,7 @@ def begin(
     num_layers: int,
     prompt_length: int,
     start: Tensor | None = None,
+    ranking: Tensor | None = None,
     keep_scores: bool = False,
 ) -> PrefillState:
     """Start the prefill of one batch of prompts.
@@ -36,6 +39,8 @@ def begin(
         num_layers: how many layers the model has.
         prompt_length: N, the length of the (padded) prompts.
         start: ``[B]``, int64 or int32: the first token of each row that is not left padding.
+        ranking: ``[B, N]``, float32: what :meth:`Method.prepare` found out about the prompt, for
+            methods that need it.
         keep_scores: record ``state.scores`` for plots, which scores all layers that the method
             ranks.
 
@@ -44,7 +49,8 @@ def begin(
         over, or keep it to read what was selected.
 
     Raises:
-        ValueError: ``prompt_length`` is below 1, or the method does not fit the model.
+        ValueError: ``prompt_length`` is below 1, the method does not fit the model, or it needs
+            a ranking and got none.
 
     Example:
         >>> from claa_ops.methods import CLAA
@@ -53,7 +59,14 @@ def begin(
     if prompt_length < 1:
         raise ValueError(f"begin: prompt_length must be at least 1, got {prompt_length}")
     method.check(num_layers)
-    return PrefillState(method, num_layers, prompt_length, start, keep_scores)
+    if method.needs_ranking and ranking is None:
+        raise ValueError(
+            f"begin: {type(method).__name__} needs a ranking of the prompt, which "
+            "claa_ops.prefill.generate and .run prepare, got none"
+        )
+    state = PrefillState(method, num_layers, prompt_length, start, ranking, keep_scores)
+    method.begin(state)
+    return state
 
 
 class PrefillState:
@@ -67,7 +80,10 @@ class PrefillState:
         start: ``[B]`` or None: the first of these n that is not left padding.
         positions: ``[B, n]``, int64, ascending: where these n stood in the prompt; None while
             they are the whole prompt.
+        ranking: ``[B, N]``, float32: a ranking of the prompt that was there before; or None.
         importance: ``[B, M]``, float32: the method's ranking so far, or None.
+        notes: whatever else the method has to remember.
+        lengths: for each observed layer, how many tokens it saw.
         scores: with ``keep_scores``, for each layer its token scores, ``[B, M]``: the maximum
             over key/value heads.
     """
@@ -78,6 +94,7 @@ class PrefillState:
         num_layers: int,
         prompt_length: int,
         start: Tensor | None,
+        ranking: Tensor | None,
         keep_scores: bool,
     ) -> None:
         self.method = method
@@ -86,7 +103,10 @@ class PrefillState:
         self.length = prompt_length
         self.start = start
         self.positions: Tensor | None = None
+        self.ranking = ranking
         self.importance: Tensor | None = None
+        self.notes: dict[str, Any] = {}
+        self.lengths: list[int] = []
         self.scores: dict[int, Tensor] = {}
         self._keep_scores = keep_scores
         self._layer_scores: Tensor | None = None
@@ -116,7 +136,7 @@ class PrefillState:
         Args:
             layer: the layer, from 0; layers come in ascending order.
             query: ``[B, H, n, D]``, after the rotary embedding. Only the last ``window`` rows
-                are read, and it may hold just these.
+                are read (``method.rows``), and it may hold just these.
             key: ``[B, G, n, D]``, likewise.
             lse: ``[B, H, n]`` or the last rows of it, float32: the attention's logsumexp.
             scale, sliding_window, softcap, sinks: what the layer's attention uses, as in
@@ -124,7 +144,8 @@ class PrefillState:
 
         Raises:
             RuntimeError: layers do not ascend.
-            ValueError: the layer is out of range, or ``key`` does not have n rows.
+            ValueError: the layer is out of range, ``key`` does not have n rows, or ``query``
+                fewer than the method reads.
         """
         self._advance(layer, "observe")
         self._layer_scores = None
@@ -133,15 +154,22 @@ class PrefillState:
                 f"observe: key of layer {layer} must have the {self.length} tokens that the layer "
                 f"sees, got {key.shape[2]}"
             )
+        self.lengths.append(self.length)
         recorded = self._keep_scores and self.method.ranks(layer)
         if not recorded and not self.method.needs_scores(self, layer):
             return
-        window = self.method.window
+        rows = self.method.rows(self)
+        if query.shape[2] < min(rows, self.length):
+            raise ValueError(
+                f"observe: query of layer {layer} must have the last {rows} rows, which "
+                f"{type(self.method).__name__} reads, got {query.shape[2]}"
+            )
         # A ranking has no gradient; its queries and keys may.
         self._layer_scores = self.method.score(
-            query[:, :, -window:].detach(),
+            self,
+            query[:, :, -rows:].detach(),
             key.detach(),
-            lse=None if lse is None else lse[:, :, -window:].detach(),
+            lse=None if lse is None else lse[:, :, -rows:].detach(),
             scale=scale,
             start=self.start,
             sliding_window=sliding_window,
@@ -169,6 +197,8 @@ class PrefillState:
             RuntimeError: the layer was not observed just before.
         """
         self._advance(layer, "compress")
+        if self.method.two_pass:  # its first pass only chooses tokens
+            return key[:, :, :0].clone(), value[:, :, :0].clone()
         index = self.method.compress(self, layer)
         return (key, value) if index is None else gather_kv(key, value, index)
 
@@ -184,7 +214,14 @@ class PrefillState:
             RuntimeError: the layer was not observed just before, or selects a second time.
         """
         self._advance(layer, "select")
-        index = self.method.select(self, layer)
+        return self._keep(self.method.select(self, layer))
+
+    def choose(self) -> Tensor | None:
+        """Before any layer: the tokens of a second pass, ``[B, k]``, if they are known by now."""
+        return self._keep(self.method.choose(self))
+
+    def _keep(self, index: Tensor | None) -> Tensor | None:
+        """Go on with the tokens at ``index`` of the current ones."""
         if index is None:
             return None
         kept = index.shape[-1]

@@ -1,0 +1,179 @@
+"""What is timed on a GPU: the ops with the shapes of Llama-3.1-8B, bfloat16, one prompt."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import claa_ops
+from bench.cases import LLAMA, Case, Shape, keys_of, queries_of
+from bench.cases import OPS as PORTABLE
+
+BF16 = torch.bfloat16
+WINDOW = 8
+PEAK_QUERIES = 128
+
+
+def score_tokens(shape: Shape) -> Iterator[Case]:
+    """With and without the attention's logsumexp; eight prompts at once where they are long."""
+    yield _scoring("score_tokens", shape, WINDOW, lse=True)
+    yield _scoring("score_tokens", shape, WINDOW)
+    yield _scoring("score_tokens", shape, 64, lse=True)
+    yield _scoring("score_tokens", shape, 64)
+    if shape.tokens >= 131_072:
+        yield _scoring("score_tokens", shape, WINDOW, lse=True, batch=8)
+
+
+def score_window(shape: Shape) -> Iterator[Case]:
+    """The scores of each query head, not pooled."""
+    yield _scoring("score_window", shape, WINDOW, lse=True)
+
+
+def select_topk(shape: Shape) -> Iterator[Case]:
+    """One row: which tokens go on. Eight: what the cache of a layer keeps."""
+    yield _selection(shape, rows=1, percent=10)
+    for percent in (10, 40):
+        yield _selection(shape, rows=LLAMA.kv_heads, percent=percent)
+    if shape.tokens >= 131_072:
+        yield _selection(shape._replace(tokens=2**20), rows=1, percent=10)
+
+
+def gather_kv(shape: Shape) -> Iterator[Case]:
+    """A tenth of the tokens, other ones for each head."""
+    key, value = (keys_of(LLAMA, BF16, shape.tokens, shape.device) for _ in range(2))
+    index = _kept(shape, LLAMA.kv_heads)[None]
+    outputs = 2 * index.numel() * LLAMA.dim * key.element_size()
+
+    def torch_gather() -> tuple[Tensor, Tensor]:
+        rows = index[..., None].expand(-1, -1, -1, LLAMA.dim)
+        return key.gather(2, rows), value.gather(2, rows)
+
+    yield Case("gather_kv", shape, BF16, (key, value, index), outputs, {}, "10 %", 0, torch_gather)
+
+
+def aggregate_scores(shape: Shape) -> Iterator[Case]:
+    """Against one torch.maximum over all heads, which leaves their maximum to another kernel."""
+    scores = torch.rand(1, LLAMA.kv_heads, shape.context, device=shape.device)
+    running = torch.rand(1, shape.context, device=shape.device)
+    running_heads, out = torch.rand_like(scores), torch.empty_like(scores)
+
+    def maximum() -> Tensor:
+        return torch.maximum(running_heads, scores, out=out)
+
+    args = (running, scores)
+    yield Case(
+        "aggregate_scores", shape, torch.float32, args, running.nbytes, {}, "8 heads", 0, maximum
+    )
+
+
+def peak_attention(shape: Shape) -> Iterator[Case]:
+    """Against FlashAttention-2's forward, which multiplies twice as much: by the values too."""
+    query, key = _queries_and_keys(shape, PEAK_QUERIES)
+    value = keys_of(LLAMA, BF16, shape.tokens, shape.device)
+
+    def flash() -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+    yield Case(
+        "peak_attention",
+        shape,
+        BF16,
+        (query, key),
+        4 * PEAK_QUERIES * shape.tokens,
+        {},
+        f"T {PEAK_QUERIES}",
+        _multiply_adds(shape, PEAK_QUERIES),
+        flash,
+    )
+
+
+def layer(tokens: int) -> dict[str, Callable[[], object]]:
+    """The ops of a layer that is aggregated and whose cache is compressed, in their order."""
+    shape = Shape(LLAMA, tokens, "cuda")
+    query, key = _queries_and_keys(shape, WINDOW)
+    lse = _logsumexp(shape, 1, WINDOW)
+    running = torch.rand(1, shape.context, device=shape.device)
+    scores = claa_ops.score_tokens(query, key, lse=lse)
+    return {
+        "score_tokens": lambda: claa_ops.score_tokens(query, key, lse=lse),
+        "aggregate_scores": lambda: claa_ops.aggregate_scores(running, scores),
+        "select_topk": lambda: claa_ops.select_topk(scores, tokens // 10, window=WINDOW),
+    }
+
+
+def _scoring(op: str, shape: Shape, window: int, *, lse: bool = False, batch: int = 1) -> Case:
+    query, key = _queries_and_keys(shape, window, batch)
+    options = {"lse": _logsumexp(shape, batch, window)} if lse else {}
+    heads = LLAMA.heads if op == "score_window" else LLAMA.kv_heads
+    note = f"W {window}" + ", lse" * lse + f", B {batch}" * (batch > 1)
+    outputs = 4 * batch * heads * (shape.tokens - window)
+    flops = batch * _multiply_adds(shape, window)
+    return Case(op, shape, BF16, (query, key), outputs, options, note, flops)
+
+
+def _selection(shape: Shape, *, rows: int, percent: int) -> Case:
+    scores = torch.rand(1, rows, shape.context, device=shape.device)
+    k = shape.tokens * percent // 100
+
+    def topk_and_sort() -> Tensor:
+        return scores.topk(k - WINDOW, sorted=False).indices.sort().values
+
+    note = f"{rows} row{'s' * (rows > 1)}, {percent} %"
+    return Case(
+        "select_topk",
+        shape,
+        torch.float32,
+        (scores, k),
+        8 * rows * k,
+        {"window": WINDOW},
+        note,
+        0,
+        topk_and_sort,
+    )
+
+
+def _queries_and_keys(shape: Shape, window: int, batch: int = 1) -> tuple[Tensor, Tensor]:
+    query = queries_of(LLAMA, BF16, shape.device, window=window, batch=batch)
+    return query, keys_of(LLAMA, BF16, shape.tokens, shape.device, batch=batch)
+
+
+def _logsumexp(shape: Shape, batch: int, window: int) -> Tensor:
+    """About the true value for these inputs; any value costs the same."""
+    size = (batch, LLAMA.heads, window)
+    return torch.full(size, 0.5, device=shape.device) + torch.tensor(shape.tokens).log().item()
+
+
+def _multiply_adds(shape: Shape, window: int) -> int:
+    return 2 * LLAMA.heads * window * shape.tokens * LLAMA.dim
+
+
+def _kept(shape: Shape, rows: int) -> Tensor:
+    scores = torch.rand(rows, shape.tokens, device=shape.device)
+    return claa_ops.select_topk(scores, shape.tokens // 10)
+
+
+def _portable(op: str) -> Callable[[Shape], Iterator[Case]]:
+    """The case that the CPU has too."""
+    return lambda shape: PORTABLE[op](shape, BF16)
+
+
+OPS: dict[str, Callable[[Shape], Iterator[Case]]] = {
+    "score_tokens": score_tokens,
+    "score_window": score_window,
+    "peak_attention": peak_attention,
+    "pool_heads": _portable("pool_heads"),
+    "aggregate_scores": aggregate_scores,
+    "select_topk": select_topk,
+    "gather_kv": gather_kv,
+    "gather_tokens": _portable("gather_tokens"),
+    "rank_variance": _portable("rank_variance"),
+}
+
+
+def cases(op: str, tokens: tuple[int, ...]) -> Iterator[Case]:
+    """All lines of an op."""
+    for count in tokens:
+        yield from OPS[op](Shape(LLAMA, count, "cuda"))

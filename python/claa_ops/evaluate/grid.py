@@ -1,0 +1,197 @@
+"""The cells of an evaluation: which methods, after which layers, at which rates."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from claa_ops.evaluate.inputs import parse_budget
+from claa_ops.methods import METHODS, Method, make_method
+from claa_ops.methods.pruning import Pruning
+from claa_ops.models import InputError
+
+Budget = float | int
+Layer = int | tuple[int, ...] | None
+Keep = Budget | tuple[Budget, ...] | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to prefill.
+
+    Attributes:
+        label: the method as the user put it, the name that the tables show.
+        layer: the selection layers; None for a method without any.
+        keep: the rates or numbers of tokens; None for a method without any.
+        method: the method with these settings.
+    """
+
+    label: str
+    layer: Layer
+    keep: Keep
+    method: Method
+
+    def key(self) -> dict[str, Any]:
+        """All that the results of the cell depend on, besides model and prompt."""
+        settings = {
+            field.name: _plain(getattr(self.method, field.name))
+            for field in dataclasses.fields(self.method)
+            if field.init
+        }
+        return {
+            "label": self.label,
+            "layer": _plain(self.layer),
+            "keep": _plain(self.keep),
+            "method": type(self.method).__name__,
+            "settings": settings,
+        }
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method and settings of it, from ``NAME`` or ``NAME:SETTING=VALUE:...``.
+
+    ``NAME@OTHER`` is the method with as many bytes of cache as another one has at the same rate:
+    a "10 %" with whole caches in the first layers stores more than a "10 %" without.
+    """
+
+    label: str
+    name: str
+    settings: dict[str, Any]
+    bytes_of: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> MethodSpec:
+        """Read a specification; InputError if there is no such method or it is not of the form."""
+        name, *parts = text.split(":")
+        name, at, other = name.partition("@")
+        for known in [name, other] if at else [name]:
+            if known not in METHODS:
+                near = difflib.get_close_matches(known.lower(), METHODS, n=1, cutoff=0.0)[0]
+                raise InputError(
+                    f"unknown method {known!r}: expected {', '.join(METHODS)}; "
+                    f"did you mean {near!r}?"
+                )
+        if at and not all(issubclass(METHODS[known], Pruning) for known in (name, other)):
+            raise InputError(f"equal bytes need methods with caches of a set rate, got {text}")
+        settings = {}
+        for part in parts:
+            setting, equals, value = part.partition("=")
+            if not equals:
+                raise InputError(
+                    f"a method is NAME or NAME:SETTING=VALUE:..., got {part!r} in {text}"
+                )
+            settings[setting] = _value(value)
+        return cls(text, name, settings, other or None)
+
+    def has(self, setting: str) -> bool:
+        """Whether the method has a setting of this name that the specification leaves open."""
+        fields = {field.name for field in dataclasses.fields(METHODS[self.name]) if field.init}
+        return setting in fields and setting not in self.settings
+
+    def cell(self, num_layers: int, layer: Layer, keep: Keep) -> Cell:
+        """The cell for a model of this depth; None leaves a setting at its default."""
+        settings = dict(self.settings)
+        try:
+            if self.bytes_of is not None:
+                settings |= _bytes_of(self.bytes_of, num_layers, layer, keep)
+            method = make_method(
+                self.name, num_layers=num_layers, layer=layer, keep=keep, **settings
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        return Cell(
+            self.label, getattr(method, "layer", None), getattr(method, "keep", None), method
+        )
+
+
+def parse_layers(text: str) -> list[int]:
+    """Read layers and ranges of layers: ``10,15,20-22``."""
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise InputError(f"--layer must be layers such as 10,15,20-22, got {text}")
+        layers.extend(range(int(first), int(last or first) + 1))
+    return layers
+
+
+def parse_keeps(text: str) -> list[Budget]:
+    """Read budgets: ``0.1,20%,400``."""
+    return [parse_budget("--keep", part) for part in text.split(",")]
+
+
+def parse_schedule(text: str) -> tuple[tuple[int, ...], tuple[Budget, ...]]:
+    """Read a staged selection: ``7:50%,15:20%,23:10%``."""
+    layers, keeps = [], []
+    for part in text.split(","):
+        layer, colon, keep = part.partition(":")
+        if not colon or not layer.isdecimal():
+            raise InputError(f"--schedule must be LAYER:KEEP,... such as 7:50%,23:10%, got {text}")
+        layers.append(int(layer))
+        keeps.append(parse_budget("--schedule", keep))
+    return tuple(layers), tuple(keeps)
+
+
+def make_cells(
+    specs: Sequence[MethodSpec],
+    num_layers: int,
+    layers: Sequence[int] = (),
+    keeps: Sequence[Budget] = (),
+    schedules: Sequence[tuple[tuple[int, ...], tuple[Budget, ...]]] = (),
+    keep_kv: Budget | None = None,
+) -> list[Cell]:
+    """Full prefill, then every method with every layer, rate and schedule that it takes.
+
+    Without layers or rates the methods' own defaults for the depth stand. ``keep_kv`` is for the
+    methods that have a budget for their caches apart, unless their specification states it.
+
+    Raises:
+        InputError: a layer is outside the model, or a method does not take its settings.
+    """
+    cells = {"full": MethodSpec.parse("full").cell(num_layers, None, None)}
+    for spec in specs:
+        if keep_kv is not None and spec.has("keep_kv") and spec.bytes_of is None:
+            spec = replace(spec, settings={**spec.settings, "keep_kv": keep_kv})
+        stages: list[tuple[Layer, Keep]] = [
+            (layer, keep)
+            for layer in (layers if layers and spec.has("layer") else [None])
+            for keep in (keeps if keeps and spec.has("keep") else [None])
+        ]
+        if issubclass(METHODS[spec.name], Pruning) and spec.has("layer") and spec.has("keep"):
+            stages.extend(schedules)
+        for layer, keep in stages:
+            cell = spec.cell(num_layers, layer, keep)
+            cells.setdefault(f"{cell.label} {cell.layer} {cell.keep}", cell)
+    full = cells.pop("full")
+    return [full, *(cell for cell in cells.values() if cell.label != "full")]
+
+
+def _bytes_of(name: str, num_layers: int, layer: Layer, keep: Keep) -> dict[str, Any]:
+    """Settings that give a method the bytes of this one's caches at these rates."""
+    method = make_method(name, num_layers=num_layers, layer=layer, keep=keep)
+    assert isinstance(method, Pruning)  # parsing has seen to it
+    rate = method.keep[-1] if isinstance(method.keep, tuple) else method.keep
+    if not isinstance(rate, float):
+        raise ValueError(f"equal bytes need a rate, got {rate} tokens")
+    # Every layer holds its rate of the prompt, selections or not; the first ones hold it whole.
+    whole = method.first_full / num_layers
+    return {"equal_cache": True, "keep_kv": whole + (1 - whole) * rate}
+
+
+def _value(text: str) -> Any:
+    """A setting's value: a number, true or false, or the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    return value if isinstance(value, int | float | str | None) else type(value).__name__

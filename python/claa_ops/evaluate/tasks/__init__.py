@@ -1,0 +1,87 @@
+"""Tasks by name: prompts, and how their answers are graded."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from claa_ops.evaluate.tasks.example import Example
+from claa_ops.evaluate.tasks.needle import KINDS, CountTokens, needle_examples
+from claa_ops.evaluate.tasks.records import BENCHMARKS, record_examples
+from claa_ops.models import InputError
+
+__all__ = ["Example", "TaskSettings", "check_task", "examples"]
+
+TASKS = ("needle", *(f"needle-{kind}" for kind in KINDS), *BENCHMARKS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """Which prompts of the tasks.
+
+    Attributes:
+        lengths, depths, prompts, seed, filler: of the needle tasks, see `needle_examples`.
+        limit: records taken of each file; None for all.
+    """
+
+    lengths: Sequence[int] = (1000,)
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    prompts: int = 2
+    seed: int = 0
+    filler: Path | None = None
+    limit: int | None = None
+
+
+def check_task(task: str) -> tuple[str, str | None, str | None]:
+    """Split ``NAME``, ``NAME:SOURCE`` or ``NAME/TASK:SOURCE`` into its parts.
+
+    Raises:
+        InputError: the name is unknown, or it needs a source and has none.
+    """
+    name, _, source = task.partition(":")
+    name, _, subtask = name.partition("/")
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
+        raise InputError(
+            f"unknown task {name!r}: expected {', '.join(TASKS)}; did you mean {near!r}?"
+        )
+    if name in BENCHMARKS and not source:
+        raise InputError(
+            f"the task {name} needs its records: {name}:FILE, {name}:FOLDER or "
+            f"{name}:hf://datasets/OWNER/NAME/FILE"
+        )
+    if name not in BENCHMARKS and (source or subtask):
+        raise InputError(f"the task {name} takes no records, got {task}")
+    return name, subtask or None, source or None
+
+
+def examples(
+    tasks: Sequence[str],
+    settings: TaskSettings,
+    count_tokens: CountTokens,
+    on_problem: Callable[[str], None],
+) -> Iterator[Example]:
+    """Yield the prompts of all tasks, in order; tell ``on_problem`` of records left out.
+
+    Raises:
+        InputError: a task is unknown, or its files or filler cannot be used.
+    """
+    for task in tasks:
+        name, subtask, source = check_task(task)
+        if source is not None:
+            yield from record_examples(
+                name, subtask, source, limit=settings.limit, on_problem=on_problem
+            )
+            continue
+        for kind in KINDS if name == "needle" else (name.removeprefix("needle-"),):
+            yield from needle_examples(
+                kind,
+                count_tokens,
+                lengths=settings.lengths,
+                depths=settings.depths,
+                prompts=settings.prompts,
+                seed=settings.seed,
+                filler=settings.filler,
+            )

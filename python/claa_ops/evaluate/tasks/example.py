@@ -1,0 +1,43 @@
+"""One prompt of a task, and how an answer to it is graded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A prompt with a target, or with a grade for whatever the model answers.
+
+    A target is teacher-forced: the answer is right if each of its tokens is the model's first
+    choice after those before it, which is what greedy decoding would have written. Without one
+    the answer is decoded greedily and graded.
+
+    Attributes:
+        task: the task, a column of the tables.
+        name: the prompt's name within the task, the same in every run.
+        prompt: the user's text.
+        answer_prefix: how the answer is made to begin.
+        chat: whether the chat template applies; None: if the tokenizer has one.
+        target: the right answer, behind the prefix.
+        grade: the score in [0, 1] of an answer.
+        max_new_tokens: the length at which an answer is cut off.
+        stop: texts that end an answer.
+        fact: the part of the prompt that decides the answer, where it is known.
+        place: where it stands: the prompt's length in tokens and the fact's depth in [0, 1].
+        may_cut: whether a prompt too long for the model is cut in the middle; else it is refused.
+    """
+
+    task: str
+    name: str
+    prompt: str
+    answer_prefix: str = ""
+    chat: bool | None = None
+    target: str | None = None
+    grade: Callable[[str], float] | None = None
+    max_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    fact: str | None = None
+    place: Mapping[str, float] = field(default_factory=dict)
+    may_cut: bool = False

@@ -1,0 +1,59 @@
+"""Arithmetic of budgets: how many tokens go on, and how many entries a cache keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens to keep: ``count`` of them, or ``count`` out of every ``per``.
+
+    A rate is held as two integers, the fraction that its decimal spells. The published code
+    truncates ``int(length * rate)``; with a symbolic length, as in ``torch.export``, only integer
+    arithmetic stays symbolic, and it has no rounding: 0.3 of 10 tokens is 3.
+    """
+
+    count: int
+    per: int = 0
+
+    @classmethod
+    def of(cls, keep: object) -> Budget | None:
+        """The budget that a rate in (0, 1] or a number of tokens states; None if it is neither."""
+        if isinstance(keep, float) and 0 < keep <= 1:
+            rate = Fraction(str(float(keep)))
+            return cls(rate.numerator, rate.denominator)
+        return cls(keep) if isinstance(keep, int) and is_count(keep, 1) else None
+
+    def tokens(self, length: int, least: int) -> int:
+        """The number of tokens; never fewer than ``least``, or ``length`` if that is shorter."""
+        if length <= least:
+            return length
+        return max(least, length * self.count // self.per if self.per else self.count)
+
+    def within(self, other: Budget) -> Budget:
+        """This rate as a rate of what the other one leaves, at most all of it."""
+        rate = min(Fraction(1), Fraction(self.count * other.per, self.per * other.count))
+        return Budget(rate.numerator, rate.denominator)
+
+
+def equal_share(total: int, lengths: Sequence[int]) -> int:
+    """The largest capacity with which layers of these lengths hold at most ``total`` entries.
+
+    Short layers hold all of their tokens, and leave the rest of their share to the others.
+    """
+    share = 0
+    for done, length in enumerate(sorted(lengths)):
+        share = total // (len(lengths) - done)
+        if length > share:
+            break
+        total -= length
+        share = length
+    return share
+
+
+def is_count(value: object, least: int) -> bool:
+    """Whether the value is an integer of at least ``least``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -1,0 +1,92 @@
+"""Controls, without which no comparison of ranking systems says anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from claa_ops.methods.base import is_count
+from claa_ops.methods.fastkv import FastKV
+from claa_ops.methods.pruning import Pruning
+
+if TYPE_CHECKING:
+    from claa_ops.prefill.state import PrefillState
+
+
+@dataclass(frozen=True)
+class Random(Pruning):
+    """Random tokens and the window, in the selection and in every cache: what ranking is worth.
+
+    Args:
+        keep, layer, keep_kv, first_full, sink, equal_cache, window: see :class:`Pruning`;
+            ``kernel_size`` and ``pooling`` have no use.
+        seed: of the draw. The draw depends on nothing else: it counts tokens from the end of the
+            prompt, so that padding does not change it, and the rows of a batch share it. Give
+            each prompt of an evaluation its own.
+
+    Raises:
+        ValueError: a setting is out of its range.
+
+    Source: the customary control; as a method of training, Random-LTD (arXiv 2211.11586).
+
+    Example:
+        >>> method = Random(keep=0.2, seed=7)
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(is_count(self.seed, 0), "seed", "an integer of at least 0")
+
+    def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
+        """Random numbers: the same for each token in all layers, heads and rows."""
+        context = max(0, state.prompt_length - self.window)
+        generator = torch.Generator().manual_seed(self.seed)
+        numbers = torch.rand(context, generator=generator).flip(0).to(key.device)
+        scores = numbers.expand(key.shape[0], -1)
+        if state.positions is not None:
+            scores = scores.gather(1, state.positions[:, : key.shape[2] - self.window])
+        return scores[:, None].expand(-1, key.shape[1], -1)
+
+
+@dataclass(frozen=True)
+class SinksRandom(Random):
+    """The first tokens of the prompt, random ones, and the window.
+
+    Many heads attend to the first tokens whatever they say, and a model that loses them fails
+    for that reason alone. The difference to :class:`Random` is what they are worth.
+
+    Args:
+        sink: how many first tokens are kept; the other settings are those of :class:`Random`.
+
+    Source: the attention sinks of StreamingLLM (arXiv 2309.17453), as a control.
+
+    Example:
+        >>> method = SinksRandom(keep=0.2, sink=4)
+    """
+
+    sink: int = 4
+
+
+@dataclass(frozen=True)
+class FastKVDeferral(FastKV):
+    """FastKV that leaves the caches of the first layers whole, as CLAA does.
+
+    Without it a comparison of CLAA with FastKV measures mostly that deferral, and the 2.1 times
+    larger cache at 10 %: the score is the only difference left between this and ``CLAA``.
+
+    Args:
+        first_full: the first layers, whose caches stay whole; the other settings are those of
+            :class:`FastKV`.
+
+    Source: the ablation ``n_agg=1`` of CLAA's public code, with FastKV's sum over heads.
+
+    Example:
+        >>> method = FastKVDeferral(keep=0.1)
+    """
+
+    first_full: int = 4

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from claa_ops.methods.base import Preparation, is_count
+from claa_ops.methods.pruning import Pruning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from claa_ops.prefill.state import PrefillState
+
+
+@dataclass(frozen=True)
+class Oracle(Pruning):
+    """Pruning by the Answer-Informed Oracle: what a perfect ranking would be worth.
+
+    Before the prefill the model answers with its full cache, and the attention of the answer to
+    the prompt ranks the tokens; then that ranking alone decides, in the selection and, for all
+    heads alike, in every layer's cache. It saves nothing; it is what others can be compared with.
+    It is no strict upper bound: other rankings win now and then.
+
+    Args:
+        keep, layer, keep_kv, first_full, sink, equal_cache, window: see :class:`Pruning`.
+        max_new_tokens: length at which the answer is cut off.
+        kernel_size: neighbouring tokens over which the ranking is averaged; 1 for none.
+
+    Raises:
+        ValueError: a setting is out of its range.
+
+    Source: CLAA (arXiv 2602.16054) and its public code (BradMcDanel/kv-exps, 90e13b1), which
+    stores rankings made beforehand. Departures: behind a selection the ranking is gathered at
+    the kept tokens (the public code takes its first entries); the softmax stays in float32.
+
+    Example:
+        >>> method = Oracle(keep=0.1, layer=7, max_new_tokens=32)
+    """
+
+    max_new_tokens: int = 64
+    kernel_size: int = field(default=13, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(is_count(self.max_new_tokens, 1), "max_new_tokens", "a positive integer")
+        self.require(self.pooling == "avg", "pooling", "'avg'")
+
+    @property
+    def needs_ranking(self) -> bool:
+        """Yes."""
+        return True
+
+    def prepare(
+        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> Preparation:
+        """Answer, and rank the prompt by the answer's attention."""
+        # Here, because it needs transformers, which users of the functional API may not have.
+        from claa_ops.prefill.answer import pool, record_answer
+
+        answer = record_answer(model, input_ids, self.max_new_tokens, attention_mask=attention_mask)
+        return Preparation(pool(answer.peak(), self.kernel_size), answer.work)
+
+    def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
+        """The ranking of the tokens that this layer sees, without the window."""
+        ranking = state.ranking
+        assert ranking is not None  # a prefill that needs one does not begin without
+        if state.positions is not None:
+            ranking = ranking.gather(1, state.positions)
+        context = max(0, state.length - self.window)
+        return ranking[:, None, :context].expand(-1, key.shape[1], -1)

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from claa_ops.methods.pruning import Pruning
+from claa_ops.ops.peak_attention import peak_attention
+from claa_ops.ops.pool_heads import pool_heads
+
+if TYPE_CHECKING:
+    from claa_ops.prefill.state import PrefillState
+
+
+@dataclass(frozen=True)
+class Peak(Pruning):
+    """The oracle's statistic, asked of the prompt's own last tokens instead of the answer.
+
+    A token is as important as the most attention that any head of any layer so far pays it from
+    any token of the window. Sums and means, over heads or over the window, drown the few heads
+    that look a fact up in the first layers; a peak does not. And a fact is a run of tokens, of
+    which these heads hit some: a wide pooling kernel keeps the whole run.
+
+    Args:
+        keep, layer, keep_kv, first_full, equal_cache: see :class:`Pruning`. Each layer's cache is
+            compressed by that layer's own scores, as in FastKV.
+        sink: first tokens of the prompt that are always kept; the earlier the selection, the
+            more the layers behind it miss them.
+        window, kernel_size, pooling: see :class:`Method`. The window must reach back into the
+            question, past what a chat template puts behind it.
+
+    The ranking takes every layer up to the last selection. As in the oracle the softmax runs over
+    all keys, without a causal mask inside the window, softcaps, sliding windows or sink logits.
+
+    Raises:
+        ValueError: a setting is out of its range.
+
+    Source: ours; the reduction is that of CLAA's Answer-Informed Oracle (arXiv 2602.16054), but
+    for the maximum over the queries where the oracle takes the mean. docs/quality.md measures it.
+
+    Example:
+        >>> method = Peak(keep=0.1, layer=8)
+    """
+
+    sink: int = 4
+    window: int = field(default=16, kw_only=True)
+    kernel_size: int = field(default=25, kw_only=True)
+
+    @classmethod
+    def defaults(cls, num_layers: int) -> dict[str, Any]:
+        """Layer 8 of 30, which is known to be good in one small model."""
+        return {"layer": num_layers * 4 // 15}
+
+    def informs(self, layer: int) -> bool:
+        """Every layer up to the last selection."""
+        return layer <= max(self._stages)
+
+    def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
+        """The window's scores, for the layer's cache; and the peaks, ``[B, W, n]``, noted."""
+        state.notes["peaks"] = peak_attention(
+            query,
+            key,
+            scale=attention["scale"],
+            running=state.notes.get("peaks"),
+            start=attention["start"],
+        )
+        return super().score(state, query, key, **attention)
+
+    def rank(self, state: PrefillState, layer: int) -> Tensor:
+        """The peaks of the context tokens over layers, heads and window, pooled."""
+        peaks = state.notes["peaks"]
+        context = peaks[..., : peaks.shape[2] - peaks.shape[1]].amax(dim=1, keepdim=True)
+        return pool_heads(context, 1, kernel_size=self.kernel_size, mode=self.pooling)[:, 0]
+
+    def select(self, state: PrefillState, layer: int) -> Tensor | None:
+        """At a selection layer, the most important tokens, ``[B, k]``, and the window."""
+        index = super().select(state, layer)
+        if index is not None:  # the peaks of the tokens that go on
+            peaks = state.notes["peaks"]
+            wanted = index[:, None].expand(-1, peaks.shape[1], -1)
+            state.notes["peaks"] = peaks.gather(2, wanted)
+        return index

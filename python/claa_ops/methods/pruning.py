@@ -1,0 +1,182 @@
+"""What most systems share: tokens dropped after some layers, and compressed caches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from claa_ops.methods.base import Method
+from claa_ops.methods.budget import Budget, equal_share, is_count
+from claa_ops.ops.select_topk import select_topk
+
+if TYPE_CHECKING:
+    from claa_ops.prefill.state import PrefillState
+
+Keep = float | int
+
+
+@dataclass(frozen=True)
+class Pruning(Method):
+    """A system that drops tokens after one or more layers and compresses each layer's cache.
+
+    A subclass says how tokens are ranked at a selection layer; FastKV's way, the sum of that
+    layer's scores over its heads, stands here.
+
+    Args:
+        keep: tokens that go on after the selection layer: a rate of the prompt in (0, 1], or a
+            number. The window counts. A tuple for staged selection, all of the whole prompt.
+        layer: the selection layer, from 0; it still sees every token. A tuple, ascending, of
+            the length of ``keep``, selects once after each of these layers.
+        keep_kv: tokens that a layer's cache keeps, likewise; the last ``keep`` if not given.
+        first_full: the first layers, whose caches stay whole.
+        sink: first tokens of the prompt that are always kept.
+        equal_cache: choose the capacity of the compressed caches so that the caches of all
+            layers together hold ``keep_kv`` of the entries of full prefill, whole caches
+            included: what a method needs to be compared at equal bytes with one that has
+            ``first_full=0``.
+        window, kernel_size, pooling: see :class:`Method`.
+
+    Budgets are of the whole (padded) prompt at every layer, and never below the window: a prompt
+    that is not longer than the window is kept whole. A prompt shorter than ``keep_kv`` is left
+    alone and nothing is selected.
+
+    Raises:
+        ValueError: a setting is out of its range; or, when a prefill begins, ``equal_cache``
+            is impossible, because the whole caches alone hold more than is allowed.
+    """
+
+    keep: Keep | tuple[Keep, ...] = 0.1
+    layer: int | tuple[int, ...] = 15
+    keep_kv: Keep | None = None
+    first_full: int = 0
+    sink: int = 0
+    equal_cache: bool = False
+
+    # Parsed here, once: torch.compile traces what a prefill calls, but not fractions.
+    _stages: dict[int, Budget] = field(init=False, repr=False, compare=False)
+    _keep_kv: Budget = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layers, keeps = self._each("layer"), self._each("keep")
+        integers = all(is_count(layer, 0) for layer in layers)
+        self.require(integers, "layer", "an integer of at least 0")
+        self.require(layers == sorted(set(layers)), "layer", "in ascending order")
+        budgets = [Budget.of(keep) for keep in keeps]
+        if None in budgets:
+            raise self.refusal("keep", "a rate in (0, 1] or a number of tokens")
+        stages = f"one for each selection layer of {self.layer!r}"
+        self.require(len(keeps) == len(layers), "keep", stages)
+        self.require(is_count(self.first_full, 0), "first_full", "an integer of at least 0")
+        self.require(is_count(self.sink, 0), "sink", "an integer of at least 0")
+        self.require(isinstance(self.equal_cache, bool), "equal_cache", "True or False")
+        object.__setattr__(self, "_stages", dict(zip(layers, budgets, strict=True)))
+        cached = budgets[-1] if self.keep_kv is None else self.budget("keep_kv")
+        object.__setattr__(self, "_keep_kv", cached)
+
+    def _each(self, name: str) -> list[Any]:
+        value = getattr(self, name)
+        values = list(value) if isinstance(value, tuple) else [value]
+        self.require(len(values) > 0, name, "one value or more")
+        return values
+
+    @classmethod
+    def defaults(cls, num_layers: int) -> dict[str, Any]:
+        """The last layer of the first half selects: 15 of 32."""
+        return {"layer": max(0, num_layers // 2 - 1)}
+
+    def check(self, num_layers: int) -> None:
+        """Raise ValueError if no layer comes after the last selection layer."""
+        allowed = f"in [0, {num_layers - 2}], before the last of the model's {num_layers} layers"
+        self.require(max(self._stages) <= num_layers - 2, "layer", allowed)
+
+    def begin(self, state: PrefillState) -> None:
+        """Share the entries of the cache out, if they are to be equal."""
+        if self.equal_cache:
+            state.notes["capacity"] = self._equal_capacity(state)
+
+    def ranks(self, layer: int) -> bool:
+        """The layers that see the whole prompt."""
+        return layer <= min(self._stages)
+
+    def informs(self, layer: int) -> bool:
+        """Whether the scores of this layer enter the ranking of a selection layer."""
+        return layer in self._stages
+
+    def rank(self, state: PrefillState, layer: int) -> Tensor:
+        """The ranking ``[B, M]`` after this layer, which informs it."""
+        return state.layer_scores.sum(dim=1)
+
+    def needs_scores(self, state: PrefillState, layer: int) -> bool:
+        """Whether this layer informs a selection, or its cache is compressed."""
+        selects = self.informs(layer) and self._drops(state, self._next_stage(layer))
+        return selects or self._compresses(state, layer)
+
+    def observe(self, state: PrefillState, layer: int) -> None:
+        """Bring ``state.importance`` up to date."""
+        if self.informs(layer):
+            state.importance = self.rank(state, layer)
+
+    def compress(self, state: PrefillState, layer: int) -> Tensor | None:
+        """The tokens with this layer's best scores, ``[B, G, k]``, and the window."""
+        if not self._compresses(state, layer):
+            return None
+        return self.best(state, state.layer_scores, self.capacity(state, layer))
+
+    def select(self, state: PrefillState, layer: int) -> Tensor | None:
+        """At a selection layer, the most important tokens, ``[B, k]``, and the window."""
+        if layer not in self._stages or not self._drops(state, layer):
+            return None
+        assert state.importance is not None  # a layer that selects needs scores
+        return self.best(state, state.importance, self._tokens(state, layer))
+
+    def best(self, state: PrefillState, scores: Tensor, kept: int) -> Tensor:
+        """The sinks, the window and the tokens of best score."""
+        return select_topk(scores, kept, window=self.window, sink=self.sink, start=state.start)
+
+    def capacity(self, state: PrefillState, layer: int) -> int:
+        """How many entries the cache of this layer may keep."""
+        if self.equal_cache:
+            return state.notes["capacity"]
+        return self._keep_kv.tokens(state.prompt_length, self.window)
+
+    def compressible(self, state: PrefillState, layer: int) -> bool:
+        """Whether the cache of this layer may be compressed at all."""
+        return layer >= self.first_full
+
+    def _compresses(self, state: PrefillState, layer: int) -> bool:
+        return self.compressible(state, layer) and state.length > self.capacity(state, layer)
+
+    def _tokens(self, state: PrefillState, layer: int) -> int:
+        return self._stages[layer].tokens(state.prompt_length, self.window)
+
+    def _drops(self, state: PrefillState, layer: int) -> bool:
+        """Whether the selection layer drops tokens; a prompt below the capacity is untouched."""
+        capacity = self._keep_kv.tokens(state.prompt_length, self.window)
+        return state.prompt_length >= capacity and state.length > self._tokens(state, layer)
+
+    def _next_stage(self, layer: int) -> int:
+        return min(stage for stage in self._stages if stage >= layer)
+
+    def _equal_capacity(self, state: PrefillState) -> int:
+        """The capacity with which all caches together hold ``keep_kv`` of the full ones."""
+        length, lengths = state.prompt_length, []
+        nominal = self._keep_kv.tokens(length, self.window)
+        if length <= nominal:
+            return nominal
+        for layer in range(state.num_layers):
+            lengths.append(length)
+            if layer in self._stages:
+                length = min(length, self._tokens(state, layer))
+        total, whole = nominal * state.num_layers, sum(lengths[: self.first_full])
+        share = equal_share(total - whole, lengths[self.first_full :])
+        if share < self.window:
+            raise ValueError(
+                f"{type(self).__name__}: equal_cache must leave each layer its window of "
+                f"{self.window}: {nominal} of {state.prompt_length} tokens in {state.num_layers} "
+                f"layers are {total} entries, and the first {self.first_full} layers alone hold "
+                f"{whole}"
+            )
+        return share

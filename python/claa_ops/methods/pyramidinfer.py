@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import cos, pi
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from claa_ops.methods.base import Method
+from claa_ops.methods.budget import is_count
+from claa_ops.ops.score_window import score_window
+from claa_ops.ops.select_topk import select_topk
+
+if TYPE_CHECKING:
+    from claa_ops.prefill.state import PrefillState
+
+
+@dataclass(frozen=True)
+class PyramidInfer(Method):
+    """Drop some tokens after every layer, from the first on.
+
+    The recent tokens, a share of the prompt, score those before them: the mean attention of all
+    heads, later queries weighing up to ``distance_weight`` times as much as the first. Of the
+    remaining context tokens ``rho + (1 - rho) (1 + cos(pi l / N)) / 2`` go on after layer l of N;
+    the recent ones always do. A layer's cache is what reached it.
+
+    Args:
+        rho: the share that the last layers pass on, in (0, 1].
+        recent: share of the prompt, in [0, 1), that scores and is never dropped.
+        distance_weight: weight of the last query, that of the first being 1.
+        sink: first tokens that are never dropped.
+        least: the context is not shrunk below this.
+        window, kernel_size, pooling: no use: nothing is pooled.
+
+    Raises:
+        ValueError: a setting is out of its range.
+
+    Scores are made one query at a time, so this is for comparisons, not for speed: the public code
+    needs the attention weights of all recent queries at once.
+
+    Source: PyramidInfer (arXiv 2405.12532), in the form of FastKV's public code
+    (dongwonjo/FastKV, b978769), which calls ``rho, recent`` of ``0.7, 0.2``, ``0.3, 0.2`` and
+    ``0.01, 0.01`` caches of 60, 50 and 35 %. Departures: scores are in float32; caches are not
+    compressed again while decoding.
+
+    Example:
+        >>> method = PyramidInfer(rho=0.3, recent=0.2)
+    """
+
+    rho: float = 0.3
+    recent: float = 0.2
+    distance_weight: float = 1.2
+    sink: int = 4
+    least: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(0 < self.rho <= 1, "rho", "in (0, 1]")
+        self.require(0 <= self.recent < 1, "recent", "in [0, 1)")
+        self.require(self.distance_weight > 0, "distance_weight", "above 0")
+        self.require(is_count(self.sink, 0), "sink", "an integer of at least 0")
+        self.require(is_count(self.least, 0), "least", "an integer of at least 0")
+
+    def rows(self, state: PrefillState) -> int:
+        """The recent tokens, and the last one."""
+        return 1 + int(state.prompt_length * self.recent)
+
+    def needs_scores(self, state: PrefillState, layer: int) -> bool:
+        """Whether this layer drops tokens."""
+        return self._context(state, layer) < state.length - self.rows(state)
+
+    def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
+        """The weighted mean attention, ``[B, 1, M]``."""
+        rows, context = query.shape[2], key.shape[2] - query.shape[2]
+        lse = attention.pop("lse")
+        total = key.new_zeros(key.shape[0], query.shape[1], context).float()
+        for row in range(rows):
+            ramp = row / (rows - 1) if rows > 1 else 0.0
+            seen = score_window(
+                query[:, :, row : row + 1],
+                key[:, :, : context + row + 1],
+                lse=None if lse is None else lse[:, :, row : row + 1],
+                **attention,
+            )
+            total += (1 + (self.distance_weight - 1) * ramp) * seen[..., :context]
+        return total.mean(dim=1, keepdim=True) / rows
+
+    def observe(self, state: PrefillState, layer: int) -> None:
+        """The scores of one layer are the ranking."""
+        state.importance = state.layer_scores[:, 0]
+
+    def select(self, state: PrefillState, layer: int) -> Tensor | None:
+        """The best of the context tokens, and the recent ones, ``[B, k]``."""
+        if not self.needs_scores(state, layer):
+            return None
+        assert state.importance is not None  # a layer that selects needs scores
+        recent = self.rows(state)
+        kept = self._context(state, layer) + recent
+        return select_topk(state.importance, kept, window=recent, sink=self.sink, start=state.start)
+
+    def _context(self, state: PrefillState, layer: int) -> int:
+        """How many context tokens go on after this layer."""
+        context = state.length - self.rows(state)
+        wave = (1 + cos(pi * layer / state.num_layers)) / 2
+        kept = int(context * (self.rho + (1 - self.rho) * wave))
+        return kept if kept > self.least else context

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from claa_ops.methods.base import Method
+from claa_ops.methods.budget import Budget
+from claa_ops.ops.select_topk import select_topk
+
+if TYPE_CHECKING:
+    from claa_ops.prefill.state import PrefillState
+
+
+@dataclass(frozen=True)
+class SnapKV(Method):
+    """Compress the decode cache by the attention of the prompt's last tokens; prefill is full.
+
+    Each layer keeps, for each key/value head, the tokens to which the window pays most attention,
+    and the window. The first token comes no earlier than from the plain model.
+
+    Args:
+        keep: tokens that each cache keeps: a rate of the prompt in (0, 1], or a number. The
+            window counts.
+        window, kernel_size, pooling: see :class:`Method`.
+
+    Raises:
+        ValueError: a setting is out of its range.
+
+    Source: SnapKV (arXiv 2404.14469) and its public code (FasterDecoding/SnapKV, e216ddc), whose
+    default configuration has a window of 32 and a kernel of 5; its LongBench runs pool by the
+    maximum over 7. Departures: the public code keeps other tokens for every query head and so
+    stores each key/value head once per query head; here the heads of a group vote together, as in
+    FastKV's and NVIDIA kvpress' ports, and the cache keeps the model's form. Scores stay in
+    float32, kept tokens are in ascending order, padding is not scored.
+
+    Example:
+        >>> method = SnapKV(keep=1024)
+    """
+
+    keep: float | int = 0.1
+    window: int = field(default=32, kw_only=True)
+    kernel_size: int = field(default=5, kw_only=True)
+
+    _keep: Budget = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "_keep", self.budget("keep"))
+
+    def needs_scores(self, state: PrefillState, layer: int) -> bool:
+        """Whether the layer sees more tokens than its cache may keep."""
+        return state.length > self.capacity(state, layer)
+
+    def compress(self, state: PrefillState, layer: int) -> Tensor | None:
+        """The tokens with this layer's best scores, ``[B, G, k]``, and the window."""
+        if not self.needs_scores(state, layer):
+            return None
+        kept = self.capacity(state, layer)
+        return select_topk(state.layer_scores, kept, window=self.window, start=state.start)
+
+    def capacity(self, state: PrefillState, layer: int) -> int:
+        """How many entries the cache of this layer may keep."""
+        return self._keep.tokens(state.prompt_length, self.window)

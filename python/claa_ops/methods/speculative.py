@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from claa_ops.methods.base import Method, Preparation
+from claa_ops.methods.budget import Budget, is_count
+from claa_ops.ops.aggregate_scores import aggregate_scores
+from claa_ops.ops.peak_attention import peak_attention
+from claa_ops.ops.pool_heads import pool_heads
+from claa_ops.ops.select_topk import select_topk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from claa_ops.prefill.answer import Answer
+    from claa_ops.prefill.state import PrefillState
+
+
+@dataclass(frozen=True)
+class SpeculativePrefill(Method):
+    """A small model reads the prompt first and says what of it the large one has to read.
+
+    The draft prefills the prompt and looks a few tokens ahead. Its attention to the prompt is
+    pooled for each layer, head and query; the maximum over layers and heads and the mean over
+    the queries rank the tokens. The best chunks go to the model, as token ids in their original
+    positions; decoding goes on behind the whole prompt.
+
+    Args:
+        keep: what the model reads: a rate of the chunks in (0, 1], rounded up, or a number of
+            tokens. No token is kept for certain.
+        draft: any decoder with the tokenizer of the model; None for the model itself.
+        look_ahead: forwards of the draft, the one over the prompt included.
+        shared_tokenizer: the draft is known to have the model's tokenizer, although its vocabulary
+            is of another size, as when both are padded.
+        chunk: neighbouring tokens that are kept or dropped together; None for single tokens.
+        kernel_size: see :class:`Method`; ``window`` has no use, pooling is the average.
+
+    Raises:
+        ValueError: a setting is out of its range; or, in a prefill, the vocabularies of draft
+            and model differ in size, or a batch of several prompts is to be kept in chunks, of
+            which the last is shorter.
+
+    Source: Speculative Prefill (arXiv 2502.02789) and its public code
+    (Jingyu6/speculative_prefill, c1d6bd3). CLAA's comparison runs ``chunk=None, kernel_size=7``.
+    Departures: the softmax stays in float32; an answer ends at the draft's own end tokens.
+
+    Example:
+        >>> method = SpeculativePrefill(keep=0.3, look_ahead=4)
+    """
+
+    keep: float | int = 0.1
+    draft: PreTrainedModel | None = field(default=None, repr=False)
+    shared_tokenizer: bool = False
+    look_ahead: int = 8
+    chunk: int | None = 32
+    kernel_size: int = field(default=13, kw_only=True)
+
+    _keep: Budget = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(is_count(self.look_ahead, 1), "look_ahead", "a positive integer")
+        shared = isinstance(self.shared_tokenizer, bool)
+        self.require(shared, "shared_tokenizer", "True or False")
+        chunked = self.chunk is None or is_count(self.chunk, 1)
+        self.require(chunked, "chunk", "a positive integer or None")
+        self.require(self.pooling == "avg", "pooling", "'avg'")
+        object.__setattr__(self, "_keep", self.budget("keep"))
+
+    @property
+    def two_pass(self) -> bool:
+        """Yes; the first is the draft's."""
+        return True
+
+    @property
+    def keeps_positions(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def needs_ranking(self) -> bool:
+        """Yes."""
+        return True
+
+    def prepare(
+        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> Preparation:
+        """Rank the prompt with the draft."""
+        # Here, because it needs transformers, which users of the functional API may not have.
+        from claa_ops.prefill.answer import record_answer
+
+        draft = model if self.draft is None else self.draft
+        sizes = [m.config.get_text_config().vocab_size for m in (draft, model)]
+        if sizes[0] != sizes[1] and not self.shared_tokenizer:
+            raise ValueError(
+                "SpeculativePrefill: draft must have the tokenizer of the model, whose vocabulary "
+                f"has {sizes[1]} tokens, got one of {sizes[0]}"
+            )
+        mask = None if attention_mask is None else attention_mask.to(draft.device)
+        ids = input_ids.to(draft.device)
+        answer = record_answer(draft, ids, self.look_ahead, attention_mask=mask)
+        return Preparation(self.rank_prompt(answer).to(input_ids.device), answer.work)
+
+    def choose(self, state: PrefillState) -> Tensor | None:
+        """The best chunks, or tokens, ``[B, k]``."""
+        ranking = state.ranking
+        assert ranking is not None  # a prefill that needs one does not begin without
+        if self.chunk is None:
+            kept = self._count(ranking.shape[1], 1)
+            return select_topk(ranking, kept, start=state.start) if kept < state.length else None
+        if ranking.shape[0] > 1:
+            raise ValueError(
+                "SpeculativePrefill: a batch must be one prompt unless chunk is None, "
+                f"got {ranking.shape[0]} prompts"
+            )
+        first = 0 if state.start is None else int(state.start)
+        chunks = ranking[:, first:].split(self.chunk, dim=1)  # the last may be short
+        kept = self._count(len(chunks), self.chunk)
+        if kept >= len(chunks):
+            return None
+        means = torch.cat([chunk.mean(dim=1, keepdim=True) for chunk in chunks], dim=1)
+        best = select_topk(means, kept)[0]
+        tokens = torch.arange(ranking.shape[1] - first, device=ranking.device)
+        return (first + tokens[torch.isin(tokens // self.chunk, best)])[None]
+
+    def _count(self, units: int, size: int) -> int:
+        """How many of the units, of ``size`` tokens each, the budget pays; at least one."""
+        if self._keep.per:
+            return -(-units * self._keep.count // self._keep.per)
+        return min(units, -(-self._keep.count // size))
+
+    def rank_prompt(self, answer: Answer) -> Tensor:
+        """``[B, N]``: each head's attention pooled, its peak over layers and heads, the mean."""
+        batch, queries = answer.votes.shape
+        running = answer.votes.new_zeros(batch * queries, answer.keys[0].shape[2])
+        start = answer.start
+        for query, key, scale in zip(answer.queries, answer.keys, answer.scales, strict=True):
+            heads, groups = query.shape[1], key.shape[1]
+            # A group of its own for each key/value head: the peak of one head is its attention.
+            attention = peak_attention(
+                query.reshape(batch * groups, 1, -1, query.shape[3]),
+                key.reshape(batch * groups, 1, *key.shape[2:]),
+                scale=scale,
+                start=None if start is None else start.repeat_interleave(groups),
+            )
+            attention = attention.view(batch, heads, queries, -1).transpose(1, 2)
+            pooled = pool_heads(attention.flatten(0, 1), heads, kernel_size=self.kernel_size)
+            running = aggregate_scores(running, pooled)
+        peak = running.view(batch, queries, -1)
+        return (answer.votes[:, None] @ peak)[:, 0] / answer.votes.sum(dim=1, keepdim=True)
+
+
+def require_same_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase
+) -> None:
+    """Raise ValueError unless the draft's tokenizer has the tokens of the model's, by number.
+
+    Vocabularies of one size may still be different ones; models do not carry their tokenizers, so
+    who loads both has to ask.
+    """
+    ours, theirs = tokenizer.get_vocab(), draft.get_vocab()
+    if ours != theirs:
+        differing = len(ours.items() - theirs.items()) + len(theirs.keys() - ours.keys())
+        raise ValueError(
+            f"SpeculativePrefill: draft must have the tokenizer of the model, got one in which "
+            f"{differing} of {len(ours)} entries differ"
+        )

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from claa_ops.methods.base import Method
+from claa_ops.methods.budget import Budget, is_count
+from claa_ops.ops.select_topk import select_topk
+
+if TYPE_CHECKING:
+    from claa_ops.prefill.state import PrefillState
+
+
+@dataclass(frozen=True)
+class StreamingLLM(Method):
+    """The first tokens and the last ones stay in the cache, whatever they say; prefill is full.
+
+    Args:
+        keep: tokens that each cache keeps, ``sink`` included: a rate of the prompt in (0, 1], or
+            a number.
+        sink: how many first tokens, to which many heads attend whatever they are.
+        window, kernel_size, pooling: no use: nothing is scored.
+
+    Raises:
+        ValueError: a setting is out of its range.
+
+    Source: StreamingLLM (arXiv 2309.17453), in the form of the comparisons of FastKV: the prompt
+    is prefilled in full, and the kept tokens keep their positions, where the original gives them
+    new ones inside the cache.
+
+    Example:
+        >>> method = StreamingLLM(keep=1024)
+    """
+
+    keep: float | int = 0.1
+    sink: int = 4
+
+    _keep: Budget = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(is_count(self.sink, 0), "sink", "an integer of at least 0")
+        object.__setattr__(self, "_keep", self.budget("keep"))
+
+    def ranks(self, layer: int) -> bool:
+        """None: there are no scores."""
+        return False
+
+    def needs_scores(self, state: PrefillState, layer: int) -> bool:
+        """Whether the layer sees more tokens than its cache may keep."""
+        return state.length > self._capacity(state)
+
+    def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
+        """Zeros for all but the last tokens."""
+        context = state.length - (self._capacity(state) - self.sink)
+        return torch.zeros(key.shape[0], 1, context, device=key.device)
+
+    def compress(self, state: PrefillState, layer: int) -> Tensor | None:
+        """The first tokens and the last, ``[B, k]``."""
+        if not self.needs_scores(state, layer):
+            return None
+        kept = self._capacity(state)
+        return select_topk(
+            state.layer_scores[:, 0],
+            kept,
+            window=kept - self.sink,
+            sink=self.sink,
+            start=state.start,
+        )
+
+    def _capacity(self, state: PrefillState) -> int:
+        return self._keep.tokens(state.prompt_length, self.sink + 1)

@@ -1,0 +1,272 @@
+"""Prefill and greedy decoding for every method, those with two passes or a draft included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from claa_ops.methods.base import Method, Preparation
+from claa_ops.methods.full import FullKV
+from claa_ops.prefill.cache import ClaaCache, first_valid
+from claa_ops.prefill.hooks import FirstPassDone
+from claa_ops.prefill.huggingface import attach, decoder_of
+from claa_ops.prefill.state import PrefillState, begin
+from claa_ops.prefill.work import linear_work
+
+
+@dataclass
+class Prefilled:
+    """A prefilled batch of prompts, ready for decoding.
+
+    Attributes:
+        logits: ``[B, V]``, of the last token that the model has seen.
+        cache: the keys and values.
+        next_position: ``[B]``, int64: the position at which decoding goes on.
+        positions: ``[B, k]``, int64, ascending: the tokens of the (padded) prompt that reached
+            the last layer; None if all did.
+        attention_mask: ``[B, n]``, of the n tokens that the cache has seen; None without padding.
+        work: multiplications by weights, as a share of those of full prefill. Drafts, first
+            passes and an oracle's answer count; attention does not.
+        state: the :class:`PrefillState` in which the method selected.
+    """
+
+    logits: Tensor
+    cache: ClaaCache
+    next_position: Tensor
+    positions: Tensor | None
+    attention_mask: Tensor | None
+    work: float
+    state: PrefillState
+
+
+@torch.no_grad()
+def run(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    method: Method,
+    attention_mask: Tensor | None = None,
+    *,
+    prepared: Preparation | None = None,
+) -> Prefilled:
+    """Prefill a batch of prompts with any method.
+
+    Args:
+        model: a decoder that :func:`claa_ops.prefill.attach` serves; it is attached if need be.
+        input_ids: ``[B, N]``, int64, padded on the left.
+        method: the ranking system.
+        attention_mask: ``[B, N]``, 0 where there is padding.
+        prepared: what ``method.prepare`` returned for this prompt before: methods that differ
+            in budgets and layers alone can share it. Made here if not given.
+
+    Raises:
+        TypeError: the model is not of the form that ``attach`` needs.
+        ValueError: the method does not fit the model, or not this batch; or the padding is not
+            on the left.
+
+    Example::
+
+        prefilled = run(model, input_ids, GemFilter(keep=0.1))
+        token = prefilled.logits.argmax(dim=-1)
+    """
+    attach(model)
+    # Before anything slow: it refuses a method that does not fit the model.
+    kind = _FirstPassCache if method.two_pass else ClaaCache
+    cache: ClaaCache = kind(model.config, method)
+    length = input_ids.shape[1]
+    if first_valid(attention_mask, length) is None:
+        attention_mask = None
+    if prepared is None:
+        prepared = method.prepare(model, input_ids, attention_mask)
+    cache.ranking, work = (None, 0) if prepared is None else prepared
+    position_ids = count_positions(input_ids, attention_mask)
+    next_position = position_ids[:, -1] + 1
+
+    first = None
+    if method.two_pass:
+        first = _first_pass(model, input_ids, position_ids, attention_mask, cache)
+        work += linear_work(model, first.lengths)
+        if first.positions is not None:
+            input_ids = input_ids.gather(1, first.positions)
+            if attention_mask is not None:
+                attention_mask = attention_mask.gather(1, first.positions)
+            if method.keeps_positions:
+                position_ids = position_ids.gather(1, first.positions)
+            else:
+                position_ids = count_positions(input_ids, attention_mask)
+                next_position = position_ids[:, -1] + 1
+        cache = ClaaCache(model.config, FullKV())
+
+    output = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    assert cache.state is not None  # the forward made it
+    work += linear_work(model, cache.state.lengths)
+    state = first or cache.state
+    return Prefilled(
+        logits=output.logits[:, -1],
+        cache=cache,
+        next_position=next_position,
+        positions=state.positions,
+        attention_mask=attention_mask,
+        work=work / linear_work(model, [length] * len(cache.layers)),
+        state=state,
+    )
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel,
+    prefilled: Prefilled,
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None = None,
+) -> Tensor:
+    """Greedy answer to a prefilled batch of prompts, whose cache it consumes.
+
+    Args:
+        model: the model of the prefill.
+        prefilled: what :func:`run` returned.
+        max_new_tokens: the longest answer, in tokens.
+        eos_token_id: the tokens that end an answer; those of the model's generation
+            configuration if not given, none if empty.
+
+    Returns:
+        ``[B, T]``, int64, T at most ``max_new_tokens``: the new tokens, up to and including the
+        one that ends the answer; shorter rows are filled up with that token.
+
+    Raises:
+        ValueError: ``max_new_tokens`` is below 1.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"decode: max_new_tokens must be at least 1, got {max_new_tokens}")
+    return greedy(
+        model,
+        prefilled.logits,
+        prefilled.cache,
+        prefilled.next_position,
+        prefilled.attention_mask,
+        max_new_tokens,
+        end_tokens(model, eos_token_id),
+    )
+
+
+def greedy(
+    model: PreTrainedModel,
+    logits: Tensor,
+    cache: ClaaCache,
+    position: Tensor,
+    attention_mask: Tensor | None,
+    max_new_tokens: int,
+    ends: list[int],
+) -> Tensor:
+    """The tokens of :func:`decode`, from the logits of the prompt and its cache."""
+    end = torch.tensor(ends, dtype=torch.int64, device=logits.device)
+    token = logits.argmax(dim=-1, keepdim=True)
+    tokens, ended, position = [token], torch.isin(token, end), position[:, None]
+    while len(tokens) < max_new_tokens and not ended.all():
+        if attention_mask is not None:
+            one = torch.ones_like(attention_mask[:, :1])
+            attention_mask = torch.cat([attention_mask, one], dim=1)
+        output = model(
+            input_ids=token,
+            attention_mask=attention_mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        token = torch.where(ended, token, output.logits[:, -1].argmax(dim=-1, keepdim=True))
+        tokens.append(token)
+        ended, position = ended | torch.isin(token, end), position + 1
+    return torch.cat(tokens, dim=1)
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    method: Method,
+    *,
+    attention_mask: Tensor | None = None,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None = None,
+) -> Tensor:
+    """Greedy answers after a prefill with any method: :func:`run`, then :func:`decode`.
+
+    Example::
+
+        answer = generate(model, input_ids, GemFilter(keep=0.1), max_new_tokens=64)
+    """
+    prefilled = run(model, input_ids, method, attention_mask)
+    return decode(model, prefilled, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id)
+
+
+def end_tokens(
+    model: PreTrainedModel, eos_token_id: int | Sequence[int] | None = None
+) -> list[int]:
+    """The tokens that end an answer: the given ones, else those that the model is configured to."""
+    if eos_token_id is None:
+        config = model.generation_config
+        eos_token_id = () if config is None or config.eos_token_id is None else config.eos_token_id
+    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+
+
+class _FirstPassCache(ClaaCache):
+    first_pass = True
+
+    def __init__(self, config: PreTrainedConfig, method: Method) -> None:
+        super().__init__(config, method)
+        if method.keeps_positions and "sliding_attention" in self.layer_types:
+            raise ValueError(
+                f"{type(method).__name__}: a second pass in original positions needs a model "
+                "without sliding windows, which go by position"
+            )
+
+
+def _first_pass(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    attention_mask: Tensor | None,
+    cache: ClaaCache,
+) -> PrefillState:
+    """The state after the tokens of the second pass are chosen; no layer runs needlessly."""
+    method, layers = cache.method, len(cache.layers)
+    state = begin(
+        method,
+        num_layers=layers,
+        prompt_length=input_ids.shape[1],
+        start=first_valid(attention_mask, input_ids.shape[1]),
+        ranking=cache.ranking,
+    )
+    chosen = state.choose()
+    if chosen is not None or not any(method.needs_scores(state, layer) for layer in range(layers)):
+        return state
+    try:
+        decoder_of(model)(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+    except FirstPassDone:
+        pass
+    assert cache.state is not None  # the forward made it
+    if cache.state.positions is None:
+        cache.state.select(layers - 1)
+    return cache.state
+
+
+def count_positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Positions ``[B, n]`` that count the tokens of each row from 0."""
+    if attention_mask is None:
+        return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)

@@ -1,0 +1,216 @@
+"""One full prefill serves every method as prefilling anew would, to the bit."""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from claa_ops.evaluate.shared import SharedPrefill
+from claa_ops.methods import (
+    ASL,
+    CLAA,
+    FastKV,
+    FullKV,
+    GemFilter,
+    Oracle,
+    PyramidInfer,
+    PyramidKV,
+    Random,
+    SnapKV,
+    SpeculativePrefill,
+    StreamingLLM,
+)
+from claa_ops.prefill import ClaaCache, attach, decode, run
+from prefill.tiny_models import build, prompt
+
+LENGTHS = {"alone": (50,), "padded batch": (50, 41)}
+
+
+@torch.no_grad()
+def prefill(model, ids, mask, method):
+    cache = ClaaCache(model.config, method)
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    output = model(
+        ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1], cache
+
+
+def assert_same_cache(cache, expected):
+    assert cache.get_seq_length() == expected.get_seq_length()
+    for ours, theirs in zip(cache.layers, expected.layers, strict=True):
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+    if expected.state.positions is None:
+        assert cache.state.positions is None
+    else:
+        assert torch.equal(cache.state.positions, expected.state.positions)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("method", [FullKV(), CLAA(keep=0.4, layer=1), CLAA(keep=0.4, layer=2)])
+def test_a_replayed_prefill_is_the_prefill(family, lengths, method):
+    model = attach(build(family))
+    ids, mask = prompt(*lengths)
+    shared = SharedPrefill(model, ids, mask)
+    expected, expected_cache = prefill(model, ids, mask, method)
+    with shared.replay():
+        logits, cache = prefill(model, ids, mask, method)
+    assert torch.equal(logits, expected)
+    assert_same_cache(cache, expected_cache)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_what_is_decoded_is_what_run_decodes(family, lengths):
+    model, method = attach(build(family)), CLAA(keep=0.4, layer=1)
+    ids, mask = prompt(*lengths)
+    expected = run(model, ids, method, mask)
+    prefilled = SharedPrefill(model, ids, mask).run(method)
+    assert_same_cache(prefilled.cache, expected.cache)
+    assert torch.equal(prefilled.next_position, expected.next_position)
+    ours, theirs = (continue_greedily(model, one) for one in (prefilled, expected))
+    assert torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+def continue_greedily(model, prefilled):
+    """The logits of four more tokens."""
+    logits, position, seen = [prefilled.logits], prefilled.next_position, prefilled.attention_mask
+    for _ in range(4):
+        seen = None if seen is None else torch.nn.functional.pad(seen, (0, 1), value=1)
+        output = model(
+            logits[-1].argmax(dim=-1, keepdim=True),
+            attention_mask=seen,
+            position_ids=position[:, None],
+            past_key_values=prefilled.cache,
+        )
+        logits.append(output.logits[:, -1])
+        position = position + 1
+    return torch.stack(logits)
+
+
+METHODS = {
+    "claa": CLAA(keep=0.4, layer=1),
+    "claa, staged": CLAA(keep=(0.7, 0.4), layer=(0, 2)),
+    "fastkv": FastKV(keep=0.4, layer=1),
+    "snapkv": SnapKV(keep=0.4, window=8),
+    "gemfilter": GemFilter(keep=0.4, layer=1),
+    "asl": ASL(keep=0.5, layer=0, last_n=1, window=8),
+    "speculative": SpeculativePrefill(keep=0.4, look_ahead=3, chunk=None),
+    "oracle": Oracle(keep=0.4, layer=1, max_new_tokens=4),
+    "streaming": StreamingLLM(keep=0.4),
+    "pyramidkv": PyramidKV(keep=0.6, window=8),
+    "pyramidinfer": PyramidInfer(least=16),
+    "random": Random(keep=0.4, layer=1),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_run_is_run(name):
+    model, method = attach(build("llama")), METHODS[name]
+    ids, _ = prompt(80)
+    expected = run(model, ids, method)
+    shared = SharedPrefill(model, ids)
+    for _ in range(2):  # nothing that a run does changes the record
+        prefilled = shared.run(method)
+        assert torch.equal(prefilled.logits, expected.logits)
+        assert torch.equal(prefilled.next_position, expected.next_position)
+        assert prefilled.work == expected.work
+        assert_same_cache(prefilled.cache, expected.cache)
+        decode(model, prefilled, max_new_tokens=3)
+        expected = run(model, ids, method)
+
+
+def test_what_goes_before_a_prefill_is_done_once(monkeypatch):
+    answers, prepare = [], Oracle.prepare
+    monkeypatch.setattr(Oracle, "prepare", lambda *given: answers.append(1) or prepare(*given))
+    model = attach(build("llama"))
+    ids, _ = prompt(80)
+    shared = SharedPrefill(model, ids)
+    method = Oracle(keep=0.4, layer=1, max_new_tokens=3)
+    for settings, number in [
+        ({}, 1),
+        ({"layer": 2, "keep": 0.3, "keep_kv": 1.0}, 1),
+        ({"kernel_size": 5}, 2),
+        ({"max_new_tokens": 4}, 3),
+    ]:
+        changed = replace(method, **settings)
+        prefilled = shared.run(changed)
+        assert len(answers) == number
+        expected = run(model, ids, changed, prepared=prepare(changed, model, ids, None))
+        assert torch.equal(prefilled.logits, expected.logits)
+        assert prefilled.work == expected.work
+
+
+def test_only_layers_that_were_recorded_can_select():
+    model = attach(build("llama"))
+    ids, mask = prompt(50)
+    shared = SharedPrefill(model, ids, mask, layers=[1])
+    expected, _ = prefill(model, ids, mask, CLAA(keep=0.4, layer=1))
+    with shared.replay():
+        assert torch.equal(prefill(model, ids, mask, CLAA(keep=0.4, layer=1))[0], expected)
+        with pytest.raises(
+            ValueError, match="one of the recorded layers 1, 3, got one after layer 2"
+        ):
+            prefill(model, ids, mask, CLAA(keep=0.4, layer=2))
+    assert torch.equal(prefill(model, ids, mask, CLAA(keep=0.4, layer=1))[0], expected)
+
+
+def test_other_positions_are_another_prompt():
+    model = attach(build("llama"))
+    ids, mask = prompt(50, 41)
+    shared = SharedPrefill(model, ids, mask)
+    computed = []
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: computed.append(1))
+    caches = []
+    for context in (shared.replay(), contextlib.nullcontext()):
+        with context, torch.no_grad():
+            cache = ClaaCache(model.config, FullKV())
+            model(ids, attention_mask=mask, past_key_values=cache)  # counts the padding
+            caches.append(cache)
+    assert len(computed) == 2
+    assert_same_cache(*caches)
+
+
+def test_what_was_not_recorded_is_computed():
+    model = attach(build("llama"))
+    method, (ids, mask), (others, _) = CLAA(keep=0.4, layer=1), prompt(50), prompt(50, seed=1)
+    expected, _ = prefill(model, others, mask, method)
+    plain = model(others).logits
+    with SharedPrefill(model, ids).replay():
+        assert torch.equal(prefill(model, others, mask, method)[0], expected)
+        assert torch.equal(model(others).logits, plain)
+
+
+def test_layers_are_not_computed_again(monkeypatch):
+    model = attach(build("llama"))
+    ids, mask = prompt(50)
+    shared = SharedPrefill(model, ids)
+    computed = []
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: computed.append(index))
+    with shared.replay():
+        prefill(model, ids, mask, CLAA(keep=0.4, layer=1))
+        assert computed == [2, 3]
+        prefill(model, ids, mask, FullKV())
+        assert computed == [2, 3]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_the_state_has_the_ranking_of_a_layer(lengths):
+    model = attach(build("llama"))
+    ids, mask = prompt(*(length + 30 for length in lengths))
+    shared = SharedPrefill(model, ids, mask)
+    method = CLAA(keep=0.4, layer=0, window=5)
+    for layer in (0, 1, 2):
+        _, cache = prefill(model, ids, mask, replace(method, layer=layer))
+        assert torch.equal(shared.state(method, layer).importance, cache.state.importance)
+    with pytest.raises(ValueError, match="must have the last 65 rows, .* got 64"):
+        shared.state(CLAA(window=65, layer=2), 1)

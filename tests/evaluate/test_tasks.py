@@ -1,0 +1,241 @@
+"""Prompts: needles where they should be, records of benchmarks in their own formats."""
+
+import importlib.util
+import json
+
+import pytest
+
+from claa_ops.evaluate.tasks import TaskSettings, check_task, examples
+from claa_ops.evaluate.tasks.needle import filler_sentences
+from claa_ops.models import InputError
+from evaluate.tiny_checkpoint import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer(chat=False)
+harness = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval: claa-ops[evaluate]"
+)
+
+
+def count_tokens(text):
+    return len(TOKENIZER(text).input_ids)
+
+
+def make(*tasks, **settings):
+    """All examples, and the problems told of."""
+    problems = []
+    found = list(examples(tasks, TaskSettings(**settings), count_tokens, problems.append))
+    return found, problems
+
+
+# Needles.
+
+
+def test_a_needle_grid_has_every_kind_length_and_depth():
+    found, _ = make("needle", lengths=[3000, 5000], depths=[0.0, 0.5, 1.0], prompts=2)
+    assert len(found) == 3 * 2 * 3 * 2
+    assert len({(example.task, example.name) for example in found}) == len(found)
+    for example in found:
+        prompt = example.prompt + example.answer_prefix + example.target
+        length = example.place["length"]
+        assert 0.8 * length < count_tokens(prompt) <= length
+        assert example.prompt.count(example.fact) == 1
+        assert example.fact == f"{example.answer_prefix}{example.target}."
+        text = example.prompt.split("\n\n")[1]
+        assert abs(text.index(example.fact) / len(text) - example.place["depth"]) < 0.2
+
+
+def test_needles_depend_on_the_seed_and_nothing_else():
+    grid = {"lengths": [2000], "depths": [0.5], "prompts": 3}
+    first, again = make("needle", seed=1, **grid)[0], make("needle", seed=1, **grid)[0]
+    other = make("needle", seed=2, **grid)[0]
+    assert first == again
+    assert len({example.prompt for example in first + other}) == 2 * len(first)
+
+
+def test_one_of_four_keys_is_asked_for():
+    for example in make("needle-four-keys", lengths=[2000], prompts=5)[0]:
+        codes = [part.split(".")[0] for part in example.prompt.split("The access code for the ")]
+        assert len({code for code in codes if " is " in code}) == 4
+        assert example.prompt.count(example.target) == 1
+
+
+def test_filler_comes_from_a_folder(tmp_path):
+    (tmp_path / "b.txt").write_text("Third one!", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("First one.\n Second\none? ", encoding="utf-8")
+    (tmp_path / "c.md").write_text("Not this.", encoding="utf-8")
+    assert filler_sentences(tmp_path) == ["First one.", "Second one?", "Third one!"]
+    example = make("needle-number", lengths=[600], depths=[0.5], prompts=1, filler=tmp_path)[0][0]
+    assert example.prompt.count("Second one?") > 3  # repeated as often as it takes
+    for bad in (tmp_path / "none", tmp_path / "c.md"):
+        with pytest.raises(InputError, match="must be a folder with text in .txt files"):
+            filler_sentences(bad)
+
+
+def test_a_length_without_room_is_refused():
+    with pytest.raises(InputError, match=r"must have more than \d+ tokens, .* got a length of 50"):
+        make("needle", lengths=[50])
+
+
+# Records.
+
+
+def write(path, *records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def ruler(**fields):
+    return {"index": 0, "input": "Where is it?", "outputs": ["Ab", "cd"], "length": 3} | fields
+
+
+def test_ruler(tmp_path):
+    file = write(
+        tmp_path / "niah_multivalue" / "validation.jsonl", ruler(), ruler(answer_prefix="A:")
+    )
+    (first, second), problems = make(f"ruler:{file}")
+    assert not problems
+    assert (first.task, first.prompt, first.max_new_tokens) == (
+        "ruler/niah_multivalue",
+        "Where is it?",
+        128,
+    )
+    assert (first.answer_prefix, second.answer_prefix) == ("", "A:")
+    assert [first.grade(text) for text in ("AB, CD", "it is ab", "none")] == [1.0, 0.5, 0.0]
+
+
+def test_ruler_questions_accept_any_answer(tmp_path):
+    file = write(tmp_path / "records.jsonl", ruler())
+    (example,), _ = make(f"ruler/qa_1:{file}")
+    assert example.max_new_tokens == 32
+    assert [example.grade(text) for text in ("the cd", "none")] == [1.0, 0.0]
+    with pytest.raises(InputError, match="line 1: unknown ruler task 'nia': did you mean 'niah'"):
+        make(f"ruler/nia:{file}")
+
+
+def longbench(**fields):
+    record = {
+        "input": "Who?",
+        "context": "A story.",
+        "answers": ["the old fox", "fox"],
+        "length": 2,
+        "dataset": "hotpotqa",
+        "language": "en",
+        "all_classes": None,
+        "_id": "1",
+    }
+    return record | fields
+
+
+@harness
+def test_longbench(tmp_path):
+    records = [
+        longbench(),
+        longbench(dataset="trec", all_classes=["Place", "Person"], answers=["Person"]),
+        longbench(dataset="gov_report_e", answers=["a b c d"]),
+        longbench(dataset="repobench-p", answers=["return x"]),
+    ]
+    found, problems = make(f"longbench:{write(tmp_path / 'records.jsonl', *records)}")
+    assert not problems
+    question, classes, summary, code = found
+    assert [example.task.split("/")[1] for example in found] == [
+        "hotpotqa",
+        "trec",
+        "gov_report",
+        "repobench-p",
+    ]
+    assert "A story." in question.prompt and question.prompt.count("Who?") == 1
+    assert [example.max_new_tokens for example in found] == [32, 64, 512, 64]
+    assert [example.chat for example in found] == [None, False, None, False]
+    assert classes.stop == ("\n",) and question.stop == ()
+    assert question.grade("The fox!") == 1.0 and question.grade("a wolf") == 0.0
+    assert classes.grade("Person") == 1.0 and classes.grade("Place") == 0.0
+    assert summary.grade("a b c d") == pytest.approx(1.0) and 0 < summary.grade("a b x y") < 1
+    assert code.grade("return x") == 1.0 and 0 < code.grade("return y") < 1
+    with pytest.raises(
+        InputError, match="unknown longbench task 'hotpot': did you mean 'hotpotqa'"
+    ):
+        make(f"longbench/hotpot:{tmp_path / 'records.jsonl'}")
+
+
+@harness
+def test_infinitebench(tmp_path):
+    record = {"id": 0, "context": "noise 71432 noise", "input": "What is the pass key?"}
+    key = write(tmp_path / "passkey.jsonl", record | {"answer": ["71432"], "options": []})
+    book = write(tmp_path / "longbook_qa_eng.jsonl", record | {"answer": "Mr Fox", "options": []})
+    (passkey,), _ = make(f"infinitebench:{key}")
+    assert passkey.task == "infinitebench/passkey" and passkey.stop == ("\n",)
+    assert "noise 71432 noise" in passkey.prompt and passkey.prompt.endswith(record["input"])
+    assert passkey.grade(" 71432.") == 1.0 and passkey.grade("71433") == 0.0
+    (answer,), _ = make(f"infinitebench:{book}")
+    assert answer.task == "infinitebench/longbook_qa_en" and answer.grade("mr fox") == 1.0
+
+
+def test_malformed_records_are_named_and_the_rest_still_comes(tmp_path):
+    file = write(
+        tmp_path / "records.jsonl",
+        ruler(),
+        "{half",
+        "[1]",
+        {"input": "no outputs"},
+        ruler(outputs=[]),
+        ruler(input=3),
+        "",
+        ruler(outputs=["last"]),
+    )
+    found, problems = make(f"ruler:{file}")
+    assert [example.name for example in found] == ["records.jsonl, line 1", "records.jsonl, line 8"]
+    for problem, (line, reason) in zip(
+        problems,
+        [
+            (2, "Expecting property name"),
+            (3, "expected a JSON object, got '[1]"),
+            (4, "ruler records have a field 'outputs', this one has not"),
+            (5, "outputs must be a list that is not empty, got []"),
+            (6, "input must be a text, got 3"),
+        ],
+        strict=True,
+    ):
+        assert problem.startswith(f"{file}, line {line}: {reason}")
+
+
+def test_folders_and_limits(tmp_path):
+    for kind in ("vt", "cwe"):
+        write(tmp_path / kind / "validation.jsonl", *[ruler()] * 3)
+    found, _ = make(f"ruler:{tmp_path}", limit=2)
+    assert [example.task for example in found] == ["ruler/cwe"] * 2 + ["ruler/vt"] * 2
+    assert [example.max_new_tokens for example in found] == [120] * 2 + [30] * 2
+
+
+def test_records_come_from_the_hub(tmp_path, monkeypatch):
+    file = write(tmp_path / "vt.jsonl", ruler())
+
+    def download(repository, name, repo_type):
+        assert (repository, name, repo_type) == ("owner/data", "4k/vt.jsonl", "dataset")
+        return str(file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    (example,), _ = make("ruler:hf://datasets/owner/data/4k/vt.jsonl")
+    assert example.task == "ruler/vt"
+
+
+@pytest.mark.parametrize(
+    "task, message",
+    [
+        ("needles", "unknown task 'needles': .* did you mean 'needle'"),
+        ("longbnch:x", "unknown task 'longbnch': .* did you mean 'longbench'"),
+        ("ruler", "the task ruler needs its records: ruler:FILE"),
+        ("needle:x.jsonl", "the task needle takes no records"),
+    ],
+)
+def test_bad_tasks_are_refused(task, message):
+    with pytest.raises(InputError, match=message):
+        check_task(task)
+
+
+def test_missing_records_are_refused(tmp_path):
+    with pytest.raises(InputError, match="there are no records at .*missing.jsonl"):
+        make(f"ruler:{tmp_path / 'missing.jsonl'}")
+    with pytest.raises(InputError, match="has no .jsonl files"):
+        make(f"ruler:{tmp_path}")

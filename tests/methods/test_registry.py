@@ -1,0 +1,123 @@
+"""Methods by name, their settings, and what is said when they are wrong."""
+
+import dataclasses
+import doctest
+import importlib
+import inspect
+import pickle
+import pkgutil
+
+import pytest
+
+from claa_ops import methods, prefill
+from claa_ops.methods import METHODS, Method, make_method
+
+MODULES = [
+    importlib.import_module(f"claa_ops.methods.{module.name}")
+    for module in pkgutil.iter_modules(methods.__path__)
+]
+
+
+@pytest.mark.parametrize("module", [*MODULES, prefill.state], ids=lambda module: module.__name__)
+def test_examples_in_the_manual_pages(module):
+    assert doctest.testmod(module, optionflags=doctest.IGNORE_EXCEPTION_DETAIL).failed == 0
+
+
+def test_every_system_has_a_name_and_a_manual_page_with_source_and_example():
+    systems = {
+        value
+        for value in vars(methods).values()
+        if inspect.isclass(value) and issubclass(value, Method) and value is not Method
+    }
+    assert systems == set(METHODS.values()) and len(METHODS) == len(systems)
+    for system in systems - {methods.FullKV}:
+        assert "Source: " in system.__doc__ and ">>> " in system.__doc__, system
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("num_layers", [2, 4, 28, 30, 32])
+def test_defaults_fit_models_of_any_depth(name, num_layers):
+    method = make_method(name, num_layers=num_layers, keep=0.2)
+    method.check(num_layers)
+    assert pickle.loads(pickle.dumps(method)) == method and hash(method) == hash(method)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.window = 3
+
+
+def test_defaults_scale_with_the_depth():
+    layers = {name: getattr(make_method(name, num_layers=32), "layer", None) for name in METHODS}
+    assert (layers["claa"], layers["fastkv"], layers["gemfilter"], layers["asl"]) == (
+        15,
+        15,
+        13,
+        10,
+    )
+    assert make_method("claa", num_layers=30).layer == 14
+    assert make_method("asl", num_layers=28).layer == 9
+    for name in ("claa", "fastkv", "gemfilter", "asl"):
+        published = METHODS[name]()
+        assert make_method(name, num_layers=32) == published
+
+
+def test_settings_are_passed_on_where_there_are_any():
+    method = make_method("claa", num_layers=8, layer=(1, 3), keep=(0.5, 0.2), window=16)
+    assert (method.layer, method.keep, method.window) == ((1, 3), (0.5, 0.2), 16)
+    assert make_method("full", num_layers=8, layer=3, keep=0.1) == methods.FullKV()
+    assert make_method("snapkv", num_layers=8, layer=3, keep=0.1) == methods.SnapKV(keep=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("fastvk", {}, "unknown method 'fastvk': did you mean 'fastkv'?"),
+        ("CLAA", {}, "unknown method 'CLAA': did you mean 'claa'?"),
+        ("zzz", {}, "unknown method 'zzz': expected one of full, snapkv, fastkv"),
+        ("claa", {"widow": 3}, "claa: a setting must be one of window, kernel_size, pooling, keep"),
+        ("claa", {"_keep_kv": 3}, "claa: a setting must be one of window, kernel_size"),
+        ("claa", {"layer": 7}, "CLAA: layer must be in [0, 6], before the last of the model's 8"),
+        (
+            "claa",
+            {"layer": (3, 7), "keep": (0.5, 0.2)},
+            "CLAA: layer must be in [0, 6], before the last of the model",
+        ),
+        ("claa", {"keep": (0.5, 0.2)}, "CLAA: keep must be one for each selection layer of 3, got"),
+        ("fastkv", {"layer": (3, 1), "keep": (0.5, 0.2)}, "FastKV: layer must be in ascending ord"),
+        ("fastkv", {"layer": (), "keep": ()}, "FastKV: layer must be one value or more, got ()"),
+        ("fastkv", {"keep": (0.5, 2.0)}, "FastKV: keep must be a rate in (0, 1] or a number of t"),
+        ("fastkv", {"sink": -1}, "FastKV: sink must be an integer of at least 0, got -1"),
+        ("fastkv", {"equal_cache": 1}, "FastKV: equal_cache must be True or False, got 1"),
+        ("fastkv", {"rates_of": "all"}, "FastKV: rates_of must be 'prompt' or 'layer', got 'all'"),
+        ("fastkv", {"rates_of": "layer", "keep": 9}, "FastKV: rates_of must be 'prompt' unless ke"),
+        ("snapkv", {"keep": 1.5}, "SnapKV: keep must be a rate in (0, 1] or a number of tokens"),
+        ("gemfilter", {"keep": 0.0}, "GemFilter: keep must be a rate in (0, 1] or a number"),
+        ("gemfilter", {"layer": 8}, "GemFilter: layer must be in [0, 7], got 8"),
+        ("gemfilter", {"layer": -1}, "GemFilter: layer must be an integer of at least 0, got -1"),
+        ("gemfilter", {"window": 8}, "GemFilter: window must be 1, got 8"),
+        ("asl", {"layer": (1, 2), "keep": (9, 8)}, "ASL: layer must be one layer, got (1, 2)"),
+        ("asl", {"last_n": 4}, "ASL: last_n must be at most layer + 1 = 3, got 4"),
+        ("asl", {"last_n": 0}, "ASL: last_n must be a positive integer, got 0"),
+        ("asl", {"tau": 0.0}, "ASL: tau must be above 0, or None, got 0.0"),
+        ("asl", {"passes": 3}, "ASL: passes must be 1 or 2, got 3"),
+        ("asl", {"full_before": None}, "ASL: full_before must be True or False, got None"),
+        ("asl", {"equal_cache": True}, "ASL: equal_cache must be False, got True"),
+        ("speculative", {"look_ahead": 0}, "SpeculativePrefill: look_ahead must be a positive in"),
+        ("speculative", {"chunk": 0}, "SpeculativePrefill: chunk must be a positive integer or No"),
+        ("speculative", {"pooling": "max"}, "SpeculativePrefill: pooling must be 'avg', got 'max'"),
+        ("speculative", {"keep": 2.0}, "SpeculativePrefill: keep must be a rate in (0, 1] or a"),
+        ("oracle", {"max_new_tokens": 0}, "Oracle: max_new_tokens must be a positive integer"),
+        ("oracle", {"pooling": "max"}, "Oracle: pooling must be 'avg', got 'max'"),
+        ("streaming", {"sink": -1}, "StreamingLLM: sink must be an integer of at least 0, got -1"),
+        ("streaming", {"keep": 0}, "StreamingLLM: keep must be a rate in (0, 1] or a number"),
+        ("pyramidkv", {"beta": 0.5}, "PyramidKV: beta must be a number of at least 1, got 0.5"),
+        ("pyramidinfer", {"rho": 0}, "PyramidInfer: rho must be in (0, 1], got 0"),
+        ("pyramidinfer", {"recent": 1.0}, "PyramidInfer: recent must be in [0, 1), got 1.0"),
+        ("pyramidinfer", {"distance_weight": 0}, "PyramidInfer: distance_weight must be above 0"),
+        ("pyramidinfer", {"sink": -1}, "PyramidInfer: sink must be an integer of at least 0"),
+        ("pyramidinfer", {"least": -1}, "PyramidInfer: least must be an integer of at least 0"),
+        ("random", {"seed": -1}, "Random: seed must be an integer of at least 0, got -1"),
+    ],
+)
+def test_what_is_wrong_is_said(name, settings, message):
+    with pytest.raises(ValueError) as error:
+        make_method(name, num_layers=8, **settings)
+    assert str(error.value).startswith(message)

@@ -1,0 +1,414 @@
+"""Each method through `run` and decoding, against a slow version of itself, alone and padded."""
+
+import pytest
+import torch
+
+from claa_ops.methods import (
+    ASL,
+    CLAA,
+    METHODS,
+    FastKV,
+    FastKVDeferral,
+    FullKV,
+    GemFilter,
+    Oracle,
+    Peak,
+    PyramidInfer,
+    PyramidKV,
+    Random,
+    SinksRandom,
+    SnapKV,
+    SpeculativePrefill,
+    StreamingLLM,
+)
+from claa_ops.prefill import attach, run
+
+from . import slow_methods
+from .slow_methods import Llama, by_layer_scores, tokens
+from .tiny_models import build, decoded, prompt
+
+LENGTH, LAYERS, STEPS = 90, 6, 4
+SHORT = 67  # the other row of a batch
+
+
+@pytest.fixture(scope="module")
+def model(device):
+    return attach(build("llama", num_hidden_layers=LAYERS).to(device))
+
+
+@pytest.fixture(scope="module")
+def llama(model):
+    return Llama(model)
+
+
+# The slow version of a method: (llama, ids, padding) -> Result.
+
+
+def slow_full(llama, ids, padding):
+    return llama.run(ids, STEPS)
+
+
+def slow_layered(kept, cached=None, *, layer=2, window=8, **settings):
+    """FastKV's relatives, budgets in tokens; `cached` may be a function of what a layer sees."""
+    stages = dict(zip(layer, kept, strict=True)) if isinstance(layer, tuple) else {layer: kept}
+    cached = list(stages.values())[-1] if cached is None else cached
+    capacity = cached if callable(cached) else lambda seen: cached
+
+    def slow(llama, ids, padding):
+        compress, select = by_layer_scores(
+            llama, len(ids) + padding, stages=stages, capacity=capacity, window=window, **settings
+        )
+        return llama.run(ids, STEPS, compress=compress, select=select, padding=padding)
+
+    return slow
+
+
+def joint_max(last_n):
+    return lambda history: torch.cat(history[-last_n:]).amax(0)
+
+
+def joint_mean(last_n):
+    return lambda history: torch.stack([row.sum(0) for row in history[-last_n:]]).mean(0)
+
+
+def zscored_max(last_n, summed=False):
+    def rank(history):
+        rows = torch.cat([x.sum(0, keepdim=True) if summed else x for x in history[-last_n:]])
+        return ((rows - rows.mean(1, keepdim=True)) / rows.std(1, keepdim=True)).amax(0)
+
+    return rank
+
+
+def slow_random(kept, seed, sink=0, layer=2, window=8):
+    def slow(llama, ids, padding):
+        generator = torch.Generator().manual_seed(seed)
+        draw = torch.rand(len(ids) + padding - window, generator=generator).flip(0).double()
+
+        def best(seen):
+            scores = draw[padding:][torch.tensor(seen.kept)[:-window]]
+            return llama.best(scores, kept, window, seen, sink)
+
+        def compress(seen):
+            index = best(seen)
+            return None if index is None else [index] * seen.key.shape[0]
+
+        def select(seen):
+            return best(seen) if seen.layer == layer else None
+
+        return llama.run(ids, STEPS, compress=compress, select=select, padding=padding)
+
+    return slow
+
+
+def slow_oracle(kept, cached, answer_tokens, kernel=13, layer=2, window=8):
+    def slow(llama, ids, padding):
+        ranking, answer = slow_methods.answer_attention(llama, ids, answer_tokens)
+        ranking = slow_methods.pool(ranking, kernel)
+
+        def best(seen, count):
+            scores = ranking[torch.tensor(seen.kept)][:-window]
+            return llama.best(scores, count, window, seen)
+
+        def compress(seen):
+            index = best(seen, cached)
+            return None if index is None else [index] * seen.key.shape[0]
+
+        def select(seen):
+            return best(seen, kept) if seen.layer == layer else None
+
+        result = llama.run(ids, STEPS, compress=compress, select=select, padding=padding)
+        result.work += answer.work
+        return result
+
+    return slow
+
+
+def slow_peak(kept, kernel, layer=2, window=8):
+    def slow(llama, ids, padding):
+        peaks = []
+
+        def compress(seen):
+            key = seen.key.repeat_interleave(seen.query.shape[0] // seen.key.shape[0], dim=0)
+            logits = seen.query[:, -window:] @ key.transpose(1, 2) / key.shape[-1] ** 0.5
+            peaks.append(logits.softmax(-1).amax((0, 1)))
+            heads = [llama.best(row, kept, window, seen) for row in seen.scores(window, kernel)]
+            return None if heads[0] is None else heads
+
+        def select(seen):
+            if seen.layer == layer:
+                scores = torch.stack(peaks).amax(0)[:-window]
+                return llama.best(slow_methods.pool(scores, kernel), kept, window, seen)
+
+        return llama.run(ids, STEPS, compress=compress, select=select, padding=padding)
+
+    return slow
+
+
+def slow_streaming(kept, sink):
+    def compress(seen):
+        if kept >= seen.length:
+            return None
+        index = list(range(sink)) + list(range(seen.length - kept + sink, seen.length))
+        return [index] * seen.key.shape[0]
+
+    return lambda llama, ids, padding: llama.run(ids, STEPS, compress=compress)
+
+
+def slow_pyramidkv(average, beta, window):
+    def slow(llama, ids, padding):
+        length = len(ids) + padding
+        last = (average - window) / beta
+        first = min(2 * (average - window) - last, length - window)
+        last = 2 * (average - window) - first
+
+        def capacity(seen):
+            return window + round(first + (last - first) * seen.layer / (LAYERS - 1))
+
+        compress, _ = by_layer_scores(
+            llama, length, stages={}, capacity=capacity, window=window, kernel=5
+        )
+        return llama.run(ids, STEPS, compress=compress, padding=padding)
+
+    return slow
+
+
+def slow_pyramidinfer(**settings):
+    def slow(llama, ids, padding):
+        select = slow_methods.pyramidinfer(llama, len(ids) + padding, **settings)
+        return llama.run(ids, STEPS, select=select, padding=padding)
+
+    return slow
+
+
+def second_pass(llama, ids, kept, *, contiguous, work):
+    result = llama.run(
+        [ids[j] for j in kept],
+        STEPS,
+        positions=list(range(len(kept))) if contiguous else kept,
+        next_position=len(kept) if contiguous else len(ids),
+    )
+    result.positions = kept
+    result.work += work
+    return result
+
+
+def slow_gemfilter(kept, layer, kernel=5):
+    def slow(llama, ids, padding):
+        found = []
+
+        def select(seen):
+            if seen.layer == layer:
+                scores = slow_methods.gemfilter_scores(seen, kernel)
+                found.extend(llama.best(scores, kept, 0, seen))
+
+        first = llama.run(ids, 1, select=select, padding=padding, last_layer=layer)
+        return second_pass(llama, ids, found, contiguous=True, work=first.work)
+
+    return slow
+
+
+def slow_asl(kept, *, first, last_n, tau, window=8, passes=1, full_before=False):
+    def slow(llama, ids, padding):
+        layer, history = slow_methods.asl_layer(
+            llama, ids, keep=kept, window=window, first=first, last_n=last_n, tau=tau
+        )
+        if passes == 2:
+            at = LAYERS - 1 if layer is None else layer
+            order = sorted(range(len(ids) - window), key=lambda j: -float(history[at][j]))
+            chosen = sorted(order[: kept - window]) + list(range(len(ids) - window, len(ids)))
+            work = (at + 1) * len(ids)
+            return second_pass(llama, ids, chosen, contiguous=True, work=work)
+        whole = 1 + (-1 if layer is None else layer) if full_before else 0
+        whole = LAYERS if full_before and layer is None else whole
+        stages = {} if layer is None else {layer: kept}
+        compress, select = by_layer_scores(
+            llama,
+            len(ids),
+            stages=stages,
+            capacity=lambda seen: kept,
+            window=window,
+            first_full=whole,
+        )
+        return llama.run(ids, STEPS, compress=compress, select=select)
+
+    return slow
+
+
+def slow_speculative(kept, *, look_ahead, chunk=None, kernel=13, rate=None):
+    """The draft is the model itself."""
+
+    def slow(llama, ids, padding):
+        ranking, answer = slow_methods.answer_attention(llama, ids, look_ahead, kernel)
+        if chunk is None:
+            order = sorted(range(len(ids)), key=lambda j: -float(ranking[j]))
+            chosen = sorted(order[:kept])
+        else:
+            chosen = slow_methods.chunks_of(ranking, chunk, rate)
+        return second_pass(llama, ids, chosen, contiguous=False, work=answer.work)
+
+    return slow
+
+
+SMALL = {"layer": 2, "window": 8}
+CASES = {
+    "full": (FullKV(), slow_full),
+    "snapkv": (SnapKV(keep=30, window=8), slow_layered((), 30, layer=(), kernel=5)),
+    "snapkv, rate, max": (
+        SnapKV(keep=0.3, window=12, kernel_size=7, pooling="max"),
+        slow_layered((), tokens(0.3, LENGTH), layer=(), window=12, mode="max"),
+    ),
+    "fastkv": (FastKV(keep=30, **SMALL), slow_layered(30)),
+    "fastkv, constant": (FastKV(keep=40, keep_kv=24, **SMALL), slow_layered(40, 24)),
+    "fastkv, rates, max": (
+        FastKV(keep=0.4, keep_kv=0.2, pooling="max", **SMALL),
+        slow_layered(tokens(0.4, LENGTH), tokens(0.2, LENGTH), mode="max"),
+    ),
+    "fastkv, rates of the layer": (
+        FastKV(keep=0.5, keep_kv=0.21, rates_of="layer", **SMALL),
+        slow_layered(
+            45, lambda seen: tokens(0.21 if seen.layer <= 2 else 0.42, seen.padded)
+        ),
+    ),
+    "fastkv, staged": (
+        FastKV(keep=(60, 40, 24), layer=(0, 1, 3)),
+        slow_layered((60, 40, 24), layer=(0, 1, 3)),
+    ),
+    "fastkv, sinks": (FastKV(keep=30, sink=5, **SMALL), slow_layered(30, sink=5)),
+    "fastkv-deferral": (
+        FastKVDeferral(keep=30, first_full=2, **SMALL),
+        slow_layered(30, first_full=2),
+    ),
+    "claa": (
+        CLAA(keep=40, keep_kv=24, last_n=2, first_full=1, **SMALL),
+        slow_layered(40, 24, first_full=1, rank=joint_max(2)),
+    ),
+    "claa, z-scored": (
+        CLAA(keep=30, zscore=True, last_n=3, first_full=1, **SMALL),
+        slow_layered(30, first_full=1, rank=zscored_max(3)),
+    ),
+    "claa, ranking script": (
+        CLAA(keep=30, zscore=True, over_heads="sum", last_n=3, first_full=1, **SMALL),
+        slow_layered(30, first_full=1, rank=zscored_max(3, summed=True)),
+    ),
+    "claa, mean": (
+        CLAA(keep=30, over_heads="sum", over_layers="mean", last_n=2, first_full=0, **SMALL),
+        slow_layered(30, rank=joint_mean(2)),
+    ),
+    "claa, staged": (
+        CLAA(keep=(60, 30), layer=(2, 4), last_n=3, first_full=2),
+        slow_layered((60, 30), layer=(2, 4), first_full=2, rank=joint_max(3)),
+    ),
+    "random": (Random(keep=30, seed=5, **SMALL), slow_random(30, 5)),
+    "sinks-random": (SinksRandom(keep=30, seed=6, **SMALL), slow_random(30, 6, sink=4)),
+    "oracle": (
+        Oracle(keep=40, keep_kv=24, max_new_tokens=5, **SMALL),
+        slow_oracle(40, 24, 5),
+    ),
+    "peak": (Peak(keep=30, kernel_size=9, sink=0, **SMALL), slow_peak(30, 9)),
+    "streaming": (StreamingLLM(keep=30, sink=3), slow_streaming(30, 3)),
+    "pyramidkv": (PyramidKV(keep=30, window=8, beta=10), slow_pyramidkv(30, 10, 8)),
+    "pyramidkv, clipped": (PyramidKV(keep=60, window=8), slow_pyramidkv(60, 20, 8)),
+    "pyramidinfer": (
+        PyramidInfer(rho=0.3, recent=0.2, least=10),
+        slow_pyramidinfer(rho=0.3, recent=0.2, weight=1.2, sink=4, least=10),
+    ),
+    "gemfilter": (GemFilter(keep=30, layer=3), slow_gemfilter(30, 3)),
+    "fastkv, padding stays": (FastKV(keep=80, **SMALL), slow_layered(80)),
+    "gemfilter, padding stays": (GemFilter(keep=80, layer=3), slow_gemfilter(80, 3)),
+    "speculative, padding stays": (
+        SpeculativePrefill(keep=80, look_ahead=4, chunk=None),
+        slow_speculative(80, look_ahead=4),
+    ),
+    "speculative": (
+        SpeculativePrefill(keep=30, look_ahead=4, chunk=None),
+        slow_speculative(30, look_ahead=4),
+    ),
+    "speculative, forked": (
+        SpeculativePrefill(keep=25, look_ahead=2, chunk=None, kernel_size=7),
+        slow_speculative(25, look_ahead=2, kernel=7),
+    ),
+}  # fmt: skip
+ONE_PROMPT = {
+    "asl": (
+        ASL(keep=30, layer=2, last_n=3, tau=0.99, window=8),
+        slow_asl(30, first=2, last_n=3, tau=0.99),
+    ),
+    "asl, never": (
+        ASL(keep=30, layer=2, last_n=3, tau=0.01, window=8),
+        slow_asl(30, first=2, last_n=3, tau=0.01),
+    ),
+    "asl, full before": (
+        ASL(keep=30, layer=2, last_n=3, tau=0.99, full_before=True, window=8),
+        slow_asl(30, first=2, last_n=3, tau=0.99, full_before=True),
+    ),
+    "asl, two passes": (
+        ASL(keep=30, layer=2, last_n=3, tau=0.99, passes=2, window=8),
+        slow_asl(30, first=2, last_n=3, tau=0.99, passes=2),
+    ),
+    "asl, two passes, never": (
+        ASL(keep=30, layer=2, last_n=3, tau=0.01, passes=2, window=8),
+        slow_asl(30, first=2, last_n=3, tau=0.01, passes=2),
+    ),
+    "asl, fixed layer": (ASL(keep=30, layer=2, tau=None, window=8), slow_layered(30)),
+    "speculative, chunks": (
+        SpeculativePrefill(keep=0.3, look_ahead=4, chunk=8),
+        slow_speculative(0, look_ahead=4, chunk=8, rate=0.3),
+    ),
+}
+
+
+def assert_is(slow, model, prefilled, row, padding, logits, new):
+    kept = list(range(padding, LENGTH))
+    if prefilled.positions is not None:
+        kept = [j for j in prefilled.positions[row].tolist() if j >= padding]
+    assert [j - padding for j in kept] == slow.positions
+    expected = torch.stack(slow.logits)
+    error = (logits[row].double().cpu() - expected).abs().max()
+    assert error <= 1e-4 * expected.abs().max()
+    assert new[row].tolist() == slow.tokens
+
+
+@pytest.mark.parametrize("case", [*CASES, *ONE_PROMPT])
+def test_a_prompt_alone_is_the_slow_version(model, llama, case):
+    method, slow = {**CASES, **ONE_PROMPT}[case]
+    ids = prompt(LENGTH)[0].to(model.device)
+    prefilled = run(model, ids, method)
+    expected = slow(llama, ids[0].tolist(), 0)
+    layer_tokens = expected.work - (STEPS - 1) * LAYERS  # without decoding
+    assert prefilled.work == pytest.approx(layer_tokens / (LENGTH * LAYERS))
+    assert_is(expected, model, prefilled, 0, 0, *decoded(model, prefilled))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_padded_batch_is_the_slow_version_of_each_row(model, llama, case):
+    method, slow = CASES[case]
+    ids, mask = (x.to(model.device) for x in prompt(LENGTH, SHORT))
+    prefilled = run(model, ids, method, mask)
+    logits, new = decoded(model, prefilled)
+    for row, padding in enumerate((0, LENGTH - SHORT)):
+        expected = slow(llama, ids[row, padding:].tolist(), padding)
+        assert_is(expected, model, prefilled, row, padding, logits, new)
+
+
+@pytest.mark.parametrize("case", ONE_PROMPT)
+def test_one_padded_prompt_is_the_slow_version(model, llama, case):
+    method, slow = ONE_PROMPT[case]
+    ids, mask = (x.to(model.device) for x in prompt(LENGTH, SHORT))
+    prefilled = run(model, ids[1:], method, mask[1:])
+    logits, new = decoded(model, prefilled)
+    padding = LENGTH - SHORT
+    expected = slow(llama, ids[1, padding:].tolist(), padding)
+    assert_is(expected, model, prefilled, 0, padding, logits, new)
+
+
+def test_every_method_is_compared_with_a_slow_version():
+    tested = {type(method) for method, _ in {**CASES, **ONE_PROMPT}.values()}
+    assert tested == set(METHODS.values())
+
+
+def test_the_adaptive_layer_is_found_in_some_cases_and_not_in_others(model):
+    ids = prompt(LENGTH)[0].to(model.device)
+    cases = [method for case, (method, _) in ONE_PROMPT.items() if case.startswith("asl")]
+    selected = [run(model, ids, method).state.notes.get("selected") for method in cases]
+    assert all(layer > 2 for layer in (selected[0], selected[2], selected[3]))
+    assert selected[1] is None and selected[4] is None and selected[5] == 2

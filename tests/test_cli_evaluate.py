@@ -1,0 +1,224 @@
+"""``claa-ops evaluate``: what it writes, how it goes on after a kill, and what it refuses."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from claa_ops.cli import app
+from evaluate.tiny_checkpoint import LAYERS, save_tiny_checkpoint
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def single_thread():
+    """Models this tiny only lose time to threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="module")
+def filler(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("filler")
+    (folder / "a.txt").write_text("Some rain fell. The old cat slept. A door shut twice.")
+    return str(folder)
+
+
+def arguments(checkpoint, filler, out, *more: str) -> list[str]:
+    needles = ("--task", "needle-number", "--filler", filler, "--lengths", "460")
+    common = ("evaluate", "--model", checkpoint, "--device", "cpu", "--keep", "0.3")
+    return [*common, *needles, "--depths", "2", "--prompts", "1", "--out", str(out), *more]
+
+
+def evaluate(*args):
+    return RUNNER.invoke(app, arguments(*args))
+
+
+def test_everything_is_written(checkpoint, filler, tmp_path):
+    methods = ("--method", "claa", "--method", "random", "--layer", "1-2", "--baseline", "random")
+    result = evaluate(checkpoint, filler, tmp_path, *methods)
+    assert result.exit_code == 0, result.output
+    names = {"records.jsonl", "results.json", "table.md", "frontier.png", "needles.png"}
+    assert {file.name for file in tmp_path.iterdir()} == names
+    facts = json.loads((tmp_path / "results.json").read_text())
+    assert facts["settings"]["settings"]["seed"] == 0
+    assert set(facts["versions"]) == {"claa_ops", "torch", "transformers", "python"}
+    assert facts["machine"]["device"] == "cpu" and facts["problems"] == []
+    assert len(facts["records"]) == 2 * 5 and len(facts["table"]) == 5
+    for row in facts["table"][1:]:
+        assert row["work"] == pytest.approx(
+            (row["layer"] + 1 + 0.3 * (5 - row["layer"])) / 6, abs=2e-3
+        )
+    for part in ("against random", "needle-number", "claa", "Written"):
+        assert part in result.stdout
+    again = evaluate(checkpoint, filler, tmp_path, *methods, "--json")
+    assert json.loads(again.stdout) == facts
+
+
+def test_several_models(checkpoint, filler, tmp_path):
+    other = tmp_path / "other model"
+    shutil.copytree(checkpoint, other)
+    result = evaluate(checkpoint, filler, tmp_path / "out", "--model", str(other))
+    assert result.exit_code == 0, result.output
+    facts = json.loads((tmp_path / "out" / "results.json").read_text())
+    first, second = (
+        [row for row in facts["table"] if row["model"] == model]
+        for model in (checkpoint, str(other))
+    )
+    assert [row["accuracy"] for row in first] == [row["accuracy"] for row in second]
+    assert (tmp_path / "out" / "2-other-model" / "frontier.png").exists()
+    assert result.stdout.lstrip().startswith("model")
+
+
+def test_after_a_kill_it_goes_on_where_it_was(checkpoint, filler, tmp_path):
+    grid = ("--method", "claa", "--method", "fastkv", "--layer", "0-4", "--prompts", "6")
+    killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
+    command = [sys.executable, "-c", "from claa_ops.cli import app; app()"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, *arguments(checkpoint, filler, killed, *grid)], env=environment
+    )
+    journal = killed / "records.jsonl"
+    deadline = time.monotonic() + 300
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 10:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    before = journal.read_bytes()
+    whole = before[: before.rfind(b"\n") + 1]
+    assert not (killed / "results.json").exists()
+    with journal.open("ab") as file:  # a line that was being written
+        file.write(b'{"key": {"model": "')
+
+    assert evaluate(checkpoint, filler, killed, *grid).exit_code == 0
+    assert evaluate(checkpoint, filler, unbroken, *grid).exit_code == 0
+    assert journal.read_bytes().startswith(whole)
+    lines = [file.read_text().splitlines() for file in (journal, unbroken / "records.jsonl")]
+    assert lines[0] == lines[1] and len(lines[0]) == 2 * 6 * 11
+    for name in ("table.md", "results.json"):
+        assert (killed / name).read_bytes() == (unbroken / name).read_bytes()
+
+
+def test_a_malformed_record_is_told_and_the_rest_runs(checkpoint, filler, tmp_path):
+    file = tmp_path / "vt.jsonl"
+    good = json.dumps({"input": "x is 1, what is x?", "outputs": ["1"]})
+    file.write_text(f"{good}\n{{half\n{good}\n")
+    result = evaluate(checkpoint, filler, tmp_path / "out", "--task", f"ruler:{file}")
+    assert result.exit_code == 0, result.output
+    assert f"left out: {file}, line 2: Expecting" in " ".join(result.stdout.split())
+    facts = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert sum(record["task"] == "ruler/vt" for record in facts["records"]) == 2 * 2
+    assert len(facts["problems"]) == 1
+
+
+def test_a_suite_brings_methods_rates_and_needles(checkpoint, filler, tmp_path):
+    """One prompt, and a context too short for any of the suite's lengths."""
+    options = ("--suite", "claa-paper", "--filler", filler, "--depths", "1", "--device", "cpu")
+    result = RUNNER.invoke(
+        app, ["evaluate", "--model", checkpoint, *options, "--out", str(tmp_path)]
+    )
+    assert result.exit_code == 2  # half of the context has no room for a needle of bytes
+    result = RUNNER.invoke(
+        app,
+        ["evaluate", "--model", checkpoint, *options, "--lengths", "490", "--out", str(tmp_path)],
+    )
+    assert result.exit_code == 0, result.output
+    facts = json.loads((tmp_path / "results.json").read_text())
+    labels = {row["label"] for row in facts["table"]}
+    assert {"full", "claa", "fastkv", "fastkv-deferral", "fastkv@claa", "oracle"} <= labels
+    rates = {row["keep"] for row in facts["table"] if row["label"] == "claa"}
+    assert rates == {0.1, 0.2, 0.4}
+    shares = {(row["label"], row["keep"]): row["cache"] for row in facts["table"]}
+    assert shares["fastkv", 0.2] < shares["claa", 0.2]
+    assert shares["fastkv@claa", 0.2] == pytest.approx(shares["claa", 0.2], rel=0.05)
+    tasks = {record["task"] for record in facts["records"]}
+    assert tasks == {"needle-number", "needle-sentence", "needle-four-keys"}
+
+
+def test_a_draft_needs_the_tokenizer_of_the_model(checkpoint, filler, tmp_path):
+    methods = ("--method", "speculative", "--draft")
+    result = evaluate(checkpoint, filler, tmp_path / "same", *methods, checkpoint)
+    assert result.exit_code == 0, result.output
+    AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(tmp_path / "draft")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.add_tokens(["more"])
+    tokenizer.save_pretrained(tmp_path / "draft")
+    result = evaluate(checkpoint, filler, tmp_path / "other", *methods, str(tmp_path / "draft"))
+    refuse("the draft .* must have the tokenizer of the model", result)
+
+
+def refuse(message: str, result) -> None:
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert re.search("claa-ops: " + message, " ".join(result.stderr.split()))
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--method", "clas"], "unknown method 'clas': expected .*; did you mean 'claa'?"),
+        (["--task", "needles"], "unknown task 'needles': expected .*; did you mean 'needle'?"),
+        (["--suite", "claapaper"], "unknown suite 'claapaper': did you mean 'claa-paper'?"),
+        (["--layer", str(LAYERS)], rf"CLAA: layer must be in \[0, {LAYERS - 2}\]"),
+        (["--layer", "a"], "--layer must be layers such as"),
+        (["--keep", "0"], r"--keep must be a rate in \(0, 1\]"),
+        (["--keep", "1.5"], r"--keep must be a rate in \(0, 1\]"),
+        (["--schedule", "3"], "--schedule must be LAYER:KEEP"),
+        (["--baseline", "fastkv"], "the baseline must be full or one of the methods claa"),
+        (["--task", "ruler:no/such.jsonl"], "there are no records at no/such.jsonl"),
+        (["--filler", "no/such/folder"], "the filler no/such/folder must be a folder with text"),
+        (["--lengths", "x"], "--lengths must be numbers such as 1000,2000, got x"),
+        (["--depths", "0,50"], "--depths must be how many, such as 5, or a list"),
+        (["--depths", "120%"], "--depths must be how many"),
+        (["--lengths", "5000"], "nothing was evaluated: needle-number, .* context holds 512"),
+        (["--model", "/no/such/model"], "model /no/such/model does not exist"),
+        (["--dtype", "int8"], "unknown dtype 'int8'"),
+    ],
+)
+def test_bad_input_is_one_sentence(checkpoint, filler, tmp_path, options, message):
+    refuse(message, evaluate(checkpoint, filler, tmp_path, *options))
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(checkpoint, filler, tmp_path, monkeypatch):
+    sync, calls = os.fsync, []
+
+    def fill_up(descriptor):
+        calls.append(1)
+        if len(calls) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fill_up)
+        result = evaluate(checkpoint, filler, tmp_path)
+    refuse("cannot write .*: No space left on device; its 3 finished records are safe", result)
+    assert (tmp_path / "records.jsonl").read_bytes().count(b"\n") == 3
+
+    def no_space(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", no_space)
+        result = evaluate(checkpoint, filler, tmp_path)
+    refuse("cannot write the results .*: No space left .*; all 4 finished records are safe", result)
+    assert {file.name for file in tmp_path.iterdir()} == {"records.jsonl"}
+    assert evaluate(checkpoint, filler, tmp_path).exit_code == 0

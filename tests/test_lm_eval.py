@@ -1,0 +1,165 @@
+"""lm-eval's own command with our model class in it, on tasks in local files."""
+
+import json
+import runpy
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval")
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+
+from claa_ops.lm_eval import ClaaLM
+from claa_ops.methods import CLAA, FullKV
+from claa_ops.models import InputError
+from claa_ops.prefill import decode, run
+from evaluate.tiny_checkpoint import CONTEXT, save_tiny_checkpoint
+
+CONTEXT_TEXT = "A context of many words, " * 8
+
+
+@pytest.fixture(autouse=True)
+def single_thread():
+    """Models this tiny only lose time to threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="module")
+def pruned(checkpoint):
+    return ClaaLM(checkpoint, method="claa", keep="20%", layer=2, device="cpu")
+
+
+def request(kind, *arguments):
+    return Instance(kind, {}, arguments, 0)
+
+
+def test_the_class_is_registered(pruned):
+    assert get_model("claa_ops") is ClaaLM
+    assert pruned.method == CLAA(keep=0.2, layer=2)
+
+
+def test_full_prefill_gives_the_likelihoods_of_a_plain_forward(checkpoint):
+    lm = ClaaLM(checkpoint, method="full", device="cpu")
+    assert isinstance(lm.method, FullKV)
+    texts = [" one", " two three", " one more"]
+    scored = lm.loglikelihood([request("loglikelihood", CONTEXT_TEXT, text) for text in texts])
+    for text, (logprob, is_greedy) in zip(texts, scored, strict=True):
+        ids = torch.tensor([lm.tok_encode(CONTEXT_TEXT.rstrip() + " " + text)])
+        given = len(lm.tok_encode(CONTEXT_TEXT.rstrip()))
+        logits = lm.model(ids).logits[0, given - 1 : -1]
+        expected = logits.log_softmax(dim=-1).gather(1, ids[0, given:, None]).sum()
+        assert logprob == pytest.approx(expected.item(), rel=1e-4)
+        assert is_greedy == bool((logits.argmax(dim=-1) == ids[0, given:]).all())
+
+
+def test_the_context_is_pruned_and_the_continuation_is_not(pruned):
+    ids = torch.tensor([pruned.tok_encode(CONTEXT_TEXT.rstrip())])
+    written = decode(pruned.model, run(pruned.model, ids, pruned.method), max_new_tokens=5)
+    scored = pruned._loglikelihood_tokens(
+        [(("", ""), ids[0].tolist(), written[0].tolist()), (("", ""), ids[0].tolist(), [0, 0])]
+    )
+    assert scored[0][1] and not scored[1][1]
+    (text,) = pruned.generate_until(
+        [request("generate_until", CONTEXT_TEXT.rstrip(), {"until": [], "max_gen_toks": 5})]
+    )
+    assert text == pruned.tokenizer.decode(written[0], skip_special_tokens=True)
+
+
+def test_choices_share_a_prefill(pruned, monkeypatch):
+    prefills = []
+    monkeypatch.setattr(
+        "claa_ops.lm_eval.run", lambda *arguments: prefills.append(1) or run(*arguments)
+    )
+    choices = [request("loglikelihood", CONTEXT_TEXT, f" {word}") for word in ("a", "bc", "def")]
+    together = pruned.loglikelihood(choices)
+    assert len(prefills) == 1
+    assert together == [pruned.loglikelihood([choice])[0] for choice in choices]
+
+
+def test_texts_longer_than_the_model_are_scored_in_windows(pruned):
+    (logprob,) = pruned.loglikelihood_rolling(
+        [request("loglikelihood_rolling", "word " * (CONTEXT // 4))]
+    )
+    assert logprob < 0
+    text = "a b c"
+    (short,) = pruned.loglikelihood_rolling([request("loglikelihood_rolling", text)])
+    ids = torch.tensor([[pruned.prefix_token_id, *pruned.tok_encode(text)]])
+    logits = pruned.model(ids).logits[0, :-1].log_softmax(dim=-1)
+    assert short == pytest.approx(logits.gather(1, ids[0, 1:, None]).sum().item(), rel=1e-4)
+
+
+def test_sampling_and_bad_settings_are_refused(checkpoint, pruned):
+    with pytest.raises(ValueError, match="do_sample must be false, got true"):
+        pruned.generate_until([request("generate_until", "a", {"do_sample": True})])
+    with pytest.raises(ValueError, match="unknown method 'cla': did you mean 'claa'"):
+        ClaaLM(checkpoint, method="cla", device="cpu")
+    with pytest.raises(InputError, match=r"keep must be a rate in \(0, 1\]"):
+        ClaaLM(checkpoint, keep=1.5, device="cpu")
+
+
+TASKS = {
+    "claa_local_words": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+    "claa_local_choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{label}}",
+        "metric_list": [{"metric": "acc"}],
+    },
+}
+
+
+def test_the_command_runs_tasks_of_a_local_file(checkpoint, tmp_path, monkeypatch):
+    records = tmp_path / "records.jsonl"
+    document = {"text": CONTEXT_TEXT, "answer": "x", "choices": [" a", " b"], "label": 1}
+    records.write_text(f"{json.dumps(document)}\n" * 3)
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    for name, task in TASKS.items():
+        task |= {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(records)}},
+            "test_split": "test",
+        }
+        (tasks / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    found = simple_evaluate(
+        model="claa_ops",
+        model_args=f"pretrained={checkpoint},method=claa,keep=0.2,layer=2,zscore=True",
+        tasks=list(TASKS),
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        device=None if torch.cuda.is_available() else "cuda:0",  # the command's default
+        bootstrap_iters=0,
+    )
+    assert found["results"]["claa_local_words"]["exact_match,none"] == 0.0
+    assert found["results"]["claa_local_choice"]["acc,none"] in (0.0, 1.0)
+    assert found["n-samples"]["claa_local_choice"]["effective"] == 3
+
+
+def test_the_module_is_the_command_of_lm_eval(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "run", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("claa_ops.lm_eval", run_name="__main__")
+    assert end.value.code == 0 and "--model_args" in capsys.readouterr().out
