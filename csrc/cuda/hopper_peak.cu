@@ -193,9 +193,10 @@ cudaError_t run(const PeakEmit& p, cudaStream_t stream) {
   const WindowAttention& a = p.attention;
   return with_shape(a, [&](auto type, auto dim) {
     using T = decltype(type);
-    // Large blocks load less for a product; small ones keep all multiprocessors busy.
+    // Large blocks load less for a product; small ones keep all multiprocessors busy. The batch
+    // does not count: it must not show in a row.
     if constexpr (dim <= 128) {
-      const int64_t large = a.batch * ceil_div(a.total, Shape<T, dim, true>::kKeys) *
+      const int64_t large = ceil_div(a.total, Shape<T, dim, true>::kKeys) *
                             ceil_div(a.window, Shape<T, dim, true>::kQueries);
       if (a.window > 64 && large >= device_attribute(cudaDevAttrMultiProcessorCount) * 3 / 4)
         return launch<Shape<T, dim, true>>(p, stream);
