@@ -179,6 +179,8 @@ def rejected_call(changes: dict, device: str) -> dict:
     return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in call.items()}
 
 
-def is_read_like_packed(layout: str, dtype: torch.dtype, device: str) -> bool:
-    """Whether the kernel that takes packed keys takes these: on CUDA tensor cores read 16 bytes."""
-    return device == "cpu" or dtype == torch.float32 or layout != "slice-of-static-cache"
+def is_read_like_packed(key: Tensor) -> bool:
+    """Whether the kernel that takes packed keys takes these: tensor cores read 16 bytes at once."""
+    if key.device.type == "cpu" or key.dtype == torch.float32:
+        return True
+    return key.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in key.stride()[:3])
