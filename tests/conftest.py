@@ -1,5 +1,7 @@
 """The devices that the tests run on, and how many examples hypothesis tries."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
@@ -28,3 +30,20 @@ DEVICES = ["cpu"] + ["cuda"] * (torch.cuda.is_available() and _has_cuda_kernels(
 @pytest.fixture(params=DEVICES, scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture
+def single_thread() -> Iterator[None]:
+    """Models that are tiny only lose time to threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The directory of a tiny random model."""
+    from evaluate.tiny_checkpoint import save_tiny_checkpoint  # not for tests without models
+
+    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("tiny")))

@@ -8,24 +8,11 @@ import torch
 from typer.testing import CliRunner
 
 from claa_ops.cli import app
-from evaluate.tiny_checkpoint import CONTEXT, LAYERS, save_tiny_checkpoint
+from evaluate.tiny_checkpoint import CONTEXT, LAYERS
 
 RUNNER = CliRunner()
 PROMPT = "A prompt of many words, " * 10
-
-
-@pytest.fixture(autouse=True)
-def single_thread():
-    """Models this tiny only lose time to threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("tiny")))
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 def run(*arguments: str, **options):

@@ -10,28 +10,14 @@ import sys
 import time
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from claa_ops.cli import app
-from evaluate.tiny_checkpoint import LAYERS, save_tiny_checkpoint
+from evaluate.tiny_checkpoint import LAYERS
 
 RUNNER = CliRunner()
-
-
-@pytest.fixture(autouse=True)
-def single_thread():
-    """Models this tiny only lose time to threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("tiny")))
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 @pytest.fixture(scope="module")

@@ -16,23 +16,10 @@ from claa_ops.lm_eval import ClaaLM
 from claa_ops.methods import CLAA, FullKV
 from claa_ops.models import InputError
 from claa_ops.prefill import decode, run
-from evaluate.tiny_checkpoint import CONTEXT, save_tiny_checkpoint
+from evaluate.tiny_checkpoint import CONTEXT
 
 CONTEXT_TEXT = "A context of many words, " * 8
-
-
-@pytest.fixture(autouse=True)
-def single_thread():
-    """Models this tiny only lose time to threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("tiny")))
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from claa_ops.evaluate import compare, prefill_cost
-from claa_ops.evaluate.compare import _end_tokens
 from claa_ops.evaluate.plots import plot_scores
 from claa_ops.evaluate.report import as_table
 from claa_ops.methods import CLAA, FullKV
 from claa_ops.models import InputError
 from claa_ops.prefill import ClaaCache, attach
+from claa_ops.prefill.passes import end_tokens
 from evaluate.tiny_checkpoint import LAYERS, tiny_model, tiny_tokenizer
 
 TOKENS = 200
@@ -79,7 +79,7 @@ def test_decoding_ends_with_the_answer(tokenizer, ids):
     model = tiny_model()
     first = int(attach(model)(ids).logits[0, -1].argmax())
     model.generation_config.eos_token_id = [first, 3]
-    assert _end_tokens(model) == {first, 3}
+    assert set(end_tokens(model)) == {first, 3}
     report = compare(model, tokenizer, ids, FullKV(), runs=1)
     assert report.full.new_tokens == 1 and report.full.decode_s is None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from claa_ops.evaluate.memory import watch_memory
 from claa_ops.methods import CLAA, FullKV
 from claa_ops.models import InputError
 from claa_ops.prefill import ClaaCache, attach
+from claa_ops.prefill.passes import end_tokens
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _answer(model: PreTrainedModel, ids: Tensor, cache: ClaaCache, max_new_token
         token = _next_token(model, ids, cache)
     tokens, times = [int(token)], []
     kv_bytes = cache.nbytes()
-    ends = _end_tokens(model)
+    ends = end_tokens(model)
     while len(tokens) < max_new_tokens and tokens[-1] not in ends:
         begin = _now(model.device)
         token = _next_token(model, token, cache)
@@ -189,13 +190,6 @@ def _answer(model: PreTrainedModel, ids: Tensor, cache: ClaaCache, max_new_token
 def _next_token(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
     logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return logits[:, -1].argmax(dim=-1, keepdim=True)
-
-
-def _end_tokens(model: PreTrainedModel) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        return set()
-    return set(ends) if isinstance(ends, Iterable) else {ends}
 
 
 def _now(device: torch.device) -> float:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from claa_ops.prefill.huggingface import decoder_of
+
 
 @dataclass(frozen=True)
 class PrefillCost:
@@ -35,18 +37,13 @@ def prefill_cost(
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     linear = attention = 0.0
-    for index, block in enumerate(decoder_layers(model)):
+    for index, block in enumerate(decoder_of(model).layers):
         seen = tokens if layer is None or kept is None or index <= layer else kept
         linear += 2.0 * seen * _weights_per_token(block, config)
         pairs = _visible_pairs(seen, _sliding_window(config, index))
         attention += 4.0 * heads * head_dim * pairs
     head = 2.0 * config.hidden_size * config.vocab_size
     return PrefillCost(linear, attention, head)
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the blocks of the decoder, first to last."""
-    return model.get_decoder().layers
 
 
 def _weights_per_token(block: nn.Module, config: PreTrainedConfig) -> float:

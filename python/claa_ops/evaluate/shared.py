@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from claa_ops.evaluate.cost import decoder_layers
 from claa_ops.methods import FullKV, Method
 from claa_ops.methods.base import Preparation
 from claa_ops.methods.pruning import Pruning
 from claa_ops.prefill import ClaaCache, Prefilled, PrefillState, begin, run
+from claa_ops.prefill.huggingface import decoder_of
 from claa_ops.prefill.passes import count_positions
 
 _ROWS = 64  # of the queries, the last: a method that reads more is computed as a whole
@@ -65,7 +65,7 @@ class SharedPrefill:
         self.attention_mask = None if attention_mask is None else attention_mask.to(model.device)
         self._outputs: dict[int, Any] = {}
         self._prepared: dict[tuple[Any, ...], Preparation] = {}
-        blocks = decoder_layers(model)
+        blocks = decoder_of(model).layers
         handles = [blocks[0].register_forward_pre_hook(self._keep_embedded, with_kwargs=True)]
         for index, block in enumerate(blocks):
             if layers is None or index in layers or index == len(blocks) - 1:
@@ -157,7 +157,7 @@ class SharedPrefill:
         ClaaCache; all others, such as those of decoding or the second pass of a two-pass method,
         are computed.
         """
-        blocks = decoder_layers(self.model)
+        blocks = decoder_of(self.model).layers
         for index, block in enumerate(blocks):
             block.forward = self._replaying(block, index)
         try:
