@@ -8,9 +8,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <ostream>
 #include <sstream>
 #include <stdexcept>
-#include <string>
 
 #include "csrc/kernels.h"
 
@@ -47,18 +47,38 @@ inline const char* name_of(ScalarType dtype) {
   }
 }
 
-inline std::string list_of(const int64_t* values, int64_t count) {
-  std::ostringstream text;
-  for (int64_t i = 0; i < count; ++i) text << (i ? ", " : "[") << values[i];
-  return text.str() + (count ? "]" : "[]");
-}
-inline std::string shape_of(const Tensor& t) { return list_of(t.sizes().data(), t.dim()); }
-inline std::string strides_of(const Tensor& t) { return list_of(t.strides().data(), t.dim()); }
+// What a message says of a tensor. They hold the tensor and write only when a check has failed: a
+// stream is a microsecond, and more where its code is cold.
+struct ShapeOf {
+  const Tensor& tensor;
+};
+struct StridesOf {
+  const Tensor& tensor;
+};
+struct DeviceOf {
+  const Tensor& tensor;
+};
+inline ShapeOf shape_of(const Tensor& t) { return {t}; }
+inline StridesOf strides_of(const Tensor& t) { return {t}; }
+inline DeviceOf device_of(const Tensor& t) { return {t}; }
 
-inline std::string device_of(const Tensor& t) {
-  if (t.is_cpu()) return "cpu";
-  const std::string index = std::to_string(t.get_device_index());
-  return t.is_cuda() ? "cuda:" + index : "another device (index " + index + ")";
+template <class List>
+std::ostream& write_list(std::ostream& out, const List& values) {
+  out << "[";
+  for (size_t i = 0; i < values.size(); ++i) out << (i ? ", " : "") << values[i];
+  return out << "]";
+}
+inline std::ostream& operator<<(std::ostream& out, ShapeOf shape) {
+  return write_list(out, shape.tensor.sizes());
+}
+inline std::ostream& operator<<(std::ostream& out, StridesOf strides) {
+  return write_list(out, strides.tensor.strides());
+}
+inline std::ostream& operator<<(std::ostream& out, DeviceOf device) {
+  if (device.tensor.is_cpu()) return out << "cpu";
+  const int index = device.tensor.get_device_index();
+  if (device.tensor.is_cuda()) return out << "cuda:" << index;
+  return out << "another device (index " << index << ")";
 }
 
 inline void check_rank(const char* op, const char* name, const Tensor& t, int64_t rank,
