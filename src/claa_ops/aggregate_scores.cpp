@@ -22,7 +22,7 @@ Tensor aggregate_scores(const Tensor& running, const Tensor& scores) {
   check_last_dim_contiguous(op, "running", running);
   check_last_dim_contiguous(op, "scores", scores);
 
-  const Tensor out = torch::stable::new_empty(running, {batch, context});
+  const Tensor out = allocate(running, {batch, context});
   if (out.numel() == 0) return out;
   launch(running, AggregateScoresParams{
                       .running = running.const_data_ptr<float>(),

@@ -29,8 +29,8 @@ std::tuple<Tensor, Tensor> gather_kv(const Tensor& key, const Tensor& value, con
   const int64_t value_bytes = item_bytes_of(op, "value", value);
 
   const int64_t kept = index.size(index.dim() - 1);
-  const Tensor key_out = torch::stable::new_empty(key, {batch, kv_heads, kept, key.size(3)});
-  const Tensor value_out = torch::stable::new_empty(value, {batch, kv_heads, kept, value.size(3)});
+  const Tensor key_out = allocate(key, {batch, kv_heads, kept, key.size(3)});
+  const Tensor value_out = allocate(value, {batch, kv_heads, kept, value.size(3)});
   if (key_out.numel() == 0 && value_out.numel() == 0) return {key_out, value_out};
   launch(key, GatherKvParams{
                   .key = static_cast<const char*>(key.const_data_ptr()),

@@ -18,7 +18,7 @@ Tensor gather_tokens(const Tensor& x, const Tensor& index) {
   check_index_range(op, index, total);
   const int64_t item_bytes = item_bytes_of(op, "x", x);
 
-  const Tensor out = torch::stable::new_empty(x, {batch, kept, x.size(2)});
+  const Tensor out = allocate(x, {batch, kept, x.size(2)});
   if (out.numel() == 0) return out;
   launch(x, GatherTokensParams{
                 .x = static_cast<const char*>(x.const_data_ptr()),

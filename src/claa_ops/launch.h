@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "src/claa_ops/allocate.h"
 #include "src/claa_ops/checks.h"
 
 #ifdef CLAA_CUDA
@@ -21,7 +22,7 @@ inline int64_t workers() { return 1; }
 template <class Params>
 Tensor workspace_for(const Params& params, const Tensor& like) {
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  return torch::stable::new_empty(like, {cuda::workspace_bytes(params)}, ScalarType::Byte);
+  return allocate(like, {cuda::workspace_bytes(params)}, ScalarType::Byte);
 }
 
 // Enqueues `params` on the current stream of the device where `like` lives.
@@ -44,7 +45,7 @@ inline int64_t workers() { return torch::stable::get_num_threads(); }
 // Scratch memory for `params`, empty if it needs none. Keep it until the launch.
 template <class Params>
 Tensor workspace_for(const Params& params, const Tensor& like) {
-  return torch::stable::new_empty(like, {cpu::schedule(params).workspace_bytes}, ScalarType::Byte);
+  return allocate(like, {cpu::schedule(params).workspace_bytes}, ScalarType::Byte);
 }
 
 // Runs `params` on torch's CPU threads, phase by phase.

@@ -21,7 +21,7 @@ Tensor peak_attention(const Tensor& query, const Tensor& key, std::optional<doub
     check_last_dim_contiguous(op, "running", *running);
   }
 
-  const Tensor out = torch::stable::new_empty(query, {batch, queries, total}, ScalarType::Float);
+  const Tensor out = allocate(query, {batch, queries, total}, ScalarType::Float);
   PeakAttentionParams params{
       .query = query.const_data_ptr(),
       .key = key.const_data_ptr(),

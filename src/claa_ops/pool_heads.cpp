@@ -16,7 +16,7 @@ Tensor pool_heads(const Tensor& scores, int64_t num_kv_heads, int64_t kernel_siz
   const PoolMode pool_mode = pool_mode_of(op, mode);
 
   const int64_t batch = scores.size(0), context = scores.size(2);
-  const Tensor out = torch::stable::new_empty(scores, {batch, num_kv_heads, context});
+  const Tensor out = allocate(scores, {batch, num_kv_heads, context});
   if (out.numel() == 0) return out;
   if (scores.numel() == 0) return torch::stable::zero_(const_cast<Tensor&>(out));
   launch(scores, PoolHeadsParams{

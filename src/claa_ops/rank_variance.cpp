@@ -14,7 +14,7 @@ Tensor rank_variance(const Tensor& scores, int64_t k) {
   check(layers > 0, op, "scores must have at least one layer, got ", shape_of(scores));
   check(k >= 0 && k <= context, op, "k must be in [0, M] = [0, ", context, "], got ", k);
 
-  Tensor out = torch::stable::new_empty(scores, {batch});
+  Tensor out = allocate(scores, {batch});
   if (batch == 0) return out;
   if (context == 0) return torch::stable::zero_(out);
   RankVarianceParams params{

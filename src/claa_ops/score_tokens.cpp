@@ -14,8 +14,8 @@ Tensor score_tokens(const Tensor& query, const Tensor& key, int64_t kernel_size,
       window_attention(op, query, key, scale, lse, start, sliding_window, softcap, sinks);
   check_kernel_size(op, kernel_size);
   const PoolMode pool_mode = pool_mode_of(op, mode);
-  const Tensor out = torch::stable::new_empty(
-      query, {attention.batch, attention.kv_heads, attention.context()}, ScalarType::Float);
+  const Tensor out = allocate(query, {attention.batch, attention.kv_heads, attention.context()},
+                              ScalarType::Float);
   return launch_window(ScoreTokensParams{.attention = attention,
                                          .out = out.mutable_data_ptr<float>(),
                                          .kernel_size = kernel_size,

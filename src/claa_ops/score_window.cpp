@@ -10,8 +10,8 @@ Tensor score_window(const Tensor& query, const Tensor& key, std::optional<double
                     int64_t sliding_window, double softcap, const std::optional<Tensor>& sinks) {
   const WindowAttention attention = window_attention("score_window", query, key, scale, lse, start,
                                                      sliding_window, softcap, sinks);
-  const Tensor out = torch::stable::new_empty(
-      query, {attention.batch, attention.heads, attention.context()}, ScalarType::Float);
+  const Tensor out =
+      allocate(query, {attention.batch, attention.heads, attention.context()}, ScalarType::Float);
   return launch_window(
       ScoreWindowParams{.attention = attention, .out = out.mutable_data_ptr<float>()}, out);
 }

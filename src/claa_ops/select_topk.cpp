@@ -33,8 +33,7 @@ Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t sink
 
   std::vector<int64_t> shape(scores.sizes().begin(), scores.sizes().end());
   shape.back() = k;
-  const Tensor out =
-      torch::stable::new_empty(scores, shape, int32 ? ScalarType::Int : ScalarType::Long);
+  const Tensor out = allocate(scores, shape, int32 ? ScalarType::Int : ScalarType::Long);
   if (out.numel() == 0) return out;
   SelectTopkParams params{
       .scores = scores.const_data_ptr<float>(),

@@ -183,3 +183,10 @@ def test_rejects(changes, message, device):
 def test_rejects_an_unknown_mode(device):
     with pytest.raises(ValueError, match="mode must be one of avg, max; got 'sum'"):
         pool_heads(torch.zeros(1, 2, 5, device=device), 1, mode="sum")
+
+
+def test_says_what_could_not_be_allocated(device):
+    """A petabyte of results from a few megabytes of scores."""
+    scores = torch.zeros(1, 1, 2**20, device=device).expand(2**28, 1, 2**20)
+    with pytest.raises(RuntimeError, match=r"could not allocate .* \[268435456, 1, 1048576\]"):
+        pool_heads(scores, 1)
