@@ -1,13 +1,16 @@
 """The ops on a GPU: absolute times, as nodes of a CUDA graph, with cold caches.
 
-A call of a few microseconds is shorter than its launch, and an event around it shows the launch.
-So a graph of many [evict, call] is replayed, and beside it a graph of as many [evict]: what one
-call adds is their difference over their number. To evict is to read 256 MiB: the caches are then
-full of clean lines, which cost nothing to throw away.
+A call of a few microseconds is shorter than its launch, and an event around it shows the launch. So
+a graph of a hundred calls is replayed between two events, and its time divided by their number;
+nothing is subtracted. Each call has inputs of its own, or they take turns over as many as fill the
+caches several times; each output has memory of its own; a read of 256 MiB before the replay leaves
+nothing of the last one. So no call finds its inputs in a cache. The smallest node, timed likewise,
+is printed beside the rest.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from itertools import cycle, islice
 
 import torch
 
@@ -15,7 +18,9 @@ from bench.cases import LLAMA, Case
 from bench.cuda_cases import cases, layer
 from bench.harness import BUFFER_BYTES, Call, Timing, summary
 
-NODES, REPLAYS, CALLS = 20, 11, 25
+NODES, REPLAYS, CALLS = 100, 7, 25
+GRAPH_MS = 20  # long calls: as many as take so long together, but at least 8
+LAYERS = 16  # sets of a layer's inputs: 268 MB of keys at 8k
 TOKENS = (8192, 32_768, 131_072)
 HEADER = (
     f"{'op':<17}{'shape':<18}{'note':<17}{'ours us':>9}  {'[p10..p90]':<16}"
@@ -25,69 +30,69 @@ HEADER = (
 )
 
 
-class Graph:
-    """A number of [evict, call], captured once and replayed."""
+def timed(call: Call) -> float:
+    """Milliseconds of a call behind an eviction, which hides the way to the first launch."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    evict()
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
 
-    def __init__(self, call: Call, evict: Call, nodes: int) -> None:
-        call()  # warm up: modules load, libraries choose their kernels
-        torch.cuda.synchronize()
+
+def evict() -> None:
+    """Leave nothing of others in the caches, and nothing that must be written."""
+    buffer, total = _unrelated()
+    torch.sum(buffer, dim=0, out=total)
+
+
+@cache
+def _unrelated() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(BUFFER_BYTES // 4, device="cuda"), torch.empty((), device="cuda")
+
+
+class Graph:
+    """Calls captured one after the other; their results stay, so each has memory of its own."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        calls[0]()  # warm up: modules load, libraries choose their kernels
+        self.nodes = min(len(calls), max(8, int(GRAPH_MS / timed(calls[0]))))
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            for _ in range(nodes):
-                evict()
-                call()
-
-    def replay_ms(self) -> float:
-        """Replay once; its time on the device."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        self.graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
+            self.results = [call() for call in calls[: self.nodes]]
 
 
-def eviction() -> Call:
-    """A call that leaves nothing of others in the caches, and nothing that must be written."""
-    buffer = torch.ones(BUFFER_BYTES // 4, device="cuda")
-    total = torch.empty((), device="cuda")
-    return lambda: torch.sum(buffer, dim=0, out=total)
+def node_times(calls: Mapping[str, Sequence[Call]]) -> dict[str, Timing]:
+    """What a call costs as a node, in milliseconds, by name.
 
-
-def node_times(calls: Mapping[str, Call], *, nodes: int = NODES) -> dict[str, Timing]:
-    """What each call costs as a node of a graph, in milliseconds; all replayed in turn."""
-    evict = eviction()
-    without = Graph(lambda: None, evict, nodes)
-    graphs = {name: Graph(call, evict, nodes) for name, call in calls.items()}
+    Under a name is the same call on several inputs, which the nodes take in turn. The graphs are
+    replayed in turn too, so that a slow moment meets all of them.
+    """
+    graphs = {name: Graph(list(islice(cycle(same), NODES))) for name, same in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for replay in range(REPLAYS + 1):
-        empty = without.replay_ms()
         for name, graph in graphs.items():
-            spent = graph.replay_ms()
+            spent = timed(graph.graph.replay)
             if replay:  # the first uploads the graph
-                samples[name].append((spent - empty) / nodes)
+                samples[name].append(spent / graph.nodes)
     return {name: summary(times) for name, times in samples.items()}
 
 
 def called_times(calls: Mapping[str, Call]) -> dict[str, Timing]:
     """What each call costs as Python makes it, launches and all, in milliseconds."""
-    evict = eviction()
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(CALLS):
         for name, call in calls.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            evict()
-            begin.record()  # behind the eviction, which hides the way to the first launch
-            call()
-            end.record()
-            end.synchronize()
-            samples[name].append(begin.elapsed_time(end))
+            samples[name].append(timed(call))
     return {name: summary(times) for name, times in samples.items()}
 
 
-def node_us(call: Call) -> float:
-    """Microseconds of one node."""
-    return node_times({"": call})[""].median * 1e3
+def sets_of(make: Callable[[], Case]) -> list[Case]:
+    """The case again and again, on as many inputs as it takes to fill the caches several times."""
+    case = make()
+    count = min(max(4, BUFFER_BYTES // case.min_bytes), NODES)
+    return [case, *(make() for _ in range(count - 1))]
 
 
 @cache
@@ -104,12 +109,13 @@ def roofs() -> dict[str, float]:
         "matmul_tflops": lambda: torch.mm(a, b, out=product),
         "node_us": lambda: torch.cuda._sleep(0),  # a kernel that does nothing
     }
-    ms = {name: timing.median for name, timing in node_times(calls, nodes=4).items()}
+    timings = node_times({name: [call] for name, call in calls.items()})
+    ms = {name: timing.median for name, timing in timings.items()}
     return {
         "copy_gbps": 2 * source.nbytes / ms["copy_gbps"] / 1e6,
         "read_gbps": source.nbytes / ms["read_gbps"] / 1e6,
         "matmul_tflops": 2 * 8192**3 / ms["matmul_tflops"] / 1e9,
-        "node_us": node_us(calls["node_us"]),
+        "node_us": ms["node_us"] * 1e3,
     }
 
 
@@ -122,12 +128,13 @@ def floor_ms(case: Case) -> float:
     return max(case.min_bytes / rate / 1e6, multiply, roof["node_us"] / 1e3)
 
 
-def line_of(case: Case) -> dict:
+def line_of(sets: list[Case]) -> dict:
     """Measure one case, as nodes and as called from Python."""
-    calls: dict[str, Call] = {"ours": case.ours}
+    case = sets[0]
+    calls = {"ours": [each.ours for each in sets], "eager": [each.eager for each in sets]}
     if case.builtin is not None:
-        calls["torch"] = case.builtin
-    nodes = node_times(calls) | node_times({"eager": case.eager}, nodes=4)
+        calls["torch"] = [each.builtin for each in sets if each.builtin is not None]
+    nodes = node_times(calls)
     called = called_times({"ours": case.ours, "eager": case.eager})
     floor = floor_ms(case)
     return {
@@ -164,22 +171,19 @@ def printed(line: dict) -> str:
 
 
 def layer_line(tokens: int) -> dict:
-    """What a layer runs one after the other, and what the aggregation is of it."""
-    steps = layer(tokens)
-
-    def run(*names: str) -> Callable[[], None]:
-        def call() -> None:
-            for name in names:
-                steps[name]()
-
-        return call
-
-    names = list(steps)
-    calls = {"layer": run(*names)}
-    calls |= {f"without {name}": run(*(n for n in names if n != name)) for name in names}
+    """What a layer runs one after the other, and what each step is of it."""
+    sets = [layer(tokens) for _ in range(LAYERS)]
+    names = list(sets[0])
+    sequences = {"layer": names}
+    sequences |= {f"without {name}": [step for step in names if step != name] for name in names}
+    calls = {name: [partial(_run, steps, of) for steps in sets] for name, of in sequences.items()}
     us = {name: timing.median * 1e3 for name, timing in node_times(calls).items()}
     share = {name: 1 - us[f"without {name}"] / us["layer"] for name in names}
     return {"tokens": tokens, "us": us, "share": share}
+
+
+def _run(steps: Mapping[str, Call], names: list[str]) -> list:
+    return [steps[name]() for name in names]
 
 
 def peak_bytes(call: Call) -> int:
@@ -215,11 +219,12 @@ def report(ops: list[str], quick: bool) -> dict:
     tokens = TOKENS[:1] if quick else TOKENS
     lines, memory = [], []
     for op in ops:
-        for case in cases(op, tokens):
-            lines.append(line_of(case))
+        for make in cases(op, tokens):
+            sets = sets_of(make)
+            lines.append(line_of(sets))
             print(printed(lines[-1]), flush=True)
-            if op == "score_tokens" and case.shape.tokens == tokens[-1]:
-                memory.append(memory_line(case))
+            if op == "score_tokens" and sets[0].shape.tokens == tokens[-1]:
+                memory.append(memory_line(sets[0]))
     for line in memory:
         mib = {name: size / 2**20 for name, size in line["bytes"].items()}
         print(

@@ -1,6 +1,10 @@
-"""What is timed on a GPU: the ops with the shapes of Llama-3.1-8B, bfloat16, one prompt."""
+"""What is timed on a GPU: the ops with the shapes of Llama-3.1-8B, bfloat16, one prompt.
+
+Each function yields functions that make a case, on other inputs with every call.
+"""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,83 +15,49 @@ import claa_ops
 from bench.cases import LLAMA, Case, Shape, keys_of, queries_of
 from bench.cases import OPS as PORTABLE
 
+Make = Callable[[], Case]
 BF16 = torch.bfloat16
 WINDOW = 8
 PEAK_QUERIES = 128
 
 
-def score_tokens(shape: Shape) -> Iterator[Case]:
+def score_tokens(shape: Shape) -> Iterator[Make]:
     """With and without the attention's logsumexp; eight prompts at once where they are long."""
-    yield _scoring("score_tokens", shape, WINDOW, lse=True)
-    yield _scoring("score_tokens", shape, WINDOW)
-    yield _scoring("score_tokens", shape, 64, lse=True)
-    yield _scoring("score_tokens", shape, 64)
+    yield partial(_scoring, "score_tokens", shape, WINDOW, lse=True)
+    yield partial(_scoring, "score_tokens", shape, WINDOW)
+    yield partial(_scoring, "score_tokens", shape, 64, lse=True)
+    yield partial(_scoring, "score_tokens", shape, 64)
     if shape.tokens >= 131_072:
-        yield _scoring("score_tokens", shape, WINDOW, lse=True, batch=8)
+        yield partial(_scoring, "score_tokens", shape, WINDOW, lse=True, batch=8)
 
 
-def score_window(shape: Shape) -> Iterator[Case]:
+def score_window(shape: Shape) -> Iterator[Make]:
     """The scores of each query head, not pooled."""
-    yield _scoring("score_window", shape, WINDOW, lse=True)
+    yield partial(_scoring, "score_window", shape, WINDOW, lse=True)
 
 
-def select_topk(shape: Shape) -> Iterator[Case]:
+def select_topk(shape: Shape) -> Iterator[Make]:
     """One row: which tokens go on. Eight: what the cache of a layer keeps."""
-    yield _selection(shape, rows=1, percent=10)
+    yield partial(_selection, shape, rows=1, percent=10)
     for percent in (10, 40):
-        yield _selection(shape, rows=LLAMA.kv_heads, percent=percent)
+        yield partial(_selection, shape, rows=LLAMA.kv_heads, percent=percent)
     if shape.tokens >= 131_072:
-        yield _selection(shape._replace(tokens=2**20), rows=1, percent=10)
+        yield partial(_selection, shape._replace(tokens=2**20), rows=1, percent=10)
 
 
-def gather_kv(shape: Shape) -> Iterator[Case]:
+def gather_kv(shape: Shape) -> Iterator[Make]:
     """A tenth of the tokens, other ones for each head."""
-    key, value = (keys_of(LLAMA, BF16, shape.tokens, shape.device) for _ in range(2))
-    index = _kept(shape, LLAMA.kv_heads)[None]
-    outputs = 2 * index.numel() * LLAMA.dim * key.element_size()
-
-    def torch_gather() -> tuple[Tensor, Tensor]:
-        rows = index[..., None].expand(-1, -1, -1, LLAMA.dim)
-        return key.gather(2, rows), value.gather(2, rows)
-
-    yield Case("gather_kv", shape, BF16, (key, value, index), outputs, {}, "10 %", 0, torch_gather)
+    yield partial(_gathering, shape)
 
 
-def aggregate_scores(shape: Shape) -> Iterator[Case]:
+def aggregate_scores(shape: Shape) -> Iterator[Make]:
     """Against one torch.maximum over all heads, which leaves their maximum to another kernel."""
-    scores = torch.rand(1, LLAMA.kv_heads, shape.context, device=shape.device)
-    running = torch.rand(1, shape.context, device=shape.device)
-    running_heads, out = torch.rand_like(scores), torch.empty_like(scores)
-
-    def maximum() -> Tensor:
-        return torch.maximum(running_heads, scores, out=out)
-
-    args = (running, scores)
-    yield Case(
-        "aggregate_scores", shape, torch.float32, args, running.nbytes, {}, "8 heads", 0, maximum
-    )
+    yield partial(_aggregation, shape)
 
 
-def peak_attention(shape: Shape) -> Iterator[Case]:
+def peak_attention(shape: Shape) -> Iterator[Make]:
     """Against FlashAttention-2's forward, which multiplies twice as much: by the values too."""
-    query, key = _queries_and_keys(shape, PEAK_QUERIES)
-    value = keys_of(LLAMA, BF16, shape.tokens, shape.device)
-
-    def flash() -> Tensor:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
-
-    yield Case(
-        "peak_attention",
-        shape,
-        BF16,
-        (query, key),
-        4 * PEAK_QUERIES * shape.tokens,
-        {},
-        f"T {PEAK_QUERIES}",
-        _multiply_adds(shape, PEAK_QUERIES),
-        flash,
-    )
+    yield partial(_peaks, shape)
 
 
 def layer(tokens: int) -> dict[str, Callable[[], object]]:
@@ -135,6 +105,56 @@ def _selection(shape: Shape, *, rows: int, percent: int) -> Case:
     )
 
 
+def _gathering(shape: Shape) -> Case:
+    key, value = (keys_of(LLAMA, BF16, shape.tokens, shape.device) for _ in range(2))
+    index = _kept(shape, LLAMA.kv_heads)[None]
+    outputs = 2 * index.numel() * LLAMA.dim * key.element_size()
+
+    def torch_gather() -> tuple[Tensor, Tensor]:
+        rows = index[..., None].expand(-1, -1, -1, LLAMA.dim)
+        return key.gather(2, rows), value.gather(2, rows)
+
+    return Case("gather_kv", shape, BF16, (key, value, index), outputs, {}, "10 %", 0, torch_gather)
+
+
+def _aggregation(shape: Shape) -> Case:
+    scores = torch.rand(1, LLAMA.kv_heads, shape.context, device=shape.device)
+    running = torch.rand(1, shape.context, device=shape.device)
+    running_heads = torch.rand_like(scores)
+    return Case(
+        "aggregate_scores",
+        shape,
+        torch.float32,
+        (running, scores),
+        running.nbytes,
+        {},
+        f"{LLAMA.kv_heads} heads",
+        0,
+        lambda: torch.maximum(running_heads, scores),
+    )
+
+
+def _peaks(shape: Shape) -> Case:
+    query, key = _queries_and_keys(shape, PEAK_QUERIES)
+    value = keys_of(LLAMA, BF16, shape.tokens, shape.device)
+
+    def flash() -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+    return Case(
+        "peak_attention",
+        shape,
+        BF16,
+        (query, key),
+        4 * PEAK_QUERIES * shape.tokens,
+        {},
+        f"T {PEAK_QUERIES}",
+        _multiply_adds(shape, PEAK_QUERIES),
+        flash,
+    )
+
+
 def _queries_and_keys(shape: Shape, window: int, batch: int = 1) -> tuple[Tensor, Tensor]:
     query = queries_of(LLAMA, BF16, shape.device, window=window, batch=batch)
     return query, keys_of(LLAMA, BF16, shape.tokens, shape.device, batch=batch)
@@ -155,12 +175,12 @@ def _kept(shape: Shape, rows: int) -> Tensor:
     return claa_ops.select_topk(scores, shape.tokens // 10)
 
 
-def _portable(op: str) -> Callable[[Shape], Iterator[Case]]:
-    """The case that the CPU has too."""
-    return lambda shape: PORTABLE[op](shape, BF16)
+def _portable(op: str) -> Callable[[Shape], Iterator[Make]]:
+    """The one case that the CPU has too."""
+    return lambda shape: iter([lambda: next(PORTABLE[op](shape, BF16))])
 
 
-OPS: dict[str, Callable[[Shape], Iterator[Case]]] = {
+OPS: dict[str, Callable[[Shape], Iterator[Make]]] = {
     "score_tokens": score_tokens,
     "score_window": score_window,
     "peak_attention": peak_attention,
@@ -173,7 +193,7 @@ OPS: dict[str, Callable[[Shape], Iterator[Case]]] = {
 }
 
 
-def cases(op: str, tokens: tuple[int, ...]) -> Iterator[Case]:
+def cases(op: str, tokens: tuple[int, ...]) -> Iterator[Make]:
     """All lines of an op."""
     for count in tokens:
         yield from OPS[op](Shape(LLAMA, count, "cuda"))
