@@ -124,6 +124,13 @@ def score_tokens(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
         yield replace(given, note="lse given")
 
 
+def score_layer(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    query, key, flops = _scoring(shape, dtype)
+    running = torch.rand(1, shape.context, device=shape.device)
+    outputs = 4 * (shape.model.kv_heads + 1) * shape.context
+    yield Case("score_layer", shape, dtype, (running, query, key), outputs, flops=flops)
+
+
 def peak_attention(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     query, key, flops = _scoring(shape, dtype)
     outputs = 4 * WINDOW * shape.tokens
@@ -203,6 +210,7 @@ def _scoring(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
 OPS: dict[str, Callable[[Shape, torch.dtype], Iterator[Case]]] = {
     "score_tokens": score_tokens,
     "score_window": score_window,
+    "score_layer": score_layer,
     "peak_attention": peak_attention,
     "pool_heads": pool_heads,
     "aggregate_scores": aggregate_scores,
@@ -211,7 +219,14 @@ OPS: dict[str, Callable[[Shape, torch.dtype], Iterator[Case]]] = {
     "gather_tokens": gather_tokens,
     "rank_variance": rank_variance,
 }
-MOVES_MODEL_DTYPE = {"score_tokens", "score_window", "peak_attention", "gather_kv", "gather_tokens"}
+MOVES_MODEL_DTYPE = {
+    "score_tokens",
+    "score_window",
+    "score_layer",
+    "peak_attention",
+    "gather_kv",
+    "gather_tokens",
+}
 
 
 def cases(op: str, device: str, tokens: tuple[int, ...]) -> Iterator[Case]:

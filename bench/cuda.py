@@ -173,8 +173,8 @@ def printed(line: dict) -> str:
 def layer_line(tokens: int) -> dict:
     """What a layer runs one after the other, and what each step is of it."""
     sets = [layer(tokens) for _ in range(LAYERS)]
-    names = list(sets[0])
-    sequences = {"layer": names}
+    names = [name for name in sets[0] if name != "score_layer"]
+    sequences = {"layer": names, "fused": ["score_layer", "select_topk"]}
     sequences |= {f"without {name}": [step for step in names if step != name] for name in names}
     calls = {name: [partial(_run, steps, of) for steps in sets] for name, of in sequences.items()}
     us = {name: timing.median * 1e3 for name, timing in node_times(calls).items()}
@@ -240,5 +240,8 @@ def layer_lines(tokens: tuple[int, ...]) -> Iterator[dict]:
     for count in tokens:
         line = layer_line(count)
         shares = ", ".join(f"{name} {share:.1%}" for name, share in line["share"].items())
-        print(f"layer of {LLAMA.name}, {count // 1024}k: {line['us']['layer']:.1f} us; {shares}")
+        print(
+            f"layer of {LLAMA.name}, {count // 1024}k: {line['us']['layer']:.1f} us, with "
+            f"score_layer {line['us']['fused']:.1f} us; {shares}"
+        )
         yield line

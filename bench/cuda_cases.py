@@ -4,6 +4,7 @@ Each function yields functions that make a case, on other inputs with every call
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -36,6 +37,11 @@ def score_window(shape: Shape) -> Iterator[Make]:
     yield partial(_scoring, "score_window", shape, WINDOW, lse=True)
 
 
+def score_layer(shape: Shape) -> Iterator[Make]:
+    """The scores that join a running maximum."""
+    yield partial(_joining, shape)
+
+
 def select_topk(shape: Shape) -> Iterator[Make]:
     """One row: which tokens go on. Eight: what the cache of a layer keeps."""
     yield partial(_selection, shape, rows=1, percent=10)
@@ -61,7 +67,10 @@ def peak_attention(shape: Shape) -> Iterator[Make]:
 
 
 def layer(tokens: int) -> dict[str, Callable[[], object]]:
-    """The ops of a layer that is aggregated and whose cache is compressed, in their order."""
+    """The ops of a layer that is aggregated and whose cache is compressed, in their order.
+
+    `score_layer` does the work of the first two.
+    """
     shape = Shape(LLAMA, tokens, "cuda")
     query, key = _queries_and_keys(shape, WINDOW)
     lse = _logsumexp(shape, 1, WINDOW)
@@ -70,6 +79,7 @@ def layer(tokens: int) -> dict[str, Callable[[], object]]:
     return {
         "score_tokens": lambda: claa_ops.score_tokens(query, key, lse=lse),
         "aggregate_scores": lambda: claa_ops.aggregate_scores(running, scores),
+        "score_layer": lambda: claa_ops.score_layer(running, query, key, lse=lse),
         "select_topk": lambda: claa_ops.select_topk(scores, tokens // 10, window=WINDOW),
     }
 
@@ -82,6 +92,12 @@ def _scoring(op: str, shape: Shape, window: int, *, lse: bool = False, batch: in
     outputs = 4 * batch * heads * (shape.tokens - window)
     flops = batch * _multiply_adds(shape, window)
     return Case(op, shape, BF16, (query, key), outputs, options, note, flops)
+
+
+def _joining(shape: Shape) -> Case:
+    case = _scoring("score_layer", shape, WINDOW, lse=True)
+    running = torch.rand(1, shape.context, device=shape.device)
+    return replace(case, args=(running, *case.args), outputs=case.outputs + running.nbytes)
 
 
 def _selection(shape: Shape, *, rows: int, percent: int) -> Case:
@@ -183,6 +199,7 @@ def _portable(op: str) -> Callable[[Shape], Iterator[Make]]:
 OPS: dict[str, Callable[[Shape], Iterator[Make]]] = {
     "score_tokens": score_tokens,
     "score_window": score_window,
+    "score_layer": score_layer,
     "peak_attention": peak_attention,
     "pool_heads": _portable("pool_heads"),
     "aggregate_scores": aggregate_scores,

@@ -58,6 +58,7 @@ struct WindowAttention {
 
   CLAA_HOST_DEVICE int64_t context() const { return total - window; }
   CLAA_HOST_DEVICE int64_t group() const { return heads / kv_heads; }
+  bool has_queries() const { return heads > 0 && window > 0; }
 };
 
 struct ScoreWindowParams {
@@ -84,9 +85,37 @@ struct PoolHeadsParams {
 struct AggregateScoresParams {
   const float* running;  // [batch, context]
   const float* scores;   // [batch, kv_heads, context]
-  float* out;            // [batch, context]
+  float* out;            // [batch, context], may be `running`
   int64_t batch, kv_heads, context;
-  int64_t running_stride_b, scores_stride_b, scores_stride_g;
+  int64_t running_stride_b, scores_stride_b, scores_stride_g, out_stride_b;
+};
+
+struct ScoreLayerParams {
+  WindowAttention attention;
+  float* out;      // [batch, kv_heads, context]
+  float* running;  // [batch, context], becomes the maximum of itself and the scores
+  int64_t running_stride_b;
+  int64_t kernel_size;
+  PoolMode mode;
+
+  // The op in two steps: score_tokens, then aggregate_scores in place. Inlined for the same reason
+  // as `tiers` below.
+  CLAA_HOST_DEVICE __attribute__((always_inline)) inline ScoreTokensParams scores() const {
+    return {.attention = attention, .out = out, .kernel_size = kernel_size, .mode = mode};
+  }
+  CLAA_HOST_DEVICE __attribute__((always_inline)) inline AggregateScoresParams maximum() const {
+    const int64_t context = attention.context();
+    return {.running = running,
+            .scores = out,
+            .out = running,
+            .batch = attention.batch,
+            .kv_heads = attention.kv_heads,
+            .context = context,
+            .running_stride_b = running_stride_b,
+            .scores_stride_b = attention.kv_heads * context,
+            .scores_stride_g = context,
+            .out_stride_b = running_stride_b};
+  }
 };
 
 struct SelectTopkParams {
@@ -177,6 +206,7 @@ struct RankVarianceParams {
   DECLARE(PoolHeadsParams)        \
   DECLARE(ScoreTokensParams)      \
   DECLARE(AggregateScoresParams)  \
+  DECLARE(ScoreLayerParams)       \
   DECLARE(SelectTopkParams)       \
   DECLARE(GatherKvParams)         \
   DECLARE(GatherTokensParams)     \

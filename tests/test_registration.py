@@ -53,6 +53,15 @@ def score_tokens(b: int, m: int, device: str) -> list[Sample]:
     ]
 
 
+def score_layer(b: int, m: int, device: str) -> list[Sample]:
+    running = torch.rand(b, m, device=device)
+    return [
+        Sample((running, *scoring(b, m, device))),
+        Sample((running, *scoring(b, m, device)), {"kernel_size": 5, "mode": "max"}),
+        Sample((running, *scoring(b, m, device)), window_options(b, m, device)),
+    ]
+
+
 def pool_heads(b: int, m: int, device: str) -> list[Sample]:
     scores = torch.rand(b, 6, m, device=device)
     return [Sample((scores, 2)), Sample((scores, 3), {"kernel_size": 3, "mode": "max"})]
@@ -106,6 +115,7 @@ SAMPLES: dict[str, Callable[[int, int, str], list[Sample]]] = {
     "peak_attention": peak_attention,
     "pool_heads": pool_heads,
     "rank_variance": rank_variance,
+    "score_layer": score_layer,
     "score_tokens": score_tokens,
     "score_window": score_window,
     "select_topk": select_topk,
@@ -141,8 +151,10 @@ def test_every_public_op_has_samples():
 def test_opcheck(op, number, device):
     """Schema, fake shapes with symbolic sizes, autograd registration."""
     args, options = SAMPLES[op](2, 30, device)[number]
+    options = dict(options)
     if "mode" in options:  # in C++ a mode is a number
-        options = options | {"mode": ["avg", "max"].index(options["mode"])}
+        name = "pool_mode" if op == "score_layer" else "mode"
+        options[name] = ["avg", "max"].index(options.pop("mode"))
     torch.library.opcheck(getattr(torch.ops.claa, op).default, args, options)
 
 

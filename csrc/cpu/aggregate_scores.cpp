@@ -20,7 +20,7 @@ void run(const AggregateScoresParams& p, int, int64_t begin, int64_t end) {
     const int64_t from = unit % tiles(p) * kTile, to = min(from + kTile, p.context);
     const float* running = p.running + b * p.running_stride_b;
     const float* scores = p.scores + b * p.scores_stride_b;
-    float* out = p.out + b * p.context;
+    float* out = p.out + b * p.out_stride_b;
     for (int64_t j = from; j < to; ++j) out[j] = max_or_nan(running[j], scores[j]);
     for (int64_t g = 1; g < p.kv_heads; ++g) {
       scores += p.scores_stride_g;

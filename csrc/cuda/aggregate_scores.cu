@@ -34,7 +34,7 @@ __global__ __launch_bounds__(kThreads) void aggregate_kernel(const AggregateScor
       for (int i = 0; i < kHeads; ++i) best = larger(best, of_head[i]);
     }
     for (; g < p.kv_heads; ++g) best = larger(best, __ldg(scores + g * p.scores_stride_g));
-    reinterpret_cast<Vector*>(p.out)[b * p.context + j] = best;
+    reinterpret_cast<Vector*>(p.out)[b * p.out_stride_b + j] = best;
   }
 }
 
@@ -45,6 +45,7 @@ void launch(AggregateScoresParams p, cudaStream_t stream) {
   p.running_stride_b /= kItems;
   p.scores_stride_b /= kItems;
   p.scores_stride_g /= kItems;
+  p.out_stride_b /= kItems;
   const dim3 grid(unsigned(ceil_div(p.context, kThreads)),
                   unsigned(min<int64_t>(p.batch, kMaxGridY)));
   aggregate_kernel<Vector><<<grid, kThreads, 0, stream>>>(p);
@@ -55,7 +56,8 @@ void launch(AggregateScoresParams p, cudaStream_t stream) {
 int64_t workspace_bytes(const AggregateScoresParams&) { return 0; }
 
 cudaError_t run(const AggregateScoresParams& p, cudaStream_t stream) {
-  const uint64_t floats = p.context | p.running_stride_b | p.scores_stride_b | p.scores_stride_g;
+  const uint64_t floats =
+      p.context | p.running_stride_b | p.scores_stride_b | p.scores_stride_g | p.out_stride_b;
   const uint64_t addresses = uint64_t(p.running) | uint64_t(p.scores) | uint64_t(p.out);
   if (floats % 4 == 0 && addresses % sizeof(float4) == 0)
     launch<float4>(p, stream);

@@ -325,6 +325,7 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocks) void score_kernel(
         score += pool_token(sums + slot * p.sums_stride, at, 0, known, int(p.scores.kernel_size),
                             p.scores.mode);
       p.scores.out[unit.bg * context + to] = score;
+      join_running(p.scores, unit.b, to, score);
     }
     sync_consumers<kConsumers>();
   }

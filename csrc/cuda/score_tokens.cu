@@ -40,10 +40,8 @@ int64_t workspace_bytes(const ScoreTokensParams& p) {
 }
 
 cudaError_t run(const ScoreTokensParams& p, cudaStream_t stream) {
-  const WindowAttention& a = p.attention;
-  if (a.heads == 0)
-    return cudaMemsetAsync(p.out, 0, a.batch * a.kv_heads * a.context() * sizeof(float), stream);
   if (is_one_step(p)) return run(scores_of(p), stream);
+  const WindowAttention& a = p.attention;
   const ScoreWindowParams first = first_step(p);
   const cudaError_t status = run(first, stream);
   if (status != cudaSuccess) return status;

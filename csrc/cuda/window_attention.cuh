@@ -1,4 +1,5 @@
-// The window's attention to the context keys: the engine of score_window and score_tokens.
+// The window's attention to the context keys: the engine of score_window, score_tokens and
+// score_layer.
 
 #pragma once
 
@@ -12,6 +13,8 @@ struct WindowScores {
   bool pooled;
   int64_t kernel_size;
   PoolMode mode;
+  float* running = nullptr;  // pooled: [batch, context], or nullptr
+  int64_t running_stride_b = 0;
 
   CLAA_HOST_DEVICE int64_t halo() const { return pooled ? kernel_size / 2 : 0; }
   // Sums that a key has in shared memory: the average commutes with the sum over heads.
@@ -19,6 +22,18 @@ struct WindowScores {
     return pooled && mode == PoolMode::avg ? 1 : attention.group();
   }
 };
+
+// Joins the pooled score of token j into the running maximum, if there is one.
+//
+// The heads of a token come from different blocks in any order, so they meet in an integer maximum
+// of bits: no score is negative, a NaN is made the largest integer, and a negative number that
+// stands there is a negative integer. So is a NaN whose sign is set, which a score replaces:
+// looking for it first would make every unit wait for memory (9 us of 103 at 128k).
+__device__ inline void join_running(const WindowScores& s, int64_t b, int64_t j, float score) {
+  if (!s.running) return;
+  int* running = reinterpret_cast<int*>(s.running + b * s.running_stride_b + j);
+  atomicMax(running, __float_as_int(max_or_nan(score, 0.f)));
+}
 
 // Wider pooling kernels would multiply too many keys twice.
 constexpr int64_t kMaxHalo = 128;

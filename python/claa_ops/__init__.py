@@ -13,6 +13,7 @@ from claa_ops.ops.gather_tokens import gather_tokens
 from claa_ops.ops.peak_attention import peak_attention
 from claa_ops.ops.pool_heads import pool_heads
 from claa_ops.ops.rank_variance import rank_variance
+from claa_ops.ops.score_layer import score_layer
 from claa_ops.ops.score_tokens import score_tokens
 from claa_ops.ops.score_window import score_window
 from claa_ops.ops.select_topk import select_topk
@@ -26,6 +27,7 @@ __all__ = [
     "peak_attention",
     "pool_heads",
     "rank_variance",
+    "score_layer",
     "score_tokens",
     "score_window",
     "select_topk",

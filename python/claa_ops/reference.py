@@ -98,6 +98,37 @@ def aggregate_scores(running: Tensor, scores: Tensor) -> Tensor:
     return torch.maximum(running, scores)
 
 
+def score_layer(
+    running: Tensor,  # [B, M], updated in place
+    query: Tensor,
+    key: Tensor,
+    *,
+    kernel_size: int = 7,
+    mode: str = "avg",
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    start: Tensor | None = None,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`score_tokens`, and `running` becomes `aggregate_scores` of itself and them."""
+    scores = score_tokens(
+        query,
+        key,
+        kernel_size=kernel_size,
+        mode=mode,
+        scale=scale,
+        lse=lse,
+        start=start,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    running.copy_(aggregate_scores(running, scores))
+    return scores
+
+
 def select_topk(
     scores: Tensor,  # [..., M]
     k: int,

@@ -34,6 +34,7 @@ Tensor aggregate_scores(const Tensor& running, const Tensor& scores) {
                       .running_stride_b = running.stride(0),
                       .scores_stride_b = scores.stride(0),
                       .scores_stride_g = has_heads ? scores.stride(1) : 0,
+                      .out_stride_b = context,
                   });
   return out;
 }

@@ -3,7 +3,8 @@
 // Compiled into both libraries. The CPU library is always loaded and has the schemas.
 //
 // Enumerations are ints here: the stable ABI leaks `str` arguments before torch 2.14. Sizes are
-// SymInt, so one compiled graph serves every prompt length.
+// SymInt, so one compiled graph serves every prompt length. torch.compile cannot trace an op that
+// writes to an argument and has another that is called `mode`.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -25,6 +26,7 @@ STABLE_TORCH_LIBRARY_IMPL(claa, CLAA_DEVICE, m) {
   m.impl("pool_heads", TORCH_BOX(&claa::pool_heads));
   m.impl("score_tokens", TORCH_BOX(&claa::score_tokens));
   m.impl("aggregate_scores", TORCH_BOX(&claa::aggregate_scores));
+  m.impl("score_layer", TORCH_BOX(&claa::score_layer));
   m.impl("select_topk", TORCH_BOX(&claa::select_topk));
   m.impl("gather_kv", TORCH_BOX(&claa::gather_kv));
   m.impl("gather_tokens", TORCH_BOX(&claa::gather_tokens));
@@ -69,6 +71,10 @@ STABLE_TORCH_LIBRARY(claa, m) {
       "float? scale=None, Tensor? lse=None, Tensor? start=None, SymInt sliding_window=0, "
       "float softcap=0.0, Tensor? sinks=None) -> Tensor");
   m.def("aggregate_scores(Tensor running, Tensor scores) -> Tensor");
+  m.def(
+      "score_layer(Tensor(a!) running, Tensor query, Tensor key, *, SymInt kernel_size=7, "
+      "int pool_mode=0, float? scale=None, Tensor? lse=None, Tensor? start=None, "
+      "SymInt sliding_window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor");
   m.def(
       "select_topk(Tensor scores, SymInt k, *, SymInt window=0, SymInt sink=0, "
       "Tensor? start=None, bool int32=False) -> Tensor");

@@ -25,6 +25,11 @@ Tensor score_tokens(const Tensor& query, const Tensor& key, int64_t kernel_size,
 
 Tensor aggregate_scores(const Tensor& running, const Tensor& scores);
 
+Tensor score_layer(const Tensor& running, const Tensor& query, const Tensor& key,
+                   int64_t kernel_size, int64_t mode, std::optional<double> scale,
+                   const std::optional<Tensor>& lse, const std::optional<Tensor>& start,
+                   int64_t sliding_window, double softcap, const std::optional<Tensor>& sinks);
+
 Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t sink,
                    const std::optional<Tensor>& start, bool int32);
 

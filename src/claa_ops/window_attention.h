@@ -95,7 +95,7 @@ inline WindowAttention window_attention(const char* op, const Tensor& query, con
 template <class Params>
 Tensor launch_window(Params params, Tensor out) {
   if (out.numel() == 0) return out;
-  if (params.attention.window == 0) return torch::stable::zero_(out);
+  if (!params.attention.has_queries()) return torch::stable::zero_(out);
   const Tensor workspace = workspace_for(params, out);
   params.attention.workspace = workspace.mutable_data_ptr();
   launch(out, params);

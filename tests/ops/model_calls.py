@@ -23,8 +23,10 @@ class Call(NamedTuple):
     options: dict = {}
 
     def __call__(self) -> tuple[Tensor, ...]:
-        """The outputs of the op, always as a tuple."""
+        """The outputs of the op, always as a tuple; what it updates is one of them."""
         out = getattr(claa_ops, self.op)(*self.args, **self.options)
+        if self.op == "score_layer":
+            return out, self.args[0]
         return out if isinstance(out, tuple) else (out,)
 
     def tensors(self) -> list[Tensor]:
@@ -61,6 +63,18 @@ def _scores(op: str, window: int, dim: int, dtype: torch.dtype, *given: str, **o
         if "sinks" in given:
             tensors["sinks"] = normal(HEADS, device=device, seed=seed)
         return Call(op, (query, key), options | tensors)
+
+    return make
+
+
+def _layer(*scoring) -> Maker:
+    make_scores = _scores("score_layer", 8, 128, *scoring)
+
+    def make(batch: int, context: int, device: str, seed: int) -> Call:
+        call = make_scores(batch, context, device, seed)
+        # Below every score, so that a repetition ends as it did the first time.
+        running = torch.full((batch, context), -1.0, device=device)
+        return call._replace(args=(running, *call.args))
 
     return make
 
@@ -146,6 +160,9 @@ _MAKERS: dict[str, Maker] = {
     "score_tokens-options": _scores(
         "score_tokens", 8, 128, _BF16, "start", "sinks", sliding_window=300, softcap=20.0
     ),
+    "score_layer": _layer(_BF16),
+    "score_layer-lse": _layer(_BF16, "lse"),
+    "score_layer-float32": _layer(_F32, "start"),
     "peak_attention": _peak(128),
     "peak_attention-running": _peak(8, "running"),
     "pool_heads": _pool("avg"),

@@ -81,6 +81,10 @@ def test_exact_ops_agree_with_the_reference(context):
         rtol=2e-7,
         atol=0,
     )
+    query, key = queries_and_keys(3, 4, 2, 5, context + 5, 16, device="cpu")
+    expected = claa_ops.aggregate_scores(running, claa_ops.score_tokens(query, key))
+    claa_ops.score_layer(running, query, key)
+    assert_same_bits(running, expected)
     x = normal(3, context + 3, 5, device="cpu")
     rows = claa_ops.gather_tokens(x, kept[:, 0])
     assert torch.equal(rows, reference.gather_tokens(x, kept[:, 0]))

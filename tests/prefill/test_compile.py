@@ -68,7 +68,7 @@ def test_a_model_compiled_before_serves_the_cache_with_all_ops_in_its_graph():
     plain, pruned = graphs
     assert not any("claa" in target for target in plain)
     # Layers 0 and 1 are aggregated and 1 is compressed; layer 2 holds what the selection left.
-    expected = {"score_tokens": 2, "aggregate_scores": 2, "select_topk": 2, "gather_kv": 1}
+    expected = {"score_layer": 2, "select_topk": 2, "gather_kv": 1}
     for op, count in {**expected, "gather_tokens": 3}.items():
         assert sum(f"claa.{op}" in target for target in pruned) == count, op
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from claa_ops.methods.base import is_count
 from claa_ops.methods.pruning import Pruning
 from claa_ops.ops.aggregate_scores import aggregate_scores
+from claa_ops.ops.score_layer import score_layer
 
 if TYPE_CHECKING:
     from claa_ops.prefill.state import PrefillState
@@ -72,8 +73,27 @@ class CLAA(Pruning):
         """The selection layer, and those before it that are aggregated."""
         return any(stage - self.last_n < layer <= stage for stage in self._stages)
 
+    def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
+        """The scores; the ones that are aggregated as they are join ``state.importance``."""
+        if not self._is_plain or not self.informs(state.layer):
+            return super().score(state, query, key, **attention)
+        if state.importance is None or state.layer == self._first_aggregated(state.layer):
+            shape = (key.shape[0], key.shape[2] - query.shape[2])
+            state.importance = key.new_zeros(shape, dtype=torch.float32)
+        return score_layer(
+            state.importance,
+            query,
+            key,
+            kernel_size=self.kernel_size,
+            mode=self.pooling,
+            **attention,
+        )
+
     def rank(self, state: PrefillState, layer: int) -> Tensor:
         """The scores of the layers so far, aggregated."""
+        if self._is_plain:
+            assert state.importance is not None  # the scores have joined it
+            return state.importance
         scores = state.layer_scores
         if self.over_heads == "sum":
             scores = scores.sum(dim=1, keepdim=True)
@@ -87,6 +107,10 @@ class CLAA(Pruning):
         if running is None:
             running = scores.new_full((scores.shape[0], scores.shape[2]), -torch.inf)
         return aggregate_scores(running, scores)
+
+    @property
+    def _is_plain(self) -> bool:
+        return not self.zscore and self.over_heads == self.over_layers == "max"
 
     def _first_aggregated(self, layer: int) -> int:
         stage = self._next_stage(layer)

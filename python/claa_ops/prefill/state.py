@@ -76,12 +76,14 @@ class PrefillState:
         method: the ranking system.
         num_layers: how many layers the model has.
         prompt_length: N, the length of the prompts, padding included.
+        layer: the layer that was observed last, -1 before the first.
         length: n, how many tokens the current layer sees: N until some are selected.
         start: ``[B]`` or None: the first of these n that is not left padding.
         positions: ``[B, n]``, int64, ascending: where these n stood in the prompt; None while
             they are the whole prompt.
         ranking: ``[B, N]``, float32: a ranking of the prompt that was there before; or None.
-        importance: ``[B, M]``, float32: the method's ranking so far, or None.
+        importance: ``[B, M]``, float32: the method's ranking so far, or None. The next layer may
+            update it in place.
         notes: whatever else the method has to remember.
         lengths: for each observed layer, how many tokens it saw.
         scores: with ``keep_scores``, for each layer its token scores, ``[B, M]``: the maximum
@@ -110,13 +112,13 @@ class PrefillState:
         self.scores: dict[int, Tensor] = {}
         self._keep_scores = keep_scores
         self._layer_scores: Tensor | None = None
-        self._layer, self._call = -1, "select"
+        self.layer, self._call = -1, "select"
 
     @property
     def layer_scores(self) -> Tensor:
         """``[B, G, M]``, float32: the scores of the current layer, if the method needs them."""
         if self._layer_scores is None:
-            raise RuntimeError(f"layer_scores: layer {self._layer} was not scored")
+            raise RuntimeError(f"layer_scores: layer {self.layer} was not scored")
         return self._layer_scores
 
     def observe(
@@ -237,13 +239,13 @@ class PrefillState:
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"{call}: layer must be in [0, {self.num_layers - 1}], got {layer}")
         if call == "observe":
-            in_order = layer > self._layer
+            in_order = layer > self.layer
         else:
-            in_order = layer == self._layer and _CALLS.index(call) > _CALLS.index(self._call)
+            in_order = layer == self.layer and _CALLS.index(call) > _CALLS.index(self._call)
         if not in_order:
             expected = "after lower layers" if call == "observe" else "once, after its observe"
             raise RuntimeError(
                 f"{call}: must be called for layer {layer} {expected}; "
-                f"the last call was {self._call} for layer {self._layer}"
+                f"the last call was {self._call} for layer {self.layer}"
             )
-        self._layer, self._call = layer, call
+        self.layer, self._call = layer, call

@@ -1,0 +1,94 @@
+import torch
+from torch import Tensor
+
+from claa_ops.ops._pool_mode import PoolMode, pool_mode_code
+
+_op = torch.ops.claa.score_layer.default
+
+
+def score_layer(
+    running: Tensor,
+    query: Tensor,
+    key: Tensor,
+    *,
+    kernel_size: int = 7,
+    mode: PoolMode = "avg",
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    start: Tensor | None = None,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Scores of one more layer, which join the running maximum over layers and heads in place.
+
+    ``scores = score_tokens(query, key, ...)`` and ``running.copy_(aggregate_scores(running,
+    scores))`` in one op, with the same bits: on CUDA the maximum costs no kernel of its own. The
+    order in which layers arrive does not matter.
+
+    Args:
+        running: ``[B, M]`` with ``M = N - W``, float32: the maximum so far, updated in place.
+            Begin with zeros: scores are not negative. Any strides, last dimension contiguous;
+            its rows must not overlap, nor share memory with another argument.
+        query, key: as in :func:`score_tokens`.
+        kernel_size, mode, scale, lse, start, sliding_window, softcap, sinks: as in
+            :func:`score_tokens`.
+
+    Returns:
+        The scores, ``[B, G, M]``, float32, contiguous. A NaN among them or in ``running`` is NaN
+        in ``running``; but on CUDA one whose sign bit was set there, which no op makes, counts
+        as less than every score.
+
+    Raises:
+        RuntimeError: a rank, size, dtype, device or stride is not as above, or ``kernel_size``
+            is even.
+        ValueError: ``mode`` is neither ``"avg"`` nor ``"max"``.
+
+    Deterministic: neither the rest of the batch nor the number of threads changes a bit. Not
+    differentiable, and autograd does not notice the update.
+
+    Source: cross-layer attention aggregation, CLAA (arXiv 2602.16054, section 4).
+
+    Example:
+        Two equal heads of one group: each context token has 1/3 + 1/4 from each head.
+
+        >>> running = torch.tensor([[2.0, 0.0]])
+        >>> query, key = torch.zeros(1, 2, 2, 8), torch.zeros(1, 1, 4, 8)
+        >>> score_layer(running, query, key, kernel_size=1)
+        tensor([[[1.1667, 1.1667]]])
+        >>> running
+        tensor([[2.0000, 1.1667]])
+    """
+    return _op(
+        running,
+        query,
+        key,
+        kernel_size=kernel_size,
+        pool_mode=pool_mode_code(mode),
+        scale=scale,
+        lse=lse,
+        start=start,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+
+
+@torch.library.register_fake("claa::score_layer")
+def _score_layer_fake(
+    running: Tensor,
+    query: Tensor,
+    key: Tensor,
+    *,
+    kernel_size: int = 7,
+    pool_mode: int = 0,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    start: Tensor | None = None,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    batch, kv_heads, total, _ = key.shape
+    context = total - query.shape[2]
+    return query.new_empty((batch, kv_heads, context), dtype=torch.float32)
