@@ -144,6 +144,11 @@ def test_check_values(device):
     torch.testing.assert_close(actual[1].tolist(), last, rtol=0, atol=2e-6)
 
 
+def test_no_heads_score_nothing(device):
+    query, key = queries_and_keys(2, 0, 2, 3, 20, 8, device=device)
+    assert torch.equal(score_tokens(query, key), torch.zeros(2, 2, 17, device=device))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_nan_reaches_as_far_as_the_pool(mode, device):
     """A NaN key spoils the heads that see it; out of every query's reach it does no harm."""
