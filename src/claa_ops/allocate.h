@@ -36,7 +36,8 @@ inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArray
                                like.get_device_index(), &tensor)) {
     std::ostringstream text;
     write_list(text, shape);
-    fail("claa", "torch could not allocate a tensor on ", device_of(like), " of shape ", text.str());
+    fail("claa", "torch could not allocate a tensor on ", device_of(like), " of shape ",
+         text.str());
   }
   return Tensor(tensor);
 }
