@@ -3,7 +3,7 @@
 // Memory bound, and short: reads (1 + kv_heads) * context floats of a row and writes context. A
 // thread takes one vector of tokens and has the loads of kHeads heads in flight.
 
-#include "csrc/cuda/common.cuh"
+#include "csrc/cuda/overlap.cuh"
 
 namespace claa::cuda {
 namespace {
@@ -21,6 +21,7 @@ __device__ float4 larger(float4 a, float4 b) {
 template <class Vector>
 __global__ __launch_bounds__(kThreads) void aggregate_kernel(const AggregateScoresParams p) {
   const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  wait_for_kernels_ahead();
   if (j >= p.context) return;
   for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
     const auto* scores = reinterpret_cast<const Vector*>(p.scores) + b * p.scores_stride_b + j;
@@ -39,7 +40,7 @@ __global__ __launch_bounds__(kThreads) void aggregate_kernel(const AggregateScor
 }
 
 template <class Vector>
-void launch(AggregateScoresParams p, cudaStream_t stream) {
+cudaError_t launch(AggregateScoresParams p, cudaStream_t stream) {
   constexpr int64_t kItems = sizeof(Vector) / sizeof(float);
   p.context /= kItems;
   p.running_stride_b /= kItems;
@@ -48,7 +49,7 @@ void launch(AggregateScoresParams p, cudaStream_t stream) {
   p.out_stride_b /= kItems;
   const dim3 grid(unsigned(ceil_div(p.context, kThreads)),
                   unsigned(min<int64_t>(p.batch, kMaxGridY)));
-  aggregate_kernel<Vector><<<grid, kThreads, 0, stream>>>(p);
+  return launch_overlapping(aggregate_kernel<Vector>, grid, kThreads, stream, p);
 }
 
 }  // namespace
@@ -59,11 +60,8 @@ cudaError_t run(const AggregateScoresParams& p, cudaStream_t stream) {
   const uint64_t floats =
       p.context | p.running_stride_b | p.scores_stride_b | p.scores_stride_g | p.out_stride_b;
   const uint64_t addresses = uint64_t(p.running) | uint64_t(p.scores) | uint64_t(p.out);
-  if (floats % 4 == 0 && addresses % sizeof(float4) == 0)
-    launch<float4>(p, stream);
-  else
-    launch<float>(p, stream);
-  return launched();
+  return floats % 4 == 0 && addresses % sizeof(float4) == 0 ? launch<float4>(p, stream)
+                                                            : launch<float>(p, stream);
 }
 
 }  // namespace claa::cuda

@@ -1,14 +1,14 @@
 // Copying kept rows as bytes, shared by gather_kv and gather_tokens.
 //
 // A row is moved in words as wide as its size, strides and addresses allow, 16 bytes at best. A
-// thread moves one word of each of kGatherRows rows: all its loads are in flight before its first
-// store.
+// thread moves kGatherWords words, of as many rows or of the same row of as many sources: all its
+// loads are in flight before its first store.
 
 #pragma once
 
 #include <cassert>
 
-#include "csrc/cuda/common.cuh"
+#include "csrc/cuda/overlap.cuh"
 
 namespace claa::cuda {
 
@@ -20,59 +20,61 @@ struct RowSource {
 };
 
 constexpr int kGatherThreads = 128;
-constexpr int kGatherRows = 2;
+constexpr int kGatherWords = 2;
 constexpr int64_t kMaxGridY = 65535;
 
 // How a strip of rows is spread over blocks: a team of lanes moves a word each of a piece of a row.
 // Teams are powers of two, so that the kernel need not divide.
 struct GatherPlan {
-  int log_team;
+  int log_team = 0;
   uint32_t pieces;  // of a row
   int64_t blocks;   // of rows
 
-  __host__ __device__ int64_t block_rows() const {
-    return int64_t(kGatherThreads >> log_team) * kGatherRows;
+  GatherPlan(int64_t kept, int64_t row_bytes, int word, int sources) {
+    while ((1 << log_team) < kGatherThreads && (word << log_team) < row_bytes) ++log_team;
+    pieces = uint32_t(ceil_div(row_bytes, word << log_team));
+    blocks = ceil_div(kept, int64_t(kGatherThreads >> log_team) * (kGatherWords / sources));
+  }
+
+  // Strips and pieces lie side by side in x: blocks that run at a time copy the same tokens of all
+  // heads, which lie close together in memory.
+  dim3 grid(int64_t strips) const {
+    return {unsigned(strips * pieces), unsigned(min(blocks, kMaxGridY))};
   }
 };
 
-inline GatherPlan plan_gather(int64_t kept, int64_t row_bytes, int word) {
-  GatherPlan plan{0, 0, 0};
-  if (row_bytes == 0) return plan;
-  while ((1 << plan.log_team) < kGatherThreads && (word << plan.log_team) < row_bytes)
-    ++plan.log_team;
-  plan.pieces = uint32_t(ceil_div(row_bytes, word << plan.log_team));
-  plan.blocks = ceil_div(kept, plan.block_rows());
-  return plan;
-}
-
-// Strips and pieces lie side by side in x: blocks that run at a time copy the same tokens of all
-// heads, which lie close together in memory.
-inline dim3 gather_grid(int64_t strips, uint32_t pieces, int64_t blocks) {
-  return {unsigned(strips * pieces), unsigned(min(blocks, kMaxGridY))};
-}
-
-// This block's piece of rows of a strip, `position(i)` being the source row of row i.
-template <class Word, class Position>
-__device__ void gather_rows(const RowSource& s, const GatherPlan& plan, uint32_t piece,
-                            int64_t total, int64_t kept, Position position) {
+// This block's piece of rows of a strip; row i comes from row `position(i)` of each source.
+template <class Word, int kSources, class Position>
+__device__ void gather_rows(const RowSource (&sources)[kSources], const GatherPlan& plan,
+                            uint32_t piece, int64_t total, int64_t kept, Position position) {
+  constexpr int kRows = kGatherWords / kSources;
   const int lane = threadIdx.x & ((1 << plan.log_team) - 1);
   const int step = kGatherThreads >> plan.log_team;
   const int64_t byte = ((int64_t(piece) << plan.log_team) + lane) * int64_t(sizeof(Word));
   for (int64_t block = blockIdx.y; block < plan.blocks; block += gridDim.y) {
-    const int64_t row = block * plan.block_rows() + (threadIdx.x >> plan.log_team);
-    Word value[kGatherRows];
+    const int64_t row = block * step * kRows + (threadIdx.x >> plan.log_team);
+    Word words[kRows][kSources];
 #pragma unroll
-    for (int i = 0; i < kGatherRows; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       const int64_t from = row + i * step < kept ? position(row + i * step) : -1;
       assert(from >= -1 && from < total);
-      value[i] = from >= 0 && byte < s.row_bytes
-                     ? __ldg(reinterpret_cast<const Word*>(s.first + from * s.stride + byte))
-                     : Word{};
+#pragma unroll
+      for (int n = 0; n < kSources; ++n) {
+        const RowSource& s = sources[n];
+        words[i][n] = from >= 0 && byte < s.row_bytes
+                          ? __ldg(reinterpret_cast<const Word*>(s.first + from * s.stride + byte))
+                          : Word{};
+      }
     }
 #pragma unroll
-    for (int i = 0; i < kGatherRows; ++i)
-      if (row + i * step < kept && byte < s.row_bytes)
-        *reinterpret_cast<Word*>(s.out + (row + i * step) * s.row_bytes + byte) = value[i];
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int n = 0; n < kSources; ++n) {
+        const RowSource& s = sources[n];
+        if (row + i * step < kept && byte < s.row_bytes)
+          *reinterpret_cast<Word*>(s.out + (row + i * step) * s.row_bytes + byte) = words[i][n];
+      }
+    }
   }
 }
 

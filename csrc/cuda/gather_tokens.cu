@@ -11,11 +11,12 @@ template <class Word>
 __global__ __launch_bounds__(kGatherThreads) void gather_tokens_kernel(const GatherTokensParams p,
                                                                        const GatherPlan plan) {
   const uint32_t b = blockIdx.x / plan.pieces, piece = blockIdx.x - b * plan.pieces;
-  gather_rows<Word>({.first = p.x + b * p.x_stride_b,
-                     .out = p.out + b * p.kept * p.row_bytes,
-                     .stride = p.x_stride_n,
-                     .row_bytes = p.row_bytes},
-                    plan, piece, p.total, p.kept,
+  const RowSource sources[] = {{.first = p.x + b * p.x_stride_b,
+                                .out = p.out + b * p.kept * p.row_bytes,
+                                .stride = p.x_stride_n,
+                                .row_bytes = p.row_bytes}};
+  wait_for_kernels_ahead();
+  gather_rows<Word>(sources, plan, piece, p.total, p.kept,
                     [&](int64_t i) { return p.index[b * p.index_stride_b + i]; });
 }
 
@@ -27,10 +28,9 @@ cudaError_t run(const GatherTokensParams& p, cudaStream_t stream) {
   const uint64_t sizes = p.row_bytes | p.x_stride_b | p.x_stride_n | uint64_t(p.x);
   return with_word(word_bytes(sizes), [&](auto word) {
     using Word = decltype(word);
-    const GatherPlan plan = plan_gather(p.kept, p.row_bytes, sizeof(Word));
-    gather_tokens_kernel<Word>
-        <<<gather_grid(p.batch, plan.pieces, plan.blocks), kGatherThreads, 0, stream>>>(p, plan);
-    return launched();
+    const GatherPlan plan(p.kept, p.row_bytes, sizeof(Word), 1);
+    return launch_overlapping(gather_tokens_kernel<Word>, plan.grid(p.batch), kGatherThreads,
+                              stream, p, plan);
   });
 }
 

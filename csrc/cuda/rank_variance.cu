@@ -1,13 +1,11 @@
 // rank_variance: how much the ranks of the important tokens move between layers.
 //
-// CUB's stable segmented radix sort ranks all (layer, prompt) rows at once; one block per prompt
-// then goes over its tokens. The sums are of integers and, per thread and then over threads, in a
-// fixed order.
+// One stable radix sort (CUB's) ranks the tokens of all (layer, prompt) rows: a key has the row
+// above the order of the score, so the rows come out one behind the other. Then blocks of tokens
+// are summed, and the blocks of a prompt: integers, and sums of doubles in a fixed order.
 
-#include <thrust/iterator/counting_iterator.h>
-#include <thrust/iterator/transform_iterator.h>
-
-#include <cub/device/device_segmented_radix_sort.cuh>
+#include <bit>
+#include <cub/device/device_radix_sort.cuh>
 
 #include "csrc/cuda/common.cuh"
 
@@ -16,87 +14,116 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Workspace: keys and positions before and after the sort, ranks, CUB's own.
+// Over tokens in some layer's top k: the sum of their variances, and how many they are.
+struct Sum {
+  double variances;
+  int64_t tokens;
+};
+
+// The blocks of a row of tokens.
+__host__ __device__ int64_t row_blocks(const RankVarianceParams& p) {
+  return ceil_div(p.context, kThreads);
+}
+
+// Workspace: keys and positions, twice each for the sort; the blocks' sums; CUB's own.
 struct Workspace {
-  uint32_t *keys, *sorted_keys, *positions, *sorted_positions, *ranks;
-  void* sort;
-  size_t sort_bytes;
+  cub::DoubleBuffer<uint64_t> keys;
+  cub::DoubleBuffer<uint32_t> positions;
+  Sum* sums;
+  void* sort_storage;
+  size_t sort_bytes = 0;
   int64_t bytes;
 
   explicit Workspace(const RankVarianceParams& p) {
     const int64_t n = round_up(p.layers * p.batch * p.context, 64);
-    keys = static_cast<uint32_t*>(p.workspace);
-    sorted_keys = keys + n;
-    positions = sorted_keys + n;
-    sorted_positions = positions + n;
-    ranks = sorted_positions + n;
-    sort = ranks + n;
-    sort_bytes = 0;
-    sort_rows(p, nullptr, nullptr);
-    bytes = 5 * n * int64_t(sizeof(uint32_t)) + int64_t(sort_bytes);
+    const int64_t n_sums = round_up(p.batch * row_blocks(p), 16);
+    auto* first_keys = static_cast<uint64_t*>(p.workspace);
+    auto* first_positions = reinterpret_cast<uint32_t*>(first_keys + 2 * n);
+    keys = {first_keys, first_keys + n};
+    positions = {first_positions, first_positions + n};
+    sums = reinterpret_cast<Sum*>(first_positions + 2 * n);
+    sort_storage = sums + n_sums;
+    sort(p, nullptr, nullptr);
+    bytes = 2 * n * int64_t(sizeof(uint64_t) + sizeof(uint32_t)) + n_sums * int64_t(sizeof(Sum)) +
+            int64_t(sort_bytes);
   }
 
-  struct RowBegin {
-    int64_t context;
-    __host__ __device__ int64_t operator()(int64_t row) const { return row * context; }
-  };
-
   // With `storage` nullptr only sets sort_bytes.
-  cudaError_t sort_rows(const RankVarianceParams& p, void* storage, cudaStream_t stream) {
-    const auto begins = thrust::make_transform_iterator(thrust::make_counting_iterator<int64_t>(0),
-                                                        RowBegin{p.context});
-    return cub::DeviceSegmentedRadixSort::SortPairsDescending(
-        storage, sort_bytes, keys, sorted_keys, positions, sorted_positions,
-        p.layers * p.batch * p.context, p.layers * p.batch, begins, begins + 1, 0, 32, stream);
+  cudaError_t sort(const RankVarianceParams& p, void* storage, cudaStream_t stream) {
+    const int64_t rows = p.layers * p.batch;
+    return cub::DeviceRadixSort::SortPairs(storage, sort_bytes, keys, positions, rows * p.context,
+                                           0, 32 + std::bit_width(uint64_t(rows - 1)), stream);
   }
 };
 
-__global__ void encode_kernel(const RankVarianceParams p, uint32_t* keys, uint32_t* positions) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= p.layers * p.batch * p.context) return;
-  const int64_t row = i / p.context, j = i % p.context;
-  const float* scores =
-      p.scores + row / p.batch * p.scores_stride_l + row % p.batch * p.scores_stride_b;
-  keys[i] = order_of(scores[j]);
-  positions[i] = uint32_t(j);
+// A thread's token of a row.
+struct Place {
+  int64_t row, token;
+
+  __device__ explicit Place(const RankVarianceParams& p) {
+    const uint32_t blocks = uint32_t(row_blocks(p));
+    row = blockIdx.x / blocks;
+    token = int64_t(blockIdx.x % blocks) * kThreads + threadIdx.x;
+  }
+};
+
+__global__ void encode_kernel(const RankVarianceParams p, uint64_t* keys, uint32_t* positions) {
+  const auto [row, j] = Place(p);
+  if (j >= p.context) return;
+  const int64_t layer = uint32_t(row) / uint32_t(p.batch), b = row - layer * p.batch;
+  const float score = p.scores[layer * p.scores_stride_l + b * p.scores_stride_b + j];
+  keys[row * p.context + j] = uint64_t(row) << 32 | uint32_t(~order_of(score));  // the best first
+  positions[row * p.context + j] = uint32_t(j);
 }
 
-__global__ void rank_kernel(const RankVarianceParams p, const uint32_t* sorted_positions,
+__global__ void rank_kernel(const RankVarianceParams p, const uint32_t* positions,
                             uint32_t* ranks) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= p.layers * p.batch * p.context) return;
-  ranks[i / p.context * p.context + sorted_positions[i]] = uint32_t(i % p.context + 1);
+  const auto [row, i] = Place(p);
+  if (i < p.context) ranks[row * p.context + positions[row * p.context + i]] = uint32_t(i + 1);
 }
 
-__global__ void variance_kernel(const RankVarianceParams p, const uint32_t* ranks) {
-  __shared__ double totals[kThreads];
-  __shared__ int64_t counts[kThreads];
-  const int64_t b = blockIdx.x;
-  double total = 0;
-  int64_t count = 0;
-  for (int64_t j = threadIdx.x; j < p.context; j += kThreads) {
+// The sum over the threads of a block, for its first thread.
+__device__ Sum sum_of_block(Sum mine) {
+  __shared__ Sum sums[kThreads];
+  sums[threadIdx.x] = mine;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) {
+      sums[threadIdx.x].variances += sums[threadIdx.x + half].variances;
+      sums[threadIdx.x].tokens += sums[threadIdx.x + half].tokens;
+    }
+  }
+  return sums[threadIdx.x];
+}
+
+__global__ void variance_kernel(const RankVarianceParams p, const uint32_t* ranks, Sum* sums) {
+  const auto [b, j] = Place(p);
+  Sum mine{0, 0};
+  if (j < p.context) {
     int64_t sum = 0, squares = 0;
-    bool is_important = false;
     for (int64_t layer = 0; layer < p.layers; ++layer) {
       const int64_t rank = ranks[(layer * p.batch + b) * p.context + j];
       sum += rank;
       squares += rank * rank;
-      is_important |= rank <= p.k;
+      mine.tokens |= rank <= p.k;
     }
-    if (!is_important) continue;
-    ++count;
-    total += double(p.layers * squares - sum * sum) / double(p.layers * p.layers);
+    if (mine.tokens)
+      mine.variances = double(p.layers * squares - sum * sum) / double(p.layers * p.layers);
   }
-  totals[threadIdx.x] = total;
-  counts[threadIdx.x] = count;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) {
-      totals[threadIdx.x] += totals[threadIdx.x + half];
-      counts[threadIdx.x] += counts[threadIdx.x + half];
-    }
+  const Sum of_block = sum_of_block(mine);
+  if (threadIdx.x == 0) sums[blockIdx.x] = of_block;
+}
+
+__global__ void mean_kernel(const RankVarianceParams p, const Sum* sums) {
+  Sum mine{0, 0};
+  for (int64_t i = threadIdx.x; i < row_blocks(p); i += kThreads) {
+    const Sum& of_block = sums[blockIdx.x * row_blocks(p) + i];
+    mine.variances += of_block.variances;
+    mine.tokens += of_block.tokens;
   }
-  if (threadIdx.x == 0) p.out[b] = counts[0] ? float(totals[0] / double(counts[0])) : 0.f;
+  const Sum all = sum_of_block(mine);
+  if (threadIdx.x == 0)
+    p.out[blockIdx.x] = float(all.variances / double(max<int64_t>(all.tokens, 1)));
 }
 
 }  // namespace
@@ -104,13 +131,15 @@ __global__ void variance_kernel(const RankVarianceParams p, const uint32_t* rank
 int64_t workspace_bytes(const RankVarianceParams& p) { return Workspace(p).bytes; }
 
 cudaError_t run(const RankVarianceParams& p, cudaStream_t stream) {
-  Workspace workspace(p);
-  const int64_t blocks = ceil_div(p.layers * p.batch * p.context, kThreads);
-  encode_kernel<<<blocks, kThreads, 0, stream>>>(p, workspace.keys, workspace.positions);
-  const cudaError_t status = workspace.sort_rows(p, workspace.sort, stream);
+  Workspace w(p);
+  const auto blocks = unsigned(p.layers * p.batch * row_blocks(p));
+  encode_kernel<<<blocks, kThreads, 0, stream>>>(p, w.keys.Current(), w.positions.Current());
+  const cudaError_t status = w.sort(p, w.sort_storage, stream);
   if (status != cudaSuccess) return status;
-  rank_kernel<<<blocks, kThreads, 0, stream>>>(p, workspace.sorted_positions, workspace.ranks);
-  variance_kernel<<<p.batch, kThreads, 0, stream>>>(p, workspace.ranks);
+  uint32_t* ranks = w.positions.Alternate();
+  rank_kernel<<<blocks, kThreads, 0, stream>>>(p, w.positions.Current(), ranks);
+  variance_kernel<<<unsigned(p.batch * row_blocks(p)), kThreads, 0, stream>>>(p, ranks, w.sums);
+  mean_kernel<<<unsigned(p.batch), kThreads, 0, stream>>>(p, w.sums);
   return launched();
 }
 

@@ -24,7 +24,7 @@
 #include <cstddef>
 
 #include "csrc/cuda/cluster.cuh"
-#include "csrc/cuda/common.cuh"
+#include "csrc/cuda/overlap.cuh"
 
 namespace claa::cuda {
 namespace {
@@ -204,9 +204,9 @@ __device__ Place agree(H& histogram, Place& found, uint32_t rank, uint32_t wante
 }
 
 template <class Index, int kBlocks, int kItems, bool kResident>
-__global__ __launch_bounds__(kMaxThreads) void select_kernel(const SelectTopkParams p,
-                                                             uint32_t team_blocks,
-                                                             int64_t per_warp) {
+__global__ __launch_bounds__(kMaxThreads, 1) void select_kernel(const SelectTopkParams p,
+                                                                uint32_t team_blocks,
+                                                                int64_t per_warp) {
   constexpr bool kCluster = kBlocks > 1, kIsGrid = kBlocks == kGrid;
   constexpr int kVectors = kItems / kVector, kTile = kItems * kWarp;
   static_assert(kVectors <= 4);  // counts of each, up to 128, share a word
@@ -215,6 +215,29 @@ __global__ __launch_bounds__(kMaxThreads) void select_kernel(const SelectTopkPar
   auto& shared = *reinterpret_cast<Shared<kBlocks>*>(dynamic);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   auto* stage = reinterpret_cast<uint16_t*>(dynamic + sizeof(shared)) + warp * kTile;
+
+  // What needs no input.
+  const auto clear = [&](auto& bins) {
+    for (int i = threadIdx.x; i < sizeof(bins) / 16; i += blockDim.x)
+      reinterpret_cast<uint4*>(bins)[i] = {};
+  };
+  clear(shared.high.bins);
+  clear(shared.middle.bins);
+  clear(shared.low.bins);
+  if constexpr (kCluster) {
+    const auto expect_mail = [&](auto& histogram) {
+      expect(histogram.sums_box, sizeof(histogram.sums_of));
+      expect(histogram.bins_box, sizeof(histogram.bins_of));
+    };
+    if (threadIdx.x == 0) {
+      expect_mail(shared.high);
+      expect_mail(shared.middle);
+      expect_mail(shared.low);
+    }
+  }
+  __syncthreads();
+  if constexpr (kCluster) cluster_arrive();
+  wait_for_kernels_ahead();
 
   const uint32_t blocks = kIsGrid ? team_blocks : kBlocks;
   const uint32_t row = blockIdx.x / blocks, b = row / uint32_t(p.inner);
@@ -296,27 +319,7 @@ __global__ __launch_bounds__(kMaxThreads) void select_kernel(const SelectTopkPar
   }
   if (n_scored == 0) return;
 
-  const auto clear = [&](auto& bins) {
-    for (int i = threadIdx.x; i < sizeof(bins) / 16; i += blockDim.x)
-      reinterpret_cast<uint4*>(bins)[i] = {};
-  };
-  clear(shared.high.bins);
-  clear(shared.middle.bins);
-  clear(shared.low.bins);
-  if constexpr (kCluster) {
-    const auto expect_mail = [&](auto& histogram) {
-      expect(histogram.sums_box, sizeof(histogram.sums_of));
-      expect(histogram.bins_box, sizeof(histogram.bins_of));
-    };
-    if (threadIdx.x == 0) {
-      expect_mail(shared.high);
-      expect_mail(shared.middle);
-      expect_mail(shared.low);
-    }
-  }
   if constexpr (kResident) convert(0);
-  __syncthreads();
-  if constexpr (kCluster) cluster_arrive();
 
   [[maybe_unused]] Meeting* meeting = nullptr;
   [[maybe_unused]] uint32_t turn = 0;
@@ -523,16 +526,18 @@ cudaError_t launch(const SelectTopkParams& p, Team team, cudaStream_t stream) {
   config.blockDim = dim3(team.threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute[1];
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
   if (team.meets_in_memory()) {
-    attribute[0].id = cudaLaunchAttributeCooperative;  // all blocks run at once
-    attribute[0].val.cooperative = 1;
+    config.numAttrs = 1;
+    attributes[0].id = cudaLaunchAttributeCooperative;  // all blocks run at once
+    attributes[0].val.cooperative = 1;
   } else {
-    attribute[0].id = cudaLaunchAttributeClusterDimension;
-    attribute[0].val.clusterDim = {unsigned(team.blocks), 1, 1};
+    config.numAttrs = Team::kBlocks > 1;
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {unsigned(team.blocks), 1, 1};
+    let_overlap(config);
   }
-  config.attrs = attribute;
-  config.numAttrs = team.meets_in_memory() || Team::kBlocks > 1;
   constexpr int kPart = Team::kResident ? kVector * kWarp : Team::kItems * kWarp;
   const int64_t per_warp = round_up(ceil_div(p.context + kVector - 1, team.warps()), kPart);
   return cudaLaunchKernelEx(&config, kernel, p, uint32_t(team.blocks), per_warp);
