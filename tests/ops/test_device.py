@@ -109,6 +109,31 @@ def test_a_captured_graph_replays_on_new_inputs(make: Maker, context, cuda):
 
 
 @each_call
+def test_waits_for_the_op_that_writes_its_inputs(make: Maker, context, cuda):
+    """Launches of ops overlap: one is set up while the one before it still runs."""
+    call = make(BATCH, context, cuda, 0)
+    expected = call()
+
+    def copied(x: object) -> object:
+        if not isinstance(x, Tensor):
+            return x
+        rows = x.reshape(1, -1, x.shape[-1] if x.dim() > 1 else 1)
+        return claa_ops.gather_tokens(rows, every_row[:, : rows.shape[1]]).view(x.shape)
+
+    every_row = torch.arange(max(x.numel() for x in call.tensors()), device=cuda)[None]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        options = {name: copied(x) for name, x in call.options.items()}
+        copy = Call(call.op, tuple(map(copied, call.args)), options)
+        outputs = copy()
+    for _ in range(3):
+        for x in copy.tensors():
+            x.zero_()
+        graph.replay()
+        assert_all_same_bits(outputs, expected)
+
+
+@each_call
 def test_streams_do_not_meet(make: Maker, context, cuda):
     """The same op on two streams at once, each with inputs of its own."""
     calls = [make(BATCH, context, cuda, seed) for seed in (0, 1)]
