@@ -30,11 +30,11 @@ __global__ __launch_bounds__(kThreads) void aggregate_kernel(const AggregateScor
     for (; g + kHeads <= p.kv_heads; g += kHeads) {
       Vector of_head[kHeads];
 #pragma unroll
-      for (int i = 0; i < kHeads; ++i) of_head[i] = __ldg(scores + (g + i) * p.scores_stride_g);
+      for (int i = 0; i < kHeads; ++i) of_head[i] = scores[(g + i) * p.scores_stride_g];
 #pragma unroll
       for (int i = 0; i < kHeads; ++i) best = larger(best, of_head[i]);
     }
-    for (; g < p.kv_heads; ++g) best = larger(best, __ldg(scores + g * p.scores_stride_g));
+    for (; g < p.kv_heads; ++g) best = larger(best, scores[g * p.scores_stride_g]);
     reinterpret_cast<Vector*>(p.out)[b * p.out_stride_b + j] = best;
   }
 }

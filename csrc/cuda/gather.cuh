@@ -62,7 +62,7 @@ __device__ void gather_rows(const RowSource (&sources)[kSources], const GatherPl
       for (int n = 0; n < kSources; ++n) {
         const RowSource& s = sources[n];
         words[i][n] = from >= 0 && byte < s.row_bytes
-                          ? __ldg(reinterpret_cast<const Word*>(s.first + from * s.stride + byte))
+                          ? *reinterpret_cast<const Word*>(s.first + from * s.stride + byte)
                           : Word{};
       }
     }

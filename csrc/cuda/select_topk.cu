@@ -266,7 +266,7 @@ __global__ __launch_bounds__(kMaxThreads, 1) void select_kernel(const SelectTopk
     for (int v = 0; v < kVectors; ++v) {
       const int vector = tile + v * kWarp * kVector, j = vector + lane * kVector;
       if (is_whole(vector)) {
-        const auto four = __ldg(reinterpret_cast<const uint4*>(scores + j));
+        const auto four = *reinterpret_cast<const uint4*>(scores + j);
         orders[v * kVector] = four.x;
         orders[v * kVector + 1] = four.y;
         orders[v * kVector + 2] = four.z;
@@ -274,7 +274,7 @@ __global__ __launch_bounds__(kMaxThreads, 1) void select_kernel(const SelectTopk
       } else {
 #pragma unroll
         for (int i = 0; i < kVector; ++i)
-          orders[v * kVector + i] = exists(j + i) ? __float_as_uint(__ldg(scores + j + i)) : 0;
+          orders[v * kVector + i] = exists(j + i) ? __float_as_uint(scores[j + i]) : 0;
       }
     }
   };
