@@ -184,7 +184,7 @@ def gather_kv(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
 
 def gather_tokens(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     size = (1, shape.tokens, shape.model.hidden)
-    x = torch.ones(size, dtype=dtype, device=shape.device)
+    x = torch.rand(size, dtype=dtype, device=shape.device)
     index = kept_positions(shape, 1)
     outputs = index.numel() * shape.model.hidden * x.element_size()
 

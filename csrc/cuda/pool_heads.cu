@@ -4,6 +4,7 @@
 // owns one token of one key head; its neighbours' taps come from the L1 cache. Heads are added in
 // index order.
 
+#include "csrc/cuda/overlap.cuh"
 #include "csrc/cuda/pool.cuh"
 
 namespace claa::cuda {
@@ -15,6 +16,7 @@ __global__ __launch_bounds__(kThreads) void pool_kernel(const PoolHeadsParams p)
   const int64_t blocks = ceil_div(p.context, kThreads);
   const int64_t row = blockIdx.x / blocks, b = row / p.kv_heads, g = row % p.kv_heads;
   const int64_t j = blockIdx.x % blocks * kThreads + threadIdx.x;
+  wait_for_kernels_ahead();
   if (j >= p.context) return;
   const int64_t group = p.heads / p.kv_heads;
   const float* head = p.scores + b * p.scores_stride_b + g * group * p.scores_stride_h;
@@ -31,8 +33,7 @@ int64_t workspace_bytes(const PoolHeadsParams&) { return 0; }
 
 cudaError_t run(const PoolHeadsParams& p, cudaStream_t stream) {
   const int64_t blocks = p.batch * p.kv_heads * ceil_div(p.context, kThreads);
-  pool_kernel<<<blocks, kThreads, 0, stream>>>(p);
-  return launched();
+  return launch_overlapping(pool_kernel, dim3(unsigned(blocks)), kThreads, stream, p);
 }
 
 }  // namespace claa::cuda
