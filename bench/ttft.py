@@ -246,7 +246,7 @@ def rows(model: PreTrainedModel, name: str, tokens: int, keeps: list[int]) -> It
             label: {"runs_ms": [], "clock_mhz": []} for label in methods
         }
         once = list(methods)
-        order = (once + once[::-1]) * max(1, min(6, 65_536 // tokens))
+        order = (once + once[::-1]) * max(1, min(10, 65_536 // tokens))
         for turn, label in enumerate(order):
             row, method = measured[label], methods[label]
             with clock_readings() as clock:
