@@ -3,16 +3,20 @@
 Random weights in the shapes of known models, bfloat16, one prompt. Every row of the table is
 measured in this run, on the same model: full prefill with the fastest SDPA back end; CLAA, with
 half of the layers behind the selection; and the same with the indices of an earlier run, so that
-nothing is scored or selected ("free"). What the ops themselves cost is the sum of their kernels'
-times in a profiled run.
+nothing is scored or selected ("free"). They run in turn, there and back again, after a warm-up
+that brings the GPU to its power limit: its clock falls as it warms, and differs from kernel to
+kernel. So the ratio is that of sums, and the clock stands beside it. What the ops themselves cost
+is the sum of their kernels' times in a profiled run.
 """
 
 import argparse
 import gc
 import json
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,8 @@ from claa_ops.prefill import ClaaCache, PrefillState, attach
 
 RESULT = Path(__file__).parent / "results" / "ttft.json"
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
+WARM_UP_SECONDS = 2.0
+CLOCK_SECONDS = 0.01  # between two readings
 DECODE_REPLAYS = 5
 _LLAMA = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -79,7 +85,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 HEADER = (
     f"{'model':<18}{'tokens':>7}  {'prefill':<12}{'TTFT ms':>9}{'ratio':>8}{'peak GiB':>10}"
-    f"{'cache GiB':>11}{'decode ms':>11}{'ops ms':>8}{'of full':>9}"
+    f"{'cache GiB':>11}{'decode ms':>11}{'MHz':>6}{'ops ms':>8}{'of full':>9}"
 )
 
 
@@ -203,41 +209,66 @@ def kernel_ms(call: Callable[[], object]) -> dict[str, float]:
     }
 
 
+@contextmanager
+def clock_readings() -> Iterator[list[int]]:
+    """The clock of the multiprocessors in MHz, read again and again while the block runs."""
+    readings: list[int] = []
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.wait(CLOCK_SECONDS):
+            readings.append(torch.cuda.clock_rate())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield readings
+    finally:
+        done.set()
+        reader.join()
+
+
 def rows(model: PreTrainedModel, name: str, tokens: int, keeps: list[int]) -> Iterator[dict]:
     """Measure one model at one length."""
     ids = torch.randint(1, 1000, (1, tokens), device="cuda")
     layer = selection_layer(model)
     backend = fastest_backend(model, tokens)
     with sdpa_kernel(backend):
+        begin = time.perf_counter()
         first = Remembering(keep=keeps[0] / 100, layer=layer)
-        kernels = kernel_ms(lambda: prefilled(model, ids, first))  # a warm-up for the others too
+        kernels = kernel_ms(lambda: prefilled(model, ids, first))
+        while time.perf_counter() - begin < WARM_UP_SECONDS:
+            timed(lambda: prefilled(model, ids, None))
         methods: dict[str, Method | None] = {"full": None}
         methods |= {f"CLAA {keep} %": CLAA(keep=keep / 100, layer=layer) for keep in keeps}
         methods[f"free {keeps[0]} %"] = Known(first.kept, first.selected)
-        measured: dict[str, dict[str, Any]] = {label: {"runs_ms": []} for label in methods}
-        repeats = max(1, min(9, 98_304 // tokens))
-        for repeat in range(repeats):
-            for label, method in methods.items():  # in turn: a slow moment meets all
-                row = measured[label]
+        measured: dict[str, dict[str, Any]] = {
+            label: {"runs_ms": [], "clock_mhz": []} for label in methods
+        }
+        once = list(methods)
+        order = (once + once[::-1]) * max(1, min(10, 65_536 // tokens))
+        for turn, label in enumerate(order):
+            row, method = measured[label], methods[label]
+            with clock_readings() as clock:
                 ms, row["peak_bytes"], cache = timed(lambda m=method: prefilled(model, ids, m))
-                row["runs_ms"].append(ms)
-                if repeat == repeats - 1:
-                    row["cache_bytes"] = cache_bytes(cache)
-                    row["decode_ms"] = decode_ms(model, cache)
-                del cache
+            row["runs_ms"].append(ms)
+            row["clock_mhz"] += clock
+            if turn >= len(order) - len(once):
+                row["cache_bytes"] = cache_bytes(cache)
+                row["decode_ms"] = decode_ms(model, cache)
+            del cache
     ops = sum(kernels.values())
     full = measured["full"]["runs_ms"]
     measured[f"CLAA {keeps[0]} %"] |= {
         "ops_ms": ops,
-        "ops_of_full": ops / statistics.median(full),
+        "ops_of_full": ops / statistics.mean(full),
         "kernels_ms": kernels,
     }
     for label, row in measured.items():
-        ttft = statistics.median(row["runs_ms"])
-        # Of neighbours in time: the clock of the GPU drifts.
-        ratio = statistics.median(a / b for a, b in zip(row["runs_ms"], full, strict=True))
+        row["ttft_ms"] = statistics.mean(row["runs_ms"])
+        row["clock_mhz"] = statistics.mean(row["clock_mhz"])
         about = {"model": name, "tokens": tokens, "prefill": label, "backend": backend.name}
-        yield about | {"ttft_ms": ttft, "ratio": ratio} | row
+        yield about | {"ratio": row["ttft_ms"] / statistics.mean(full)} | row
 
 
 def printed(row: dict) -> str:
@@ -246,7 +277,7 @@ def printed(row: dict) -> str:
     return (
         f"{row['model']:<18}{row['tokens']:>7}  {row['prefill']:<12}{row['ttft_ms']:>9.1f}"
         f"{row['ratio']:>8.3f}{row['peak_bytes'] / 2**30:>10.1f}{row['cache_bytes'] / 2**30:>11.2f}"
-        f"{row['decode_ms']:>11.2f}{ops}"
+        f"{row['decode_ms']:>11.2f}{row['clock_mhz']:>6.0f}{ops}"
     )
 
 

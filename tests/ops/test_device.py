@@ -70,6 +70,19 @@ def test_a_second_run_gives_the_same_bits(make: Maker, context, device):
         assert_all_same_bits(call(), expected)
 
 
+MAKER = {param.id: param.values[0] for param in MAKERS}
+
+
+@pytest.mark.parametrize("name", ["select_topk", "select_topk-heads"])
+@pytest.mark.parametrize("tokens", [20_011, 100_003, 300_007])
+def test_a_second_run_over_rows_of_any_length_gives_the_same_bits(name, tokens, cuda):
+    """Small and large clusters, and blocks that meet in device memory."""
+    call = MAKER[name](2, tokens, cuda, 0)
+    expected = call()
+    for _ in range(4):
+        assert_all_same_bits(call(), expected)
+
+
 def row_of(x: object, batch: int, row: int) -> object:
     """One row of the batch, whose size is that of no other dimension."""
     if isinstance(x, Tensor) and batch in x.shape:

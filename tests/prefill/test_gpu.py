@@ -8,7 +8,7 @@ from transformers import CompileConfig
 
 import claa_ops
 from claa_ops.methods import CLAA
-from claa_ops.prefill import ClaaCache, PrefillState, attach
+from claa_ops.prefill import ClaaCache, PrefillState, attach, logsumexp
 from claa_ops.prefill.logsumexp import attention_and_logsumexp
 from claa_ops.prefill.static import StaticClaaCache
 from ops.window_cases import log_sum_exp
@@ -69,6 +69,16 @@ def test_it_is_the_attention_of_sdpa_and_its_logsumexp(dim, backend):
         )
     assert torch.equal(output, plain)
     torch.testing.assert_close(lse, log_sum_exp(query, key, scale=0.2), atol=1e-4, rtol=1e-5)
+
+
+def test_no_logsumexp_where_it_costs_more_than_it_saves(monkeypatch):
+    monkeypatch.setattr(logsumexp, "CUDNN_TOKENS", 299)
+    query = torch.randn(1, 2, 300, 64, device="cuda", dtype=torch.bfloat16)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        assert attention_and_logsumexp(query, query, query) is None
+        assert attention_and_logsumexp(*[query[:, :, :299]] * 3) is not None
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        assert attention_and_logsumexp(query, query, query) is not None
 
 
 @pytest.mark.parametrize("backend", WITHOUT_LSE)

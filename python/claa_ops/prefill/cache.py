@@ -71,7 +71,7 @@ class ClaaCache(Cache):
             if kind == "sliding_attention":
                 layers.append(SlidingLayer(config.sliding_window))
             elif kind == "full_attention":
-                layers.append(DynamicLayer())
+                layers.append(FullLayer())
             else:
                 raise ValueError(
                     f"ClaaCache: layers must be full_attention or sliding_attention, "
@@ -186,7 +186,29 @@ class ClaaCache(Cache):
         self.crop(0)
 
 
-class SlidingLayer(DynamicLayer):
+class FullLayer(DynamicLayer):
+    """All entries. Those of the prompt are held as they come; appending to nothing would copy."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append entries; return them with those before them."""
+        # Entries that were appended to are contiguous, those of the prompt may not be: for other
+        # strides torch.compile would compile the step of decoding anew.
+        if self.is_initialized or torch.compiler.is_compiling():
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = _owned(key_states), _owned(value_states)
+        return self.keys, self.values
+
+
+def _owned(x: Tensor) -> Tensor:
+    """``[B, G, n, D]`` as it is; a copy where it is a slice, which would keep the rest alive."""
+    fills_its_memory = x.is_contiguous() or x.transpose(1, 2).is_contiguous()
+    return x if fills_its_memory else x.contiguous()
+
+
+class SlidingLayer(FullLayer):
     """The last ``sliding_window - 1`` entries, all that the next token can see.
 
     Behind a selection the entries are not neighbours, but their positions ascend, so no more
