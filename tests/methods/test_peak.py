@@ -1,11 +1,13 @@
 """Peak: the statistic against plain PyTorch, what it carries over a selection, and its sinks."""
 
 import dataclasses
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import claa_ops
 from claa_ops import prefill
 from claa_ops.methods import Peak
 
@@ -51,6 +53,28 @@ def test_importance_is_the_peak_over_layers_heads_and_window(tensors):
     best = expected.topk(12 - WINDOW).indices.sort().values
     window = torch.arange(TOKENS - WINDOW, TOKENS).expand(2, -1)
     assert state.positions.tolist() == torch.cat([best, window], dim=1).tolist()
+
+
+@pytest.mark.parametrize(
+    "keep_kv, peaks, scores",
+    [
+        (1.0, 3, 0),  # whole caches: nothing but the ranking is needed
+        (10, 3, 3),  # as many entries as tokens go on
+        (6, 3, 5),  # fewer: each cache is compressed, but no selection is to come
+    ],
+)
+def test_nothing_is_computed_that_nothing_reads(tensors, monkeypatch, keep_kv, peaks, scores):
+    counted = [Mock(wraps=op) for op in (claa_ops.peak_attention, claa_ops.score_tokens)]
+    monkeypatch.setattr("claa_ops.methods.peak.peak_attention", counted[0])
+    monkeypatch.setattr("claa_ops.methods.base.score_tokens", counted[1])
+    query, key = tensors
+    method = dataclasses.replace(METHOD, keep=10, keep_kv=keep_kv)
+    state = observed(method, query, key, 3)
+    for layer in (3, 4):
+        seen = key[layer, :, :, :10]
+        state.observe(layer, query[layer, :, :, :10], seen)
+        state.compress(layer, seen, seen)
+    assert [op.call_count for op in counted] == [peaks, scores]
 
 
 def test_a_single_head_of_a_single_layer_is_enough(tensors):
