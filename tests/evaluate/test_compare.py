@@ -188,3 +188,11 @@ def test_any_comparison_can_be_drawn(model, tokenizer, ids, method, tokens, tmp_
     plot_scores(report, tmp_path / "scores.png", fact=range(1, 3))
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
     assert as_table(report)
+
+
+def test_a_full_disk_is_one_sentence(model, tokenizer, ids, tmp_path):
+    report = compare(model, tokenizer, ids, CLAA(layer=2), max_new_tokens=1, runs=1)
+    picture = tmp_path / "scores.png"
+    picture.symlink_to("/dev/full")
+    with pytest.raises(InputError, match="cannot write the plot .*scores.png: No space left"):
+        plot_scores(report, picture)

@@ -157,7 +157,10 @@ def parse_layers(text: str) -> list[int]:
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise InputError(f"--layer must be layers such as 10,15,20-22, got {text}")
-        layers.extend(range(int(first), int(last or first) + 1))
+        between = range(int(first), int(last or first) + 1)
+        if not between:
+            raise InputError(f"--layer must have ranges that ascend, got {part}")
+        layers.extend(between)
     return layers
 
 

@@ -76,8 +76,8 @@ class Settings:
                 raise InputError(
                     "the oracle is what methods are compared with, it cannot be one of them"
                 )
-        if self.layer is not None and not parse_layers(self.layer):
-            raise InputError(f"--layer must name a layer or more, got {self.layer}")
+        if self.layer is not None:
+            parse_layers(self.layer)
         parse_budget("--keep", self.keep)
         resolve_dtype(self.dtype, resolve_device(self.device))
         find_checkpoint(self.source)

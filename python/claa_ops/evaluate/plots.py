@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from claa_ops.evaluate.compare import Comparison
+from claa_ops.models import InputError
 
 _COLUMNS = 200
 _DECADES = 3  # the best 0.1 % of the tokens look alike
@@ -23,6 +24,9 @@ def plot_scores(report: Comparison, file: Path, fact: range | None = None) -> No
         report: the comparison, with scores; they are those of the full prefill.
         file: where to write the picture.
         fact: the tokens that hold the answer, where they are known.
+
+    Raises:
+        InputError: the file cannot be written.
     """
     scores, kept, tokens = report.scores, report.kept, report.prompt_tokens
     layers = max(scores) + 1
@@ -82,7 +86,10 @@ def plot_scores(report: Comparison, file: Path, fact: range | None = None) -> No
         )
         inside = kept[(kept >= fact.start) & (kept < fact.stop)]
         lower.vlines(inside + 0.5, 0, 1, color=_MARK, linewidth=1)
-    FigureCanvasAgg(figure).print_figure(file)
+    try:
+        FigureCanvasAgg(figure).print_figure(file)
+    except OSError as error:
+        raise InputError(f"cannot write the plot {file}: {error.strerror}") from error
 
 
 def _where(layers: list[int]) -> str:
