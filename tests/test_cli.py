@@ -157,6 +157,9 @@ def test_a_method_without_scores_has_no_plot(checkpoint, tmp_path):
     assert result.exit_code == 0, result.output
     assert "streaming scores no tokens, so there is no plot." in result.stdout
     assert not picture.exists()
+    plot = ("--plot", picture, "--method", "streaming", "--json")
+    result = generate(checkpoint, "--prompt", PROMPT, *plot)
+    assert "there is no plot" in result.stderr and json.loads(result.stdout)
 
 
 def refuse(message: str, result) -> None:
@@ -244,7 +247,7 @@ def test_bad_models_are_refused(tmp_path):
 
 
 def test_a_plot_is_refused_before_the_model_is_loaded(tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setattr("claa_ops.models.load_model", None)
+    monkeypatch.setattr(sys.modules["claa_ops.cli.generate"], "load_model", None)
     picture = tmp_path / "folder.png"
     picture.mkdir()
     result = generate(checkpoint, "--prompt", PROMPT, "--plot", picture)

@@ -30,6 +30,7 @@ from claa_ops.cli.options import (
     Threads,
     input_errors,
 )
+from claa_ops.evaluate.plan import Plan
 from claa_ops.methods import METHODS
 
 
@@ -120,8 +121,6 @@ def evaluate(
     the same command goes on from there.
     """
     with input_errors():
-        from claa_ops.evaluate.plan import Plan
-
         plan = Plan.parse(
             models=model,
             methods=method,

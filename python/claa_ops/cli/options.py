@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from claa_ops.models import InputError
+
 Model = Annotated[
     str | None,
     typer.Option(
@@ -136,8 +138,6 @@ def step_progress() -> Iterator[Callable[[str], None]]:
 @contextlib.contextmanager
 def input_errors() -> Iterator[None]:
     """Turn an InputError into one line on standard error and exit code 2."""
-    from claa_ops.models import InputError
-
     try:
         yield
     except InputError as error:

@@ -24,6 +24,7 @@ from claa_ops.cli.options import (
     input_errors,
     step_progress,
 )
+from claa_ops.evaluate.oracle_settings import Settings
 
 # Those with a ranking of their own; the others do other things with one of these.
 _METHODS = ["claa", "claa:zscore=true", "fastkv", "gemfilter", "peak", "random"]
@@ -83,8 +84,6 @@ def oracle(
 ) -> None:
     """Compare how methods rank a prompt's tokens with what the model's own answer attended to."""
     with input_errors():
-        from claa_ops.evaluate.oracle_settings import Settings
-
         settings = Settings(
             model=model,
             prompt=prompt,

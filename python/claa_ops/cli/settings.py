@@ -23,7 +23,23 @@ from claa_ops.cli.options import (
     Threads,
     Window,
 )
+from claa_ops.evaluate.grid import (
+    MethodSpec,
+    give_draft,
+    make_cells,
+    parse_schedule,
+    require_drafted,
+)
+from claa_ops.evaluate.inputs import check_plot_file, parse_budget
 from claa_ops.methods import METHODS, Method
+from claa_ops.methods.pruning import Pruning
+from claa_ops.models import (
+    InputError,
+    find_checkpoint,
+    resolve_device,
+    resolve_dtype,
+    smollm2_file,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,8 +79,6 @@ class Settings:
     @property
     def source(self) -> str:
         """The model, by a name that `load_model` takes."""
-        from claa_ops.models import smollm2_file
-
         return str(smollm2_file()) if self.model is None else self.model
 
     def check(self) -> None:
@@ -73,11 +87,6 @@ class Settings:
         Raises:
             InputError: a setting is none of those expected, or a file is missing.
         """
-        from claa_ops.evaluate.grid import MethodSpec, parse_schedule, require_drafted
-        from claa_ops.evaluate.inputs import check_plot_file, parse_budget
-        from claa_ops.methods.pruning import Pruning
-        from claa_ops.models import InputError, find_checkpoint, resolve_device, resolve_dtype
-
         spec = MethodSpec.parse(self.method)
         parse_budget("--keep", self.keep)
         if self.keep_kv is not None:
@@ -108,9 +117,6 @@ class Settings:
         Raises:
             InputError: they do not fit the model, or the draft does not.
         """
-        from claa_ops.evaluate.grid import MethodSpec, give_draft, make_cells, parse_schedule
-        from claa_ops.evaluate.inputs import parse_budget
-
         spec = MethodSpec.parse(self.method)
         given = {"layer": self.layer, "keep_kv": self.keep_kv, "window": self.window}
         remarks = [
@@ -126,8 +132,8 @@ class Settings:
                 "to 31; --layer chooses another."
             )
         if self.draft is not None:
-            draft = (self.draft, tokenizer, self.dtype, self.device, on_step)
-            (spec,) = give_draft([spec], *draft)
+            device = self.device
+            (spec,) = give_draft([spec], self.draft, tokenizer, self.dtype, device, on_step)
         if self.window is not None and spec.has("window"):
             spec = spec.with_settings(window=self.window)
         cells = make_cells(
