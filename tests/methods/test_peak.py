@@ -56,19 +56,20 @@ def test_importance_is_the_peak_over_layers_heads_and_window(tensors):
 
 
 @pytest.mark.parametrize(
-    "keep_kv, peaks, scores",
+    "settings, peaks, scores",
     [
-        (1.0, 3, 0),  # whole caches: nothing but the ranking is needed
-        (10, 3, 3),  # as many entries as tokens go on
-        (6, 3, 5),  # fewer: each cache is compressed, but no selection is to come
+        ({"keep_kv": 1.0}, 3, 0),  # whole caches: nothing but the ranking is needed
+        ({"keep_kv": 10}, 3, 3),  # as many entries as tokens go on
+        ({"keep_kv": 10, "first_full": 2}, 3, 1),  # whole caches in layers 0 and 1
+        ({"keep_kv": 6}, 3, 5),  # fewer: each cache is compressed, but no selection is to come
     ],
 )
-def test_nothing_is_computed_that_nothing_reads(tensors, monkeypatch, keep_kv, peaks, scores):
+def test_nothing_is_computed_that_nothing_reads(tensors, monkeypatch, settings, peaks, scores):
     counted = [Mock(wraps=op) for op in (claa_ops.peak_attention, claa_ops.score_tokens)]
     monkeypatch.setattr("claa_ops.methods.peak.peak_attention", counted[0])
     monkeypatch.setattr("claa_ops.methods.base.score_tokens", counted[1])
     query, key = tensors
-    method = dataclasses.replace(METHOD, keep=10, keep_kv=keep_kv)
+    method = dataclasses.replace(METHOD, keep=10, **settings)
     state = observed(method, query, key, 3)
     for layer in (3, 4):
         seen = key[layer, :, :, :10]
@@ -109,6 +110,16 @@ def test_peaks_are_carried_over_a_selection(tensors):
     torch.testing.assert_close(state.importance, expected)
     best = expected.topk(12 - WINDOW).indices.sort().values
     assert state.positions[:, : 12 - WINDOW].tolist() == first.gather(1, best).tolist()
+
+
+def test_caches_are_compressed_without_a_selection(tensors):
+    query, key = tensors
+    method = dataclasses.replace(METHOD, keep=1.0, keep_kv=10)
+    state = prefill.begin(method, num_layers=LAYERS, prompt_length=TOKENS)
+    for layer in range(LAYERS):
+        state.observe(layer, query[layer], key[layer])
+        assert state.compress(layer, key[layer], key[layer])[0].shape[2] == 10
+        assert state.select(layer) is None
 
 
 def test_sinks_are_kept(tensors):

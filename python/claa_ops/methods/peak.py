@@ -57,11 +57,11 @@ class Peak(Pruning):
         return layer <= max(self._stages)
 
     def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
-        """The window's scores, if caches are compressed by them, else the peaks so far.
+        """The window's scores, if the layer's cache is compressed by them, else the peaks.
 
-        While a selection is to come the peaks, ``[B, W, n]``, are noted.
+        The peaks of the layers so far, ``[B, W, n]``, are noted, up to the last selection.
         """
-        if any(self._drops(state, stage) for stage in self._stages):
+        if self.informs(state.layer):
             state.notes["peaks"] = peak_attention(
                 query,
                 key,
@@ -69,7 +69,7 @@ class Peak(Pruning):
                 running=state.notes.get("peaks"),
                 start=attention["start"],
             )
-            if state.length <= self.capacity(state, 0):
+            if not self._compresses(state, state.layer):
                 return self._highest(state)
         return super().score(state, query, key, **attention)
 
