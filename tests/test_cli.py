@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from claa_ops.cli import app
+from claa_ops.methods import METHODS
 from evaluate.tiny_checkpoint import CONTEXT, LAYERS
 
 RUNNER = CliRunner()
@@ -89,6 +92,51 @@ def test_full_is_compared_with_itself(checkpoint):
     assert facts["expected_ttft_ratio"] == 1
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_can_be_asked_for(checkpoint, name):
+    method = ("--method", name, "--keep", "0.3", "--prompt", PROMPT)
+    facts = report(generate(checkpoint, *method, "--json"))
+    assert facts["method"]["name"] == METHODS[name].__name__
+    two_forwards = name in ("oracle", "speculative")
+    assert (facts["expected_ttft_ratio"] > 1) == two_forwards
+
+
+def test_settings_of_a_method_and_equal_bytes_are_read_as_by_evaluate(checkpoint):
+    def settings(*arguments):
+        facts = report(generate(checkpoint, "--prompt", PROMPT, *arguments, "--json"))
+        return facts["method"]
+
+    staged = settings("--schedule", "1:50%,3:40", "--method", "claa:zscore=true:last_n=2")
+    assert (staged["layer"], staged["keep"]) == ([1, 3], [0.5, 40])
+    assert staged["zscore"] is True and staged["last_n"] == 2
+    assert settings("--method", "fastkv@claa")["equal_cache"] is True
+    assert settings("--method", "snapkv", "--window", "5")["window"] == 5
+    assert settings("--method", "snapkv")["window"] == 32
+
+
+def test_a_draft_is_loaded(checkpoint):
+    speculative = ("--method", "speculative:chunk=null", "--prompt", PROMPT)
+    facts = report(generate(checkpoint, *speculative, "--draft", checkpoint, "--json"))
+    assert facts["method"]["draft"] == checkpoint
+    assert facts["kept_tokens"] == -(-facts["prompt_tokens"] // 10)
+    message = "--draft is for the method speculative, got claa"
+    refuse(message, generate(checkpoint, "--prompt", PROMPT, "--draft", checkpoint))
+
+
+def test_the_layer_that_was_chosen_is_said(checkpoint):
+    shown = generate(checkpoint, "--prompt", PROMPT).stdout
+    assert "The layer is 2 (of 0 to 5) by default, as deep as 15 of 0 to 31" in shown
+    for chosen in (("--layer", "3"), ("--schedule", "1:50%,3:20%"), ("--method", "snapkv")):
+        assert "by default" not in generate(checkpoint, "--prompt", PROMPT, *chosen).stdout
+
+
+def test_an_option_that_a_method_has_no_use_for_is_said(checkpoint):
+    given = ("--method", "snapkv", "--layer", "3", "--keep-kv", "1.0")
+    shown = generate(checkpoint, "--prompt", PROMPT, *given).stdout
+    assert "snapkv takes no --layer: 3 was not used." in shown
+    assert "snapkv takes no --keep-kv: 1.0 was not used." in shown
+
+
 def test_a_prompt_within_the_window_is_noted(checkpoint):
     arguments = ("--prompt", "short", "--no-chat")
     facts = report(generate(checkpoint, *arguments, "--json"))
@@ -101,6 +149,17 @@ def test_the_plot_is_drawn(checkpoint, tmp_path):
     result = generate(checkpoint, "--prompt", PROMPT, "--plot", picture)
     assert result.exit_code == 0, result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_method_without_scores_has_no_plot(checkpoint, tmp_path):
+    picture = tmp_path / "scores.png"
+    result = generate(checkpoint, "--prompt", PROMPT, "--plot", picture, "--method", "streaming")
+    assert result.exit_code == 0, result.output
+    assert "streaming scores no tokens, so there is no plot." in result.stdout
+    assert not picture.exists()
+    plot = ("--plot", picture, "--method", "streaming", "--json")
+    result = generate(checkpoint, "--prompt", PROMPT, *plot)
+    assert "there is no plot" in result.stderr and json.loads(result.stdout)
 
 
 def refuse(message: str, result) -> None:
@@ -138,14 +197,22 @@ def test_no_prompt_at_a_terminal_is_refused(checkpoint, monkeypatch):
     refuse("no prompt: expected --prompt, --prompt-file or text", generate(checkpoint))
 
 
+NAMES = f"expected {', '.join(METHODS)}"
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (
-            ["--method", "clas"],
-            "unknown method 'clas': expected claa or full; did you mean 'claa'?",
-        ),
-        (["--method", "FULLKV"], "unknown method 'FULLKV': expected claa or full; did you mean 'f"),
+        (["--method", "clas"], f"unknown method 'clas': {NAMES}; did you mean 'claa'?"),
+        (["--method", "FULLKV"], f"unknown method 'FULLKV': {NAMES}; did you mean 'f"),
+        (["--method", "claa:zscores=true"], "claa: a setting must be one of window, kernel_size"),
+        (["--method", "speculative:draft=x"], "speculative: a setting must be one of window"),
+        (["--method", "gemfilter", "--window", "3"], "GemFilter: window must be 1, got 3"),
+        (["--schedule", "3"], "--schedule must be LAYER:KEEP"),
+        (["--schedule", "3:1,1:1"], "CLAA: layer must be in ascending order"),
+        (["--schedule", "1:50%", "--layer", "3"], "got both --layer and --schedule: expected one"),
+        (["--schedule", "1:50%", "--method", "snapkv"], "snapkv does not select in stages"),
+        (["--method", "speculative", "--draft", "/no/such"], "model /no/such does not exist"),
         (["--keep", "0"], "--keep must be a rate in (0, 1] such as 0.1, or a number of tokens"),
         (["--keep", "1.5"], "--keep must be a rate in (0, 1] such as 0.1, or a number of tokens"),
         (["--keep", "-3"], "--keep must be a rate in (0, 1]"),
@@ -180,7 +247,7 @@ def test_bad_models_are_refused(tmp_path):
 
 
 def test_a_plot_is_refused_before_the_model_is_loaded(tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setattr("claa_ops.models.load_model", None)
+    monkeypatch.setattr(sys.modules["claa_ops.cli.generate"], "load_model", None)
     picture = tmp_path / "folder.png"
     picture.mkdir()
     result = generate(checkpoint, "--prompt", PROMPT, "--plot", picture)
@@ -188,6 +255,41 @@ def test_a_plot_is_refused_before_the_model_is_loaded(tmp_path, checkpoint, monk
     free = tmp_path / "free.png"
     generate(checkpoint, "--prompt", PROMPT, "--plot", free)
     assert not free.exists()  # trying leaves nothing
+
+
+REFUSED = """
+import sys
+from claa_ops.cli import app
+for arguments in {commands}:
+    try:
+        app(arguments)
+    except SystemExit as stop:
+        assert stop.code == 2, arguments
+assert "transformers" not in sys.modules
+"""
+
+
+def test_bad_input_is_refused_before_transformers_is_loaded(checkpoint, tmp_path):
+    """Which takes seconds."""
+    model, evaluate = ["--model", checkpoint], ["evaluate", "--out", str(tmp_path / "out")]
+    commands = [
+        [*command, *model, *bad]
+        for command, refused in [
+            (["generate", "--prompt", "a"], [["--plot", "a.gif"], ["--schedule", "3"]]),
+            (["generate"], [["--prompt-file", "no/such"]]),
+            (["oracle", "--task", "needle"], [["--layer", "a"], ["--filler", "no/such"]]),
+            (["oracle"], [["--prompt-file", "no/such"]]),
+            (evaluate, [["--layer", "a"], ["--task", "ruler:no/such"], ["--filler", "no/such"]]),
+            (evaluate, [["--draft", checkpoint], ["--suite", "claa"], ["--baseline", "asl"]]),
+        ]
+        for bad in [["--method", "clao"], ["--keep", "1.5"], ["--model", "/no"], *refused]
+    ]
+    program = REFUSED.format(commands=commands)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("claa-ops: ")]
+    assert len(lines) == len(commands)
 
 
 def test_a_number_out_of_range_is_refused(checkpoint):

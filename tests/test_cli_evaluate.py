@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -103,6 +104,30 @@ def test_after_a_kill_it_goes_on_where_it_was(checkpoint, filler, tmp_path):
         assert (killed / name).read_bytes() == (unbroken / name).read_bytes()
 
 
+def test_one_evaluation_at_a_time_writes_into_a_folder(checkpoint, filler, tmp_path):
+    """The second of two processes is refused, and the first goes on undisturbed."""
+    grid = ("--method", "claa", "--method", "fastkv", "--layer", "0-4", "--prompts", "6")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "from claa_ops.cli import app; app()"]
+    command += arguments(checkpoint, filler, tmp_path, *grid)
+    journal = tmp_path / "records.jsonl"
+    first = subprocess.Popen(command, env=environment)
+    deadline = time.monotonic() + 300
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    first.send_signal(signal.SIGSTOP)  # so that it is not done before the second begins
+    second = subprocess.run(command, env=environment, capture_output=True, text=True)
+    first.send_signal(signal.SIGCONT)
+    assert second.returncode == 2 and "Traceback" not in second.stderr
+    told = " ".join(second.stderr.split())
+    assert f"claa-ops: another process is writing into the folder {tmp_path}: wait" in told
+    assert first.wait(timeout=300) == 0
+    lines = journal.read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 2 * 6 * 11
+    assert all(json.loads(line)["result"] for line in lines)
+
+
 def test_a_malformed_record_is_told_and_the_rest_runs(checkpoint, filler, tmp_path):
     file = tmp_path / "vt.jsonl"
     good = json.dumps({"input": "x is 1, what is x?", "outputs": ["1"]})
@@ -148,7 +173,7 @@ def test_a_draft_needs_the_tokenizer_of_the_model(checkpoint, filler, tmp_path):
     tokenizer.add_tokens(["more"])
     tokenizer.save_pretrained(tmp_path / "draft")
     result = evaluate(checkpoint, filler, tmp_path / "other", *methods, str(tmp_path / "draft"))
-    refuse("the draft .* must have the tokenizer of the model", result)
+    refuse("--draft .*: .* must have the tokenizer of the model, got one in which 1 of", result)
 
 
 def refuse(message: str, result) -> None:
@@ -178,6 +203,7 @@ def refuse(message: str, result) -> None:
         (["--lengths", "5000"], "nothing was evaluated: needle-number, .* context holds 512"),
         (["--model", "/no/such/model"], "model /no/such/model does not exist"),
         (["--dtype", "int8"], "unknown dtype 'int8'"),
+        (["--draft", "x"], "--draft is for the method speculative, got claa"),
     ],
 )
 def test_bad_input_is_one_sentence(checkpoint, filler, tmp_path, options, message):

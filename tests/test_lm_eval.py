@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from importlib.metadata import entry_points
 
 import pytest
 import torch
@@ -34,6 +35,11 @@ def request(kind, *arguments):
 def test_the_class_is_registered(pruned):
     assert get_model("claa_ops") is ClaaLM
     assert pruned.method == CLAA(keep=0.2, layer=2)
+
+
+def test_it_is_declared_as_a_plug_in_of_lm_eval():
+    (declared,) = entry_points(group="lm_eval.models", name="claa_ops")
+    assert declared.load() is ClaaLM
 
 
 def test_full_prefill_gives_the_likelihoods_of_a_plain_forward(checkpoint):
@@ -129,17 +135,14 @@ def test_the_command_runs_tasks_of_a_local_file(checkpoint, tmp_path, monkeypatc
         (tasks / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
 
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    arguments = f"pretrained={checkpoint},method=claa,keep=0.2,layer=2,zscore=True"
+    command = ["lm_eval", "--model", "claa_ops", "--model_args", arguments]
+    command += ["--tasks", ",".join(TASKS), "--include_path", str(tasks)]
+    monkeypatch.setattr(sys, "argv", [*command, "--output_path", str(tmp_path / "results.json")])
+    runpy.run_module("claa_ops.lm_eval", run_name="__main__")
 
-    found = simple_evaluate(
-        model="claa_ops",
-        model_args=f"pretrained={checkpoint},method=claa,keep=0.2,layer=2,zscore=True",
-        tasks=list(TASKS),
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-        device=None if torch.cuda.is_available() else "cuda:0",  # the command's default
-        bootstrap_iters=0,
-    )
+    (results,) = tmp_path.glob("results_*.json")
+    found = json.loads(results.read_text())
     assert found["results"]["claa_local_words"]["exact_match,none"] == 0.0
     assert found["results"]["claa_local_choice"]["acc,none"] in (0.0, 1.0)
     assert found["n-samples"]["claa_local_choice"]["effective"] == 3
@@ -149,4 +152,6 @@ def test_the_module_is_the_command_of_lm_eval(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lm_eval", "run", "--help"])
     with pytest.raises(SystemExit) as end:
         runpy.run_module("claa_ops.lm_eval", run_name="__main__")
-    assert end.value.code == 0 and "--model_args" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and "--include_path" in shown
+    assert "python -m claa_ops.lm_eval --model claa_ops" in shown

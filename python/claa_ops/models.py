@@ -11,15 +11,15 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# transformers takes seconds to import, which a refusal need not wait for.
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,6 +70,8 @@ def load_model(
                 "(CLAA_OPS_CACHE names another folder)"
             ) from error
     on_step(f"loading {name}")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
@@ -158,6 +160,8 @@ def _convert_gguf(file: Path, dtype: torch.dtype, on_step: Callable[[str], None]
         return target
 
     on_step(f"converting {file.name} (once; kept in {target.parent})")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written aside and renamed: whatever interrupts this, a folder called `target` is complete.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as aside:

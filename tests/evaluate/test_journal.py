@@ -68,6 +68,18 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, written):
     assert [json.loads(line)["key"]["prompt"] for line in file.open()] == [0, 1, 2]
 
 
+def test_one_at_a_time_has_it_open(tmp_path):
+    file = tmp_path / "records.jsonl"
+    with Journal(file) as journal:
+        journal.add({"prompt": 0}, {"score": 1.0})
+        with file.open("ab") as other:  # it may be writing: nothing is cut off
+            other.write(b"{half")
+        with pytest.raises(InputError, match=f"another process is writing into .* {tmp_path}: "):
+            Journal(file)
+        assert file.read_bytes().endswith(b"{half")
+    assert len(Journal(file)) == 1
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "occupied").write_text("a file, not a folder")
     with pytest.raises(InputError, match="cannot open .*occupied"):

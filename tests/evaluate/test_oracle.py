@@ -341,7 +341,7 @@ def test_records_are_prompts_and_bad_ones_are_named(checkpoint, tmp_path):
         (["--task", "ruler:no.jsonl"], "there are no records at no.jsonl"),
         (["--prompt", "x"], "no prompt can be used"),
         (["--prompt", PROMPT, "--layer", LAYERS - 1], "CLAA: layer must be in [0, "),
-        (["--prompt", PROMPT, "--layer", "5-3"], "--layer must name a layer or more, got 5-3"),
+        (["--prompt", PROMPT, "--layer", "5-3"], "--layer must have ranges that ascend, got 5-3"),
         (["--prompt", PROMPT, "--layer", "all"], "--layer must be layers such as 10,15,20-22"),
         (["--prompt", PROMPT, "--keep", "2.5"], "--keep must be a rate in (0, 1] such as 0.1"),
         (["--prompt", PROMPT, "--dtype", "int8"], "unknown dtype 'int8'"),

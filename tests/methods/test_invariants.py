@@ -1,6 +1,7 @@
 """What holds for every method that prunes, whatever the prompt."""
 
 import dataclasses
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -128,6 +129,13 @@ def test_sinks_are_the_first_tokens_that_are_not_padding():
     result = trace(SinksRandom(keep=(30, 16), layer=(0, 2), sink=5), 60, padding=20)
     assert result.state.positions[0, :5].tolist() == [0, 1, 2, 3, 4]
     assert result.state.positions[1, :5].tolist() == [20, 21, 22, 23, 24]
+
+
+def test_random_tokens_are_drawn_once(monkeypatch):
+    drawn = Mock(wraps=torch.rand)
+    monkeypatch.setattr("torch.rand", drawn)
+    trace(SinksRandom(keep=(30, 16), layer=(0, 2), keep_kv=12, sink=5), 60)
+    assert drawn.call_count == 2  # the other draw is that of the trace, a ranking
 
 
 def test_random_tokens_depend_on_the_seed_and_on_nothing_else():

@@ -1,11 +1,13 @@
 """Peak: the statistic against plain PyTorch, what it carries over a selection, and its sinks."""
 
 import dataclasses
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import claa_ops
 from claa_ops import prefill
 from claa_ops.methods import Peak
 
@@ -53,6 +55,29 @@ def test_importance_is_the_peak_over_layers_heads_and_window(tensors):
     assert state.positions.tolist() == torch.cat([best, window], dim=1).tolist()
 
 
+@pytest.mark.parametrize(
+    "settings, peaks, scores",
+    [
+        ({"keep_kv": 1.0}, 3, 0),  # whole caches: nothing but the ranking is needed
+        ({"keep_kv": 10}, 3, 3),  # as many entries as tokens go on
+        ({"keep_kv": 10, "first_full": 2}, 3, 1),  # whole caches in layers 0 and 1
+        ({"keep_kv": 6}, 3, 5),  # fewer: each cache is compressed, but no selection is to come
+    ],
+)
+def test_nothing_is_computed_that_nothing_reads(tensors, monkeypatch, settings, peaks, scores):
+    counted = [Mock(wraps=op) for op in (claa_ops.peak_attention, claa_ops.score_tokens)]
+    monkeypatch.setattr("claa_ops.methods.peak.peak_attention", counted[0])
+    monkeypatch.setattr("claa_ops.methods.base.score_tokens", counted[1])
+    query, key = tensors
+    method = dataclasses.replace(METHOD, keep=10, **settings)
+    state = observed(method, query, key, 3)
+    for layer in (3, 4):
+        seen = key[layer, :, :, :10]
+        state.observe(layer, query[layer, :, :, :10], seen)
+        state.compress(layer, seen, seen)
+    assert [op.call_count for op in counted] == [peaks, scores]
+
+
 def test_a_single_head_of_a_single_layer_is_enough(tensors):
     # One query of one head looks token 17 up in layer 0; nothing else does, before or after.
     query, key = (torch.zeros_like(tensor) for tensor in tensors)
@@ -85,6 +110,16 @@ def test_peaks_are_carried_over_a_selection(tensors):
     torch.testing.assert_close(state.importance, expected)
     best = expected.topk(12 - WINDOW).indices.sort().values
     assert state.positions[:, : 12 - WINDOW].tolist() == first.gather(1, best).tolist()
+
+
+def test_caches_are_compressed_without_a_selection(tensors):
+    query, key = tensors
+    method = dataclasses.replace(METHOD, keep=1.0, keep_kv=10)
+    state = prefill.begin(method, num_layers=LAYERS, prompt_length=TOKENS)
+    for layer in range(LAYERS):
+        state.observe(layer, query[layer], key[layer])
+        assert state.compress(layer, key[layer], key[layer])[0].shape[2] == 10
+        assert state.select(layer) is None
 
 
 def test_sinks_are_kept(tensors):

@@ -20,7 +20,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from claa_ops.cli.options import AsJson, Device, Dtype, KeepKv, Threads, input_errors
+from claa_ops.cli.options import (
+    AsJson,
+    Chat,
+    Device,
+    Draft,
+    Dtype,
+    KeepKv,
+    Threads,
+    input_errors,
+)
+from claa_ops.evaluate.plan import Plan
+from claa_ops.methods import METHODS
 
 
 def evaluate(
@@ -34,8 +45,9 @@ def evaluate(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME or NAME:SETTING=VALUE:..., such as claa or claa:zscore=true; NAME@OTHER "
-            "has the cache bytes of the other. Repeat it. Default: claa. Full prefill always runs."
+            help=f"{', '.join(METHODS)}; with settings such as claa:zscore=true:last_n=2; "
+            "NAME@OTHER has the cache bytes of the other. Repeat it. Default: claa. Full prefill "
+            "always runs."
         ),
     ] = None,
     layer: Annotated[
@@ -90,16 +102,11 @@ def evaluate(
             "are cut in the middle. Default: what the model's context holds.",
         ),
     ] = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--no-chat", help="Default: if the tokenizer has a chat template."),
-    ] = None,
+    chat: Chat = None,
     baseline: Annotated[
         str, typer.Option(help="The method that differences are taken to.")
     ] = "full",
-    draft: Annotated[
-        str | None, typer.Option(help="The draft model of the method speculative.")
-    ] = None,
+    draft: Draft = None,
     out: Annotated[
         Path, typer.Option(help="Where records, results and pictures go; run again to go on.")
     ] = Path("evaluation"),
@@ -114,8 +121,6 @@ def evaluate(
     the same command goes on from there.
     """
     with input_errors():
-        from claa_ops.evaluate.run import Plan, run
-
         plan = Plan.parse(
             models=model,
             methods=method,
@@ -138,6 +143,9 @@ def evaluate(
             dtype=dtype,
             device=device,
         )
+
+        from claa_ops.evaluate.run import run
+
         if threads is not None:
             torch.set_num_threads(threads)
         with _progress() as progress:

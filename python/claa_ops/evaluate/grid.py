@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from claa_ops.evaluate.inputs import parse_budget
 from claa_ops.methods import METHODS, Method, make_method
 from claa_ops.methods.pruning import Pruning
-from claa_ops.models import InputError
+from claa_ops.methods.speculative import require_same_tokenizer
+from claa_ops.models import InputError, load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Budget = float | int
 Layer = int | tuple[int, ...] | None
@@ -37,17 +41,12 @@ class Cell:
 
     def key(self) -> dict[str, Any]:
         """All that the results of the cell depend on, besides model and prompt."""
-        settings = {
-            field.name: _plain(getattr(self.method, field.name))
-            for field in dataclasses.fields(self.method)
-            if field.init
-        }
         return {
             "label": self.label,
             "layer": _plain(self.layer),
             "keep": _plain(self.keep),
             "method": type(self.method).__name__,
-            "settings": settings,
+            "settings": plain_settings(self.method),
         }
 
 
@@ -85,13 +84,21 @@ class MethodSpec:
                 raise InputError(
                     f"a method is NAME or NAME:SETTING=VALUE:..., got {part!r} in {text}"
                 )
+            fields = [field for field in _settings(name) if field != "draft"]  # has an option
+            if setting not in fields:
+                raise InputError(
+                    f"{name}: a setting must be one of {', '.join(fields)}, got {setting}"
+                )
             settings[setting] = _value(value)
         return cls(text, name, settings, other or None)
 
     def has(self, setting: str) -> bool:
         """Whether the method has a setting of this name that the specification leaves open."""
-        fields = {field.name for field in dataclasses.fields(METHODS[self.name]) if field.init}
-        return setting in fields and setting not in self.settings
+        return setting in _settings(self.name) and setting not in self.settings
+
+    def with_settings(self, **settings: Any) -> MethodSpec:
+        """The same method with more settings."""
+        return replace(self, settings={**self.settings, **settings})
 
     def cell(self, num_layers: int, layer: Layer, keep: Keep) -> Cell:
         """The cell for a model of this depth; None leaves a setting at its default."""
@@ -109,6 +116,40 @@ class MethodSpec:
         )
 
 
+def require_drafted(specs: Sequence[MethodSpec]) -> None:
+    """Raise InputError unless one of the methods has a draft."""
+    if not any(spec.has("draft") for spec in specs):
+        raise InputError(
+            "--draft is for the method speculative, got " + ", ".join(spec.label for spec in specs)
+        )
+
+
+def give_draft(
+    specs: Sequence[MethodSpec],
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str,
+    device: str,
+    on_step: Callable[[str], None],
+) -> list[MethodSpec]:
+    """Load the model ``name`` as the draft of all methods that have one and name none.
+
+    Raises:
+        InputError: it cannot be loaded, or has another tokenizer than the model's.
+    """
+    draft, its_tokenizer = load_model(name, dtype, device, on_step)
+    try:
+        require_same_tokenizer(tokenizer, its_tokenizer)
+    except ValueError as error:
+        raise InputError(f"--draft {name}: {error}") from error
+    return [spec.with_settings(draft=draft) if spec.has("draft") else spec for spec in specs]
+
+
+def plain_settings(method: Method) -> dict[str, Any]:
+    """The settings of a method as JSON has them; a draft is its name."""
+    return {name: _plain(getattr(method, name)) for name in _settings_of(type(method))}
+
+
 def parse_layers(text: str) -> list[int]:
     """Read layers and ranges of layers: ``10,15,20-22``."""
     layers: list[int] = []
@@ -116,7 +157,10 @@ def parse_layers(text: str) -> list[int]:
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise InputError(f"--layer must be layers such as 10,15,20-22, got {text}")
-        layers.extend(range(int(first), int(last or first) + 1))
+        between = range(int(first), int(last or first) + 1)
+        if not between:
+            raise InputError(f"--layer must have ranges that ascend, got {part}")
+        layers.extend(between)
     return layers
 
 
@@ -156,7 +200,7 @@ def make_cells(
     cells = {"full": MethodSpec.parse("full").cell(num_layers, None, None)}
     for spec in specs:
         if keep_kv is not None and spec.has("keep_kv") and spec.bytes_of is None:
-            spec = replace(spec, settings={**spec.settings, "keep_kv": keep_kv})
+            spec = spec.with_settings(keep_kv=keep_kv)
         stages: list[tuple[Layer, Keep]] = [
             (layer, keep)
             for layer in (layers if layers and spec.has("layer") else [None])
@@ -183,6 +227,14 @@ def _bytes_of(name: str, num_layers: int, layer: Layer, keep: Keep) -> dict[str,
     return {"equal_cache": True, "keep_kv": whole + (1 - whole) * rate}
 
 
+def _settings(name: str) -> list[str]:
+    return _settings_of(METHODS[name])
+
+
+def _settings_of(method: type[Method]) -> list[str]:
+    return [field.name for field in dataclasses.fields(method) if field.init]
+
+
 def _value(text: str) -> Any:
     """A setting's value: a number, true or false, or the text itself."""
     try:
@@ -194,4 +246,4 @@ def _value(text: str) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(part) for part in value]
-    return value if isinstance(value, int | float | str | None) else type(value).__name__
+    return value if isinstance(value, int | float | str | None) else value.name_or_path

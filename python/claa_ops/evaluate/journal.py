@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -17,7 +18,8 @@ class Journal:
 
     A line has a ``key``, what the record depends on, and a ``result``. Whoever opens the file
     again finds every record that was added; the rest of a line that was being written when the
-    program ended is cut off.
+    program ended is cut off. One process at a time has it open: the operating system holds the
+    lock, and releases it however the process ends.
 
     Args:
         file: the .jsonl file, made if it is not there.
@@ -26,18 +28,45 @@ class Journal:
         torn: how many bytes of an unfinished line were cut off.
 
     Raises:
-        InputError: the file cannot be read or written, or a line before the last is damaged.
+        InputError: the file cannot be read or written, another process has it open, or a line
+            before the last is damaged.
+
+    Example::
+
+        with Journal(folder / "records.jsonl") as journal:
+            journal.add({"prompt": 1}, {"score": 1.0})
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            content = file.read_bytes() if file.exists() else b""
+            self._opened = file.open("a+b", buffering=0)
+        except OSError as error:
+            raise self._refusal("cannot open", error) from error
+        try:
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self) -> None:
+        try:
+            fcntl.flock(self._opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another process is writing into the folder {self.file.parent}: wait until it "
+                "has finished, or choose another folder"
+            ) from error
+        except OSError as error:  # of a file system without locks
+            raise self._refusal("cannot lock", error) from error
+        try:
+            self._opened.seek(0)
+            content = self._opened.read()
             whole = content.rfind(b"\n") + 1
             self.torn = len(content) - whole
             if self.torn:
-                os.truncate(file, whole)
+                self._opened.truncate(whole)
         except OSError as error:
             raise self._refusal("cannot open", error) from error
         self._results: dict[str, Json] = {}
@@ -47,9 +76,19 @@ class Journal:
                 self._results[_canonical(record["key"])] = record["result"]
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
-                    f"{file}, line {number}: expected a finished record, got {line[:40]!r}; "
+                    f"{self.file}, line {number}: expected a finished record, got {line[:40]!r}; "
                     "remove the line to compute it again"
                 ) from error
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others open the file."""
+        self._opened.close()
 
     def __len__(self) -> int:
         return len(self._results)
@@ -66,15 +105,14 @@ class Journal:
         """
         line = (json.dumps({"key": key, "result": result}) + "\n").encode()
         try:
-            with self.file.open("ab", buffering=0) as file:
-                before = file.tell()
-                try:
-                    while line:  # a disk that fills up takes a part first
-                        line = line[file.write(line) :]
-                    os.fsync(file.fileno())
-                except OSError:
-                    os.truncate(file.fileno(), before)
-                    raise
+            before = self._opened.seek(0, os.SEEK_END)
+            try:
+                while line:  # a disk that fills up takes a part first
+                    line = line[self._opened.write(line) :]
+                os.fsync(self._opened.fileno())
+            except OSError:
+                self._opened.truncate(before)
+                raise
         except OSError as error:
             raise self._refusal("cannot write", error) from error
         self._results[_canonical(key)] = result

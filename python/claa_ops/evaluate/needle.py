@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pydoc_data.topics import topics
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _INSTRUCTION = "Some facts are hidden within the following text. Memorize them."
 _ANSWER = "feed the ducks at the lake"

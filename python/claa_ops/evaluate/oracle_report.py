@@ -11,7 +11,7 @@ from rich.text import Text
 from claa_ops.evaluate.intervals import Interval
 from claa_ops.evaluate.oracle import Study
 from claa_ops.evaluate.oracle_measures import MEASURES
-from claa_ops.evaluate.oracle_run import Settings
+from claa_ops.evaluate.oracle_settings import Settings
 from claa_ops.evaluate.report import versions
 
 _HEADINGS = {

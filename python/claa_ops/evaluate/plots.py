@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from claa_ops.evaluate.compare import Comparison
+from claa_ops.models import InputError
 
 _COLUMNS = 200
 _DECADES = 3  # the best 0.1 % of the tokens look alike
@@ -20,9 +21,12 @@ def plot_scores(report: Comparison, file: Path, fact: range | None = None) -> No
     """Draw how high each layer ranks each part of the prompt, and below it which tokens stay.
 
     Args:
-        report: the comparison; its ranks are those of the full prefill.
+        report: the comparison, with scores; they are those of the full prefill.
         file: where to write the picture.
         fact: the tokens that hold the answer, where they are known.
+
+    Raises:
+        InputError: the file cannot be written.
     """
     scores, kept, tokens = report.scores, report.kept, report.prompt_tokens
     layers = max(scores) + 1
@@ -56,12 +60,12 @@ def plot_scores(report: Comparison, file: Path, fact: range | None = None) -> No
     lower.set_ylabel("kept", rotation=0, ha="right", va="center")
     lower.set_xlabel("token position in the prompt")
 
-    if report.layer is not None:
-        border = report.layer + 0.5
-        upper.axhline(border, color=_MARK, linewidth=1.5)
+    for layer in report.selections:
+        upper.axhline(layer + 0.5, color=_MARK, linewidth=1.5)
+    if report.selections:
         upper.annotate(
-            f"selection after layer {report.layer}",
-            (0.01, border),
+            _where(report.selections),
+            (0.01, report.selections[0] + 0.5),
             xycoords=("axes fraction", "data"),
             xytext=(0, 4),
             textcoords="offset points",
@@ -82,7 +86,18 @@ def plot_scores(report: Comparison, file: Path, fact: range | None = None) -> No
         )
         inside = kept[(kept >= fact.start) & (kept < fact.stop)]
         lower.vlines(inside + 0.5, 0, 1, color=_MARK, linewidth=1)
-    FigureCanvasAgg(figure).print_figure(file)
+    try:
+        FigureCanvasAgg(figure).print_figure(file)
+    except OSError as error:
+        raise InputError(f"cannot write the plot {file}: {error.strerror}") from error
+
+
+def _where(layers: list[int]) -> str:
+    if len(layers) == 1:
+        return f"selection after layer {layers[0]}"
+    if len(layers) > 4:
+        return f"selections after {len(layers)} layers, {layers[0]} to {layers[-1]}"
+    return f"selections after layers {', '.join(map(str, layers))}"
 
 
 def _standing(scores: Tensor) -> Tensor:

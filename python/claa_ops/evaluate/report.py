@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
-from dataclasses import Field, asdict, fields
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,7 @@ from rich.text import Text
 
 from claa_ops import __version__
 from claa_ops.evaluate.compare import Comparison, Run
-from claa_ops.evaluate.inputs import Settings
-from claa_ops.methods import CLAA, FullKV
+from claa_ops.evaluate.grid import plain_settings
 
 
 def as_table(report: Comparison, expected: str | None = None) -> RenderableType:
@@ -49,16 +48,18 @@ def as_table(report: Comparison, expected: str | None = None) -> RenderableType:
     return Group(Text("\n".join(header) + "\n"), table, Text("\n" + "\n".join(lines)))
 
 
-def to_json(report: Comparison, settings: Settings, expected: str | None) -> dict[str, Any]:
+def to_json(
+    report: Comparison, settings: Mapping[str, Any], expected: str | None
+) -> dict[str, Any]:
     """Return everything measured, with the settings and versions it was measured with."""
-    method = {field.name: getattr(report.method, field.name) for field in _public(report.method)}
     return {
-        "settings": asdict(settings) | {"plot": settings.plot and str(settings.plot)},
-        "method": {"name": type(report.method).__name__} | method,
+        "settings": dict(settings),
+        "method": {"name": type(report.method).__name__} | plain_settings(report.method),
         "machine": machine(report),
         "versions": versions(),
         "prompt_tokens": report.prompt_tokens,
         "kept_tokens": report.kept.numel(),
+        "selection_layers": report.selections,
         "full": _run_json(report.full, expected),
         "pruned": _run_json(report.pruned, expected),
         "ttft_ratio": report.ttft_ratio,
@@ -99,10 +100,6 @@ def _run_json(run: Run, expected: str | None) -> dict[str, Any]:
         "kv_bytes": run.kv_bytes,
         "peak_bytes": run.peak_bytes,
     }
-
-
-def _public(method: CLAA | FullKV) -> list[Field[Any]]:
-    return [field for field in fields(method) if field.init]
 
 
 def _seconds(times: list[float]) -> str:

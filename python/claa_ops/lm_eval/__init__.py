@@ -1,13 +1,15 @@
-"""The model class of lm-eval, and lm-eval's own command with this class in it.
+"""The model class of lm-eval, under the name claa_ops.
 
-lm-eval finds models in a table of its own and asks no other package for any, so that its command
-has to be started from here::
+::
 
     python -m claa_ops.lm_eval --model claa_ops \\
         --model_args pretrained=HuggingFaceTB/SmolLM2-135M-Instruct,method=claa,keep=0.2,layer=15 \\
         --tasks ruler
 
-Everything else is as in ``lm_eval``. Importing this module is enough for ``simple_evaluate``.
+is lm-eval's own command with this class in it; all else is as in ``lm_eval``. Up to 0.4.13 lm-eval
+asks no other package for models. Its main branch does, by the entry points ``lm_eval.models``, and
+this class is one: with the releases after that ``lm_eval --model claa_ops ...`` finds it alone.
+Importing this module is enough for ``simple_evaluate``.
 """
 
 from __future__ import annotations

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from claa_ops.prefill.state import PrefillState
+    from claa_ops.prefill.work import Work
 
 
 class Preparation(NamedTuple):
     """What a method found out about a prompt before its prefill."""
 
     ranking: Tensor  # [B, N], float32: how important each token is
-    work: int  # multiplications by weights that it took, as prefill.work counts them
+    work: Work  # what that took
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,9 +44,12 @@ class Random(Pruning):
 
     def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
         """Random numbers: the same for each token in all layers, heads and rows."""
-        context = max(0, state.prompt_length - self.window)
-        generator = torch.Generator().manual_seed(self.seed)
-        numbers = torch.rand(context, generator=generator).flip(0).to(key.device)
+        numbers = state.notes.get("numbers")
+        if numbers is None:
+            context = max(0, state.prompt_length - self.window)
+            generator = torch.Generator().manual_seed(self.seed)
+            numbers = torch.rand(context, generator=generator).flip(0).to(key.device)
+            state.notes["numbers"] = numbers
         scores = numbers.expand(key.shape[0], -1)
         if state.positions is not None:
             scores = scores.gather(1, state.positions[:, : key.shape[2] - self.window])

@@ -57,21 +57,31 @@ class Peak(Pruning):
         return layer <= max(self._stages)
 
     def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
-        """The window's scores, for the layer's cache; and the peaks, ``[B, W, n]``, noted."""
-        state.notes["peaks"] = peak_attention(
-            query,
-            key,
-            scale=attention["scale"],
-            running=state.notes.get("peaks"),
-            start=attention["start"],
-        )
+        """The window's scores, if the layer's cache is compressed by them, else the peaks.
+
+        The peaks of the layers so far, ``[B, W, n]``, are noted, up to the last selection.
+        """
+        if self.informs(state.layer):
+            state.notes["peaks"] = peak_attention(
+                query,
+                key,
+                scale=attention["scale"],
+                running=state.notes.get("peaks"),
+                start=attention["start"],
+            )
+            if not self._compresses(state, state.layer):
+                return self._highest(state)
         return super().score(state, query, key, **attention)
 
     def rank(self, state: PrefillState, layer: int) -> Tensor:
         """The peaks of the context tokens over layers, heads and window, pooled."""
+        peaks = self._highest(state)
+        return pool_heads(peaks, 1, kernel_size=self.kernel_size, mode=self.pooling)[:, 0]
+
+    def _highest(self, state: PrefillState) -> Tensor:
+        """``[B, 1, M]``: the highest of the window's peaks of each context token."""
         peaks = state.notes["peaks"]
-        context = peaks[..., : peaks.shape[2] - peaks.shape[1]].amax(dim=1, keepdim=True)
-        return pool_heads(context, 1, kernel_size=self.kernel_size, mode=self.pooling)[:, 0]
+        return peaks[..., : peaks.shape[2] - peaks.shape[1]].amax(dim=1, keepdim=True)
 
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
         """At a selection layer, the most important tokens, ``[B, k]``, and the window."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from claa_ops.prefill.cache import ClaaCache, first_valid
 from claa_ops.prefill.huggingface import attach
 from claa_ops.prefill.passes import count_positions, end_tokens, greedy
 from claa_ops.prefill.state import PrefillState
-from claa_ops.prefill.work import linear_work
+from claa_ops.prefill.work import Work, count_work
 
 _ROWS = 128  # queries at a time, so that what is held of [T, N] stays small
 
@@ -34,7 +35,7 @@ class Answer:
         scales: of each such layer: the factor on their products; None for ``D ** -0.5``.
         votes: ``[B, T]``, float32: 1 for the queries up to the end of the row's answer, else 0.
         start: ``[B]``: the first token of each row that is not padding; None without padding.
-        work: multiplications by weights that prompt and answer took.
+        work: the multiplications that prompt and answer took.
     """
 
     tokens: Tensor
@@ -43,7 +44,7 @@ class Answer:
     scales: list[float | None]
     votes: Tensor
     start: Tensor | None
-    work: int
+    work: Work
 
     def peak(self) -> Tensor:
         """``[B, N]``, float32: the peak over layers and heads, averaged over the queries.
@@ -105,11 +106,12 @@ def record_answer(
         logits_to_keep=1,
     ).logits[:, -1]
     ends = end_tokens(model, eos_token_id)
-    tokens = greedy(model, logits, cache, positions[:, -1] + 1, mask, max_new_tokens, ends)
+    steps = greedy(model, logits, cache, positions[:, -1] + 1, mask, ends)
+    tokens = torch.cat(list(islice(steps, max_new_tokens)), dim=1)
     ended = torch.isin(tokens, torch.tensor(ends, dtype=torch.int64, device=tokens.device))
     votes = torch.ones(tokens.shape, device=tokens.device)
     votes[:, 1:] -= ended[:, :-1].cummax(dim=1).values.float()
-    forwarded = length + tokens.shape[1] - 1
+    forwards = tokens.shape[1]
     return Answer(
         tokens=tokens,
         queries=[torch.cat(cache.queries[layer], dim=2) for layer in layers],
@@ -117,7 +119,7 @@ def record_answer(
         scales=[cache.scales[layer] for layer in layers],
         votes=votes,
         start=start,
-        work=linear_work(model, [forwarded] * len(cache.layers)),
+        work=count_work(model, [length + forwards - 1] * len(cache.layers), logits=forwards),
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from claa_ops.prefill.cache import ClaaCache, first_valid
 from claa_ops.prefill.hooks import FirstPassDone
 from claa_ops.prefill.huggingface import attach, decoder_of
 from claa_ops.prefill.state import PrefillState, begin
-from claa_ops.prefill.work import linear_work
+from claa_ops.prefill.work import Work, count_work
 
 
 @dataclass
@@ -29,8 +30,9 @@ class Prefilled:
         positions: ``[B, k]``, int64, ascending: the tokens of the (padded) prompt that reached
             the last layer; None if all did.
         attention_mask: ``[B, n]``, of the n tokens that the cache has seen; None without padding.
-        work: multiplications by weights, as a share of those of full prefill. Drafts, first
-            passes and an oracle's answer count; attention does not.
+        computed: the multiplications of all forwards, those of drafts, first passes and an
+            oracle's answer included.
+        work: those by weights in layers, as a share of full prefill's; attention does not count.
         state: the :class:`PrefillState` in which the method selected.
     """
 
@@ -39,6 +41,7 @@ class Prefilled:
     next_position: Tensor
     positions: Tensor | None
     attention_mask: Tensor | None
+    computed: Work
     work: float
     state: PrefillState
 
@@ -51,6 +54,7 @@ def run(
     attention_mask: Tensor | None = None,
     *,
     prepared: Preparation | None = None,
+    keep_scores: bool = False,
 ) -> Prefilled:
     """Prefill a batch of prompts with any method.
 
@@ -61,6 +65,7 @@ def run(
         attention_mask: ``[B, N]``, 0 where there is padding.
         prepared: what ``method.prepare`` returned for this prompt before: methods that differ
             in budgets and layers alone can share it. Made here if not given.
+        keep_scores: record the token scores of each ranked layer in ``state.scores``.
 
     Raises:
         TypeError: the model is not of the form that ``attach`` needs.
@@ -75,20 +80,20 @@ def run(
     attach(model)
     # Before anything slow: it refuses a method that does not fit the model.
     kind = _FirstPassCache if method.two_pass else ClaaCache
-    cache: ClaaCache = kind(model.config, method)
+    cache: ClaaCache = kind(model.config, method, keep_scores=keep_scores)
     length = input_ids.shape[1]
     if first_valid(attention_mask, length) is None:
         attention_mask = None
     if prepared is None:
         prepared = method.prepare(model, input_ids, attention_mask)
-    cache.ranking, work = (None, 0) if prepared is None else prepared
+    cache.ranking, computed = (None, Work()) if prepared is None else prepared
     position_ids = count_positions(input_ids, attention_mask)
     next_position = position_ids[:, -1] + 1
 
     first = None
     if method.two_pass:
         first = _first_pass(model, input_ids, position_ids, attention_mask, cache)
-        work += linear_work(model, first.lengths)
+        computed += count_work(model, first.lengths, logits=0)
         if first.positions is not None:
             input_ids = input_ids.gather(1, first.positions)
             if attention_mask is not None:
@@ -109,7 +114,8 @@ def run(
         logits_to_keep=1,
     )
     assert cache.state is not None  # the forward made it
-    work += linear_work(model, cache.state.lengths)
+    computed += count_work(model, cache.state.lengths)
+    full = count_work(model, [length] * len(cache.layers))
     state = first or cache.state
     return Prefilled(
         logits=output.logits[:, -1],
@@ -117,7 +123,8 @@ def run(
         next_position=next_position,
         positions=state.positions,
         attention_mask=attention_mask,
-        work=work / linear_work(model, [length] * len(cache.layers)),
+        computed=computed,
+        work=computed.linear / full.linear,
         state=state,
     )
 
@@ -148,15 +155,15 @@ def decode(
     """
     if max_new_tokens < 1:
         raise ValueError(f"decode: max_new_tokens must be at least 1, got {max_new_tokens}")
-    return greedy(
+    tokens = greedy(
         model,
         prefilled.logits,
         prefilled.cache,
         prefilled.next_position,
         prefilled.attention_mask,
-        max_new_tokens,
         end_tokens(model, eos_token_id),
     )
+    return torch.cat(list(islice(tokens, max_new_tokens)), dim=1)
 
 
 def greedy(
@@ -165,14 +172,17 @@ def greedy(
     cache: ClaaCache,
     position: Tensor,
     attention_mask: Tensor | None,
-    max_new_tokens: int,
     ends: list[int],
-) -> Tensor:
-    """The tokens of :func:`decode`, from the logits of the prompt and its cache."""
+) -> Iterator[Tensor]:
+    """The tokens of :func:`decode` one by one, ``[B, 1]``, until all rows have ended.
+
+    Each but the first, which the logits ``[B, V]`` of the prompt give, takes a forward.
+    """
     end = torch.tensor(ends, dtype=torch.int64, device=logits.device)
     token = logits.argmax(dim=-1, keepdim=True)
-    tokens, ended, position = [token], torch.isin(token, end), position[:, None]
-    while len(tokens) < max_new_tokens and not ended.all():
+    ended, position = torch.isin(token, end), position[:, None]
+    yield token
+    while not ended.all():
         if attention_mask is not None:
             one = torch.ones_like(attention_mask[:, :1])
             attention_mask = torch.cat([attention_mask, one], dim=1)
@@ -184,9 +194,8 @@ def greedy(
             use_cache=True,
         )
         token = torch.where(ended, token, output.logits[:, -1].argmax(dim=-1, keepdim=True))
-        tokens.append(token)
         ended, position = ended | torch.isin(token, end), position + 1
-    return torch.cat(tokens, dim=1)
+        yield token
 
 
 def generate(
@@ -221,8 +230,8 @@ def end_tokens(
 class _FirstPassCache(ClaaCache):
     first_pass = True
 
-    def __init__(self, config: PreTrainedConfig, method: Method) -> None:
-        super().__init__(config, method)
+    def __init__(self, config: PreTrainedConfig, method: Method, *, keep_scores: bool) -> None:
+        super().__init__(config, method, keep_scores=keep_scores)
         if method.keeps_positions and "sliding_attention" in self.layer_types:
             raise ValueError(
                 f"{type(method).__name__}: a second pass in original positions needs a model "

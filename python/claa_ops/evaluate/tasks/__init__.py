@@ -9,7 +9,7 @@ from pathlib import Path
 
 from claa_ops.evaluate.tasks.example import Example
 from claa_ops.evaluate.tasks.needle import KINDS, CountTokens, needle_examples
-from claa_ops.evaluate.tasks.records import BENCHMARKS, record_examples
+from claa_ops.evaluate.tasks.records import BENCHMARKS, check_source, record_examples
 from claa_ops.models import InputError
 
 __all__ = ["Example", "TaskSettings", "check_task", "examples"]
@@ -38,7 +38,8 @@ def check_task(task: str) -> tuple[str, str | None, str | None]:
     """Split ``NAME``, ``NAME:SOURCE`` or ``NAME/TASK:SOURCE`` into its parts.
 
     Raises:
-        InputError: the name is unknown, or it needs a source and has none.
+        InputError: the name is unknown, or it needs a source and has none, or one that is not
+            there.
     """
     name, _, source = task.partition(":")
     name, _, subtask = name.partition("/")
@@ -54,6 +55,8 @@ def check_task(task: str) -> tuple[str, str | None, str | None]:
         )
     if name not in BENCHMARKS and (source or subtask):
         raise InputError(f"the task {name} takes no records, got {task}")
+    if source:
+        check_source(source)
     return name, subtask or None, source or None
 
 

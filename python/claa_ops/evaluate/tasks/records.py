@@ -66,6 +66,12 @@ def record_examples(
                 yield example
 
 
+def check_source(source: str) -> None:
+    """Raise InputError if a local source has no records; one on the hub is not asked for."""
+    if not source.startswith(_HUB):
+        _files(source)
+
+
 def _ruler(record: Record, task: str | None, file: Path, name: str) -> Example:
     """Fields ``input`` and ``outputs``; newer files keep ``answer_prefix`` apart."""
     kind = task or _named_in(file, tuple(_RULER_NEW_TOKENS)) or "niah"
