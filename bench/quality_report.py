@@ -17,7 +17,7 @@ from bench.quality import KEEPS, LAYERS, TABLE
 from claa_ops.evaluate.intervals import Interval, bootstrap
 
 Rows = list[dict[str, Any]]  # one for each prompt: its task, its tokens, its cells
-Group = tuple[int, str]  # length and kind of the prompts
+Group = tuple[int, str, int]  # length, kind and seed of the prompts
 FULL = "full|None|None"
 RIGHT, RECALL, WORK, BYTES = range(4)  # what a cell has of a prompt
 _DRAWN = dict(
@@ -82,8 +82,8 @@ def swing(rows: Rows, label: str, keep: float, which: int = RECALL) -> Interval:
 
     The interval resamples prompts; the layers stay.
     """
-    keys = cells_of(label, keep)
-    table = np.array([[row["cells"][key][which] for key in keys] for row in having(rows, *keys)])
+    keys = cells_of(rows, label, keep)
+    table = np.array([[row["cells"][key][which] for key in keys] for row in rows])
     draw = np.random.default_rng(0)
     means = np.stack(
         [table[draw.integers(len(table), size=len(table))].mean(0) for _ in range(2000)]
@@ -93,9 +93,15 @@ def swing(rows: Rows, label: str, keep: float, which: int = RECALL) -> Interval:
     return Interval(float(np.abs(np.diff(table.mean(0))).mean()), float(low), float(high))
 
 
-def cells_of(label: str, keep: float) -> list[str]:
-    """The cells of a column of the table at one rate, by layer."""
-    return [f"{label}|{layer}|{keep}" for layer in LAYERS]
+def cells_of(rows: Rows, label: str, keep: float) -> list[str]:
+    """The cells of a column of the table at one rate, by layer, that were run on all prompts."""
+    keys = (f"{label}|{layer}|{keep}" for layer in LAYERS)
+    return [key for key in keys if len(having(rows, key)) == len(rows)]
+
+
+def layer_of(key: str) -> str:
+    """The selection layer of a cell."""
+    return key.split("|")[1]
 
 
 def shown(interval: Interval, signed: bool = False) -> str:
@@ -105,7 +111,7 @@ def shown(interval: Interval, signed: bool = False) -> str:
 
 
 def read(files: list[Path]) -> dict[Group, Rows]:
-    """The prompts of each length and kind; those of an unfinished batch lack some cells."""
+    """The prompts of each group; those of an unfinished batch lack some cells."""
     batches: dict[str, dict[str, Any]] = {}
     for line in lines(files):
         if "cell" in line:
@@ -114,7 +120,8 @@ def read(files: list[Path]) -> dict[Group, Rows]:
             batches[line["batch"]] = {**line, "cells": {}}
     groups: dict[Group, Rows] = {}
     for batch in batches.values():
-        groups.setdefault((batch["length"], batch["kind"]), []).extend(
+        group = batch["length"], batch["kind"], batch["seed"]
+        groups.setdefault(group, []).extend(
             {
                 "task": task,
                 "tokens": tokens,
@@ -150,21 +157,21 @@ def main() -> None:
     arguments = parser.parse_args()
     groups = read(arguments.files)
     whole = {group: rows for group, rows in groups.items() if columns_of(rows)}
-    print_schedules(groups)
+    print("# Tables of docs/quality.md\n\nWritten by `python -m bench.quality_report`.")
+    print_schedules({group: rows for group, rows in groups.items() if schedules(rows)})
     for group, rows in whole.items():
         print_group(group, rows)
+    for group, rows in groups.items():
+        if others := [key for key in keys_of(rows) if is_other(key)]:
+            print_others(group, rows, others)
     if arguments.pictures:
         plot_frontier(whole, arguments.pictures / "quality-frontier.png")
         plot_layers(whole, arguments.pictures / "quality-layers.png")
 
 
 def columns_of(rows: Rows) -> list[str]:
-    """The columns of the table that were run at all layers and rates."""
-    return [
-        label
-        for label in TABLE
-        if having(rows, *(key for keep in KEEPS for key in cells_of(label, keep)))
-    ]
+    """The columns of the table that were run."""
+    return [label for label in TABLE if any(cells_of(rows, label, keep) for keep in KEEPS)]
 
 
 def print_table(header: Iterable[str], body: Iterable[Iterable[str]]) -> None:
@@ -177,23 +184,38 @@ def print_table(header: Iterable[str], body: Iterable[Iterable[str]]) -> None:
 
 def print_schedules(groups: dict[Group, Rows]) -> None:
     """The schedules under test, in every set of prompts."""
-    print("\n## Schedules fixed beforehand")
-    keys = [FULL]
-    for rows in groups.values():
-        keys += [key for key in rows[0]["cells"] if "chosen|" in key and key not in keys]
-    for title, show in (
-        ("accuracy", lambda rows, key: shown(accuracy(rows, key))),
-        ("less full prefill, paired", lambda rows, key: shown(lost(rows, key), signed=True)),
-    ):
-        print_table(
-            [title, "work", *(_title(*item) for item in groups.items())],
-            (
-                [_schedule(key), f"{work(next(iter(groups.values())), key):.2f}"]
-                + [show(rows, key) for rows in groups.values()]
-                for key in keys
-                if title == "accuracy" or key != FULL
-            ),
-        )
+    print("\n## Schedules")
+    keys = list(dict.fromkeys(key for rows in groups.values() for key in schedules(rows)))
+    titles = [_title(*item) for item in groups.items()]
+
+    def cells(key: str, signed: bool) -> Iterable[str]:
+        measure = lost if signed else accuracy
+        for rows in groups.values():
+            yield shown(measure(rows, key), signed) if having(rows, key) else "-"
+
+    def share(key: str) -> str:
+        everybody = [row for rows in groups.values() for row in rows]
+        return f"{work(everybody, key):.2f}"
+
+    body = ([_schedule(key), share(key), *cells(key, signed=False)] for key in (FULL, *keys))
+    print_table(["accuracy", "work", *titles], body)
+    body = ([_schedule(key), *cells(key, signed=True)] for key in keys)
+    print_table(["less full prefill, paired", *titles], body)
+
+
+def keys_of(rows: Rows) -> list[str]:
+    """The cells that were run on any of the prompts."""
+    return list(dict.fromkeys(key for row in rows for key in row["cells"]))
+
+
+def schedules(rows: Rows) -> list[str]:
+    """The cells of schedules chosen beforehand."""
+    return [key for key in keys_of(rows) if ", chosen|" in key]
+
+
+def is_other(key: str) -> bool:
+    """Whether a cell is neither full prefill's, nor of the tables, nor a chosen schedule."""
+    return key.split("|")[0] not in ("full", *TABLE) and ", chosen|" not in key
 
 
 def _schedule(key: str) -> str:
@@ -201,8 +223,8 @@ def _schedule(key: str) -> str:
     if key == FULL:
         return "full prefill"
     stages = zip(layers.split(","), keeps.split(","), strict=True)
-    name = label.removesuffix(", chosen")
-    return f"{name}, " + ", then ".join(f"layer {layer}: {float(k):.0%}" for layer, k in stages)
+    parts = (f"layer {layer}: {percent(float(keep))}" for layer, keep in stages)
+    return f"{label.removesuffix(', chosen')}, " + ", then ".join(parts)
 
 
 def print_group(group: Group, rows: Rows) -> None:
@@ -214,9 +236,9 @@ def print_group(group: Group, rows: Rows) -> None:
     print(f" Accuracy of full prefill: {shown(accuracy(rows, FULL))}; {each}.")
     columns = columns_of(rows)
     for share in (0.99, 0.95):
-        print(f"\n### The least work for {share:.0%} of full prefill's accuracy")
+        print(f"\n### The least work for {percent(share)} of full prefill's accuracy")
         print_table(
-            ["", *(f"{keep:.0%} go on" for keep in KEEPS)],
+            ["", *(f"{percent(keep)} go on" for keep in KEEPS)],
             (
                 [label, *(_cheapest(rows, label, keep, share) for keep in KEEPS)]
                 for label in columns
@@ -234,43 +256,57 @@ def print_group(group: Group, rows: Rows) -> None:
             ),
         )
     for keep in KEEPS:
-        print(f"\n### Accuracy less full prefill's, paired; {keep:.0%} go on")
+        print(f"\n### Accuracy less full prefill's, paired; {percent(keep)} go on")
         print_table(
             ["layer", *columns],
             (
-                [str(layer)]
-                + [shown(lost(rows, f"{label}|{layer}|{keep}"), signed=True) for label in columns]
+                [str(layer), *(_loss(rows, label, layer, keep) for label in columns)]
                 for layer in LAYERS
             ),
         )
     for name, which in (("needle recall", RECALL), ("accuracy", RIGHT)):
         print(f"\n### Stability: mean change of the {name} from a layer to the next")
         print_table(
-            ["", *(f"{keep:.0%} go on" for keep in KEEPS)],
+            ["", *(f"{percent(keep)} go on" for keep in KEEPS)],
             ([label, *(shown(swing(rows, label, k, which)) for k in KEEPS)] for label in columns),
         )
-    print("\n### Other cells")
+
+
+def print_others(group: Group, rows: Rows, keys: list[str]) -> None:
+    """Cells outside the tables, one to a line."""
+    print(f"\n## Other cells: {_title(group, rows)}")
+    print(f"\nAccuracy of full prefill: {shown(accuracy(rows, FULL))}.")
     titles = ["layer", "keep", "work", "caches", "accuracy", "less full prefill", "recall"]
-    print_table(["", *titles], (_other(rows, key) for key in _others(rows)))
+    print_table(["", *titles], (_other(rows, key) for key in keys))
 
 
 def _cheapest(rows: Rows, label: str, keep: float, share: float) -> str:
-    good = [key for key in cells_of(label, keep) if share_of_full(rows, key) >= share]
+    keys = cells_of(rows, label, keep)
+    good = [key for key in keys if share_of_full(rows, key) >= share]
     if not good:
         return "never"
     cheapest = min(good, key=lambda key: work(rows, key))
-    return f"{work(rows, cheapest):.2f} (layer {cheapest.split('|')[1]})"
+    return f"{work(rows, cheapest):.2f} (layer {layer_of(cheapest)})"
 
 
 def _rates(rows: Rows, label: str, layer: int, which: int) -> str:
     """A measure at all rates, in the tables' short form: ".97 / 1 / 1"."""
-    means = (mean(rows, f"{label}|{layer}|{keep}", which) for keep in KEEPS)
-    return " / ".join(f"{m:.2f}".removeprefix("0").replace("1.00", "1") for m in means)
+    shorts = []
+    for keep in KEEPS:
+        key = f"{label}|{layer}|{keep}"
+        if key not in cells_of(rows, label, keep):
+            shorts.append("-")
+        elif which == WORK:
+            shorts.append(f"{work(rows, key):.2f}".removeprefix("0"))
+        else:
+            short = f"{mean(rows, key, which):.2f}".removeprefix("0")
+            shorts.append(short.replace("1.00", "1"))
+    return " / ".join(shorts)
 
 
-def _others(rows: Rows) -> Iterable[str]:
-    keys = dict.fromkeys(key for row in rows for key in row["cells"])
-    return (key for key in keys if key.split("|")[0] not in TABLE and "chosen|" not in key)
+def _loss(rows: Rows, label: str, layer: int, keep: float) -> str:
+    key = f"{label}|{layer}|{keep}"
+    return shown(lost(rows, key), signed=True) if key in cells_of(rows, label, keep) else "-"
 
 
 def _other(rows: Rows, key: str) -> list[str]:
@@ -288,9 +324,15 @@ def _other(rows: Rows, key: str) -> list[str]:
     ]
 
 
+def percent(share: float) -> str:
+    """A share as the pages write it."""
+    return f"{100 * share:.0f} %"
+
+
 def _title(group: Group, rows: Rows) -> str:
-    length, kind = group
-    return f"{length} tokens, {kind}: {len(rows)} prompts"
+    length, kind, seed = group
+    named = {"prefixed": "", "bare": ", bare", "prefixed, folder": ", other text"}
+    return f"{length} tokens{named.get(kind, f', {kind}')}, seed {seed}: {len(rows)} prompts"
 
 
 def plot_frontier(groups: dict[Group, Rows], file: Path) -> None:
@@ -298,12 +340,12 @@ def plot_frontier(groups: dict[Group, Rows], file: Path) -> None:
     figure = Figure(figsize=(10, 4.8), dpi=150, layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(groups), sharey=True))
     for axes, (group, rows) in zip(panels, groups.items(), strict=True):
-        _draw_full(axes, rows, 0.2)
+        _draw_full(axes, rows, 0.99)
         for label in columns_of(rows):
             cells = [
                 (work(rows, key), accuracy(rows, key))
                 for keep in KEEPS
-                for key in cells_of(label, keep)
+                for key in cells_of(rows, label, keep)
             ]
             cells.sort(key=lambda cell: cell[0])
             best = [
@@ -331,9 +373,7 @@ def plot_frontier(groups: dict[Group, Rows], file: Path) -> None:
                 capsize=1.5,
                 label=label,
             )
-        staged = [
-            key for key in rows[0]["cells"] if "peak, chosen" in key and "," in key.split("|")[1]
-        ]
+        staged = [key for key in schedules(rows) if "peak" in key and "," in layer_of(key)]
         axes.plot(
             [work(rows, key) for key in staged],
             [mean(rows, key, RIGHT) for key in staged],
@@ -342,7 +382,7 @@ def plot_frontier(groups: dict[Group, Rows], file: Path) -> None:
             color=_DRAWN["peak"][0],
             label="peak, staged",
         )
-        axes.set_title(_title(group, rows), fontsize=10)
+        axes.set_title(f"{group[0]} tokens, {len(rows)} prompts", fontsize=10)
         axes.set_xlabel("work, share of full prefill's (linear layers)")
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_xlim(0.18, 1.0)
@@ -359,8 +399,9 @@ def _draw_full(axes: Axes, rows: Rows, place: float) -> None:
     axes.annotate(
         "full prefill",
         (place, full),
-        xytext=(0, -11),
+        xytext=(0, -16),
         textcoords="offset points",
+        horizontalalignment="right",
         fontsize=8,
         color="#444444",
     )
@@ -373,17 +414,19 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 def plot_layers(groups: dict[Group, Rows], file: Path) -> None:
     """Draw needle recall at the lowest rate and accuracy at each, by layer, with 95 % bands."""
-    figure = Figure(figsize=(10, 11), dpi=130, layout="constrained")
+    figure = Figure(figsize=(10, 11), dpi=110, layout="constrained")
     measures = [(RECALL, KEEPS[0]), *((RIGHT, keep) for keep in KEEPS)]
     panels = figure.subplots(len(measures), len(groups), sharex=True, sharey=True, squeeze=False)
     for column, (group, rows) in enumerate(groups.items()):
         for axes, (which, keep) in zip(panels[:, column], measures, strict=True):
             if which == RIGHT:
-                _draw_full(axes, rows, LAYERS[0])
+                _draw_full(axes, rows, LAYERS[-1])
             for label in columns_of(rows):
-                found = [bootstrap(values(rows, key, which)) for key in cells_of(label, keep)]
+                keys = cells_of(rows, label, keep)
+                layers = [int(layer_of(key)) for key in keys]
+                found = [bootstrap(values(rows, key, which)) for key in keys]
                 axes.plot(
-                    LAYERS,
+                    layers,
                     [f.mean for f in found],
                     marker=_DRAWN[label][1],
                     markersize=4,
@@ -392,7 +435,7 @@ def plot_layers(groups: dict[Group, Rows], file: Path) -> None:
                     label=label,
                 )
                 axes.fill_between(
-                    LAYERS,
+                    layers,
                     [f.low for f in found],
                     [f.high for f in found],
                     color=_DRAWN[label][0],
@@ -403,8 +446,8 @@ def plot_layers(groups: dict[Group, Rows], file: Path) -> None:
             axes.grid(alpha=0.25)
             if column == 0:
                 name = "accuracy" if which == RIGHT else "needle recall"
-                axes.set_ylabel(f"{name}, {keep:.0%} go on")
-        panels[0, column].set_title(_title(group, rows), fontsize=10)
+                axes.set_ylabel(f"{name}, {percent(keep)} go on")
+        panels[0, column].set_title(f"{group[0]} tokens, {len(rows)} prompts", fontsize=10)
         panels[-1, column].set_xlabel("selection layer")
     _legend(figure, panels[0, 0])
     FigureCanvasAgg(figure).print_png(str(file))
