@@ -81,37 +81,45 @@ def _joined(value: object) -> str:
 
 def table_grid(num_layers: int) -> Iterator[Cell]:
     """The chosen schedules, and every cell of the tables, the lowest rate first."""
-    make: Make = partial(make_method, num_layers=num_layers)
     yield from chosen_grid(num_layers)
-    for keep, layer, (label, (name, settings)) in product(KEEPS, LAYERS, TABLE.items()):
-        yield Cell(label, make(name, layer=layer, keep=keep, **settings))
+    for keep, layer, label in product(KEEPS, LAYERS, TABLE):
+        yield Cell(label, _column(label, num_layers, layer, keep))
+
+
+def chosen_grid(num_layers: int) -> Iterator[Cell]:
+    """The schedules chosen on development prompts, and CLAA where it was known to be good."""
+    for label, places in CHOSEN.items():
+        for layer, keep in places:
+            yield Cell(f"{label}, chosen", _column(label, num_layers, layer, keep))
 
 
 def others_grid(num_layers: int) -> Iterator[Cell]:
     """Smaller caches, settings of Peak, controls, and methods that prefill in full."""
     make: Make = partial(make_method, num_layers=num_layers)
-    for layer, name in product((8, 18), ("fastkv", "fastkv-deferral", "claa", "peak")):
-        yield Cell(f"{name}, small cache", make(name, layer=layer, keep=0.1))
-        if name != "fastkv-deferral":
-            cell = make(name, layer=layer, keep=0.1, first_full=0, equal_cache=True)
-            yield Cell(f"{name}, equal cache", cell)
-    changes = ({"kernel_size": 7}, {"sink": 0}, {"window": 8}, {"window": 32})
+    small: dict[str, Any] = {"keep_kv": None}
+    equal: dict[str, Any] = {**small, "first_full": 0, "equal_cache": True}
+    for layer in (8, 18):
+        for label in ("fastkv", "claa", "claa, wide", "peak"):
+            yield Cell(f"{label}, small cache", _column(label, num_layers, layer, 0.1, **small))
+            yield Cell(f"{label}, equal cache", _column(label, num_layers, layer, 0.1, **equal))
+        deferral = make("fastkv-deferral", layer=layer, keep=0.1)
+        yield Cell("fastkv-deferral, small cache", deferral)
+    changes = ({}, {"kernel_size": 7}, {"sink": 0}, {"window": 8}, {"window": 32})
     for layer, change in product((8, 12, 16, 20), changes):
-        label = "peak, " + ", ".join(f"{name} {value}" for name, value in change.items())
-        yield Cell(label, make("peak", layer=layer, keep=0.1, **change, **WHOLE))
+        named = ", ".join(f"{name} {value}" for name, value in change.items())
+        method = _column("peak", num_layers, layer, 0.1, **change)
+        yield Cell(f"peak, {named or 'as it is'}", method)
     for name, keep, layer in product(("random", "sinks-random"), (0.1, 0.4), LAYERS[::6]):
         yield Cell(name, make(name, layer=layer, keep=keep, **WHOLE))
     for name, keep in product(("snapkv", "pyramidkv", "streaming"), KEEPS):
         yield Cell(name, make(name, keep=keep))
 
 
-def chosen_grid(num_layers: int) -> Iterator[Cell]:
-    """The schedules chosen on development prompts, and CLAA where it was known to be good."""
-    make: Make = partial(make_method, num_layers=num_layers)
-    for label, places in CHOSEN.items():
-        name, settings = TABLE[label]
-        for layer, keep in places:
-            yield Cell(f"{label}, chosen", make(name, layer=layer, keep=keep, **settings))
+def _column(label: str, num_layers: int, layer: Any, keep: Any, **changes: Any) -> Method:
+    """The method of a column of the tables."""
+    name, settings = TABLE[label]
+    settings = {**settings, **changes}
+    return make_method(name, num_layers=num_layers, layer=layer, keep=keep, **settings)
 
 
 GRIDS = {"table": table_grid, "others": others_grid, "chosen": chosen_grid}
