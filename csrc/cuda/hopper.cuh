@@ -63,9 +63,10 @@ inline bool queries_fit(const WindowAttention& a) {
 }
 
 // What TMA needs to know about rows [sizes[0], sizes[1], sizes[2], dim], of which it will bring
-// n_rows at a time.
+// n_rows of n_heads heads at a time.
 inline cudaError_t map_rows(DType dtype, const void* first, int64_t dim, const int64_t (&sizes)[3],
-                            const int64_t (&strides)[3], int n_rows, CUtensorMap* map) {
+                            const int64_t (&strides)[3], int n_heads, int n_rows,
+                            CUtensorMap* map) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -82,7 +83,8 @@ inline cudaError_t map_rows(DType dtype, const void* first, int64_t dim, const i
     map_sizes[i + 1] = cuuint64_t(size);
     bytes[i] = cuuint64_t(size == 1 ? 8 : strides[2 - i]) * 2;
   }
-  const cuuint32_t box[4] = {kBlockItems, cuuint32_t(n_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
+  const cuuint32_t box[4] = {kBlockItems, cuuint32_t(n_rows), cuuint32_t(n_heads), 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
   const CUresult status = encode(
       map, dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
       4, const_cast<void*>(first), map_sizes, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -93,11 +95,12 @@ inline cudaError_t map_rows(DType dtype, const void* first, int64_t dim, const i
 
 inline cudaError_t map_keys(const WindowAttention& a, int n_rows, CUtensorMap* map) {
   return map_rows(a.dtype, a.key, a.dim, {a.batch, a.kv_heads, a.total},
-                  {a.key_stride_b, a.key_stride_g, a.key_stride_n}, n_rows, map);
+                  {a.key_stride_b, a.key_stride_g, a.key_stride_n}, 1, n_rows, map);
 }
-inline cudaError_t map_queries(const WindowAttention& a, int n_rows, CUtensorMap* map) {
+inline cudaError_t map_queries(const WindowAttention& a, int n_heads, int n_rows,
+                               CUtensorMap* map) {
   return map_rows(a.dtype, a.query, a.dim, {a.batch, a.heads, a.window},
-                  {a.query_stride_b, a.query_stride_h, a.query_stride_w}, n_rows, map);
+                  {a.query_stride_b, a.query_stride_h, a.query_stride_w}, n_heads, n_rows, map);
 }
 
 // Brings rows [n, n + kRows) of a head into a tile; one thread calls it. `loaded` expects them.

@@ -170,7 +170,7 @@ cudaError_t launch(const PeakEmit& emit, cudaStream_t stream) {
   p.units = int(a.batch * p.key_blocks * p.query_blocks);
   CUtensorMap keys, queries;
   cudaError_t status = map_keys(a, Shape::kKeys, &keys);
-  if (status == cudaSuccess) status = map_queries(a, Shape::kQueries, &queries);
+  if (status == cudaSuccess) status = map_queries(a, 1, Shape::kQueries, &queries);
   if (status != cudaSuccess) return status;
   using Barriers = Ring<1>;
   const int64_t fixed = Shape::kKeyStages * (Shape::kKeyBytes + Barriers::kBarrierBytes);

@@ -16,6 +16,7 @@
 
 #include <cooperative_groups.h>
 
+#include "csrc/cuda/hopper_narrow.cuh"
 #include "csrc/cuda/hopper_softmax.cuh"
 #include "csrc/cuda/pool.cuh"
 #include "csrc/cuda/window_attention.cuh"
@@ -404,27 +405,23 @@ cudaError_t launch(const Plan& plan, cudaStream_t stream) {
                        plan.params.measures != nullptr, stream, map, plan.params);
 }
 
-// Few columns over few keys, once: there the portable kernel, with less to begin, is the faster
-// one. Neither the batch nor the number of heads may count: a row must not know them.
-bool is_small(const WindowAttention& a) {
-  constexpr int64_t kHeadBytes = 4 << 20;
-  return a.lse && columns_of(a) == 32 && a.total * a.dim * 2 < kHeadBytes;
-}
-
 }  // namespace
 
 bool takes(const WindowScores& s) {
   const WindowAttention& a = s.attention;
   if (!device_fits() || !keys_fit(a) || !queries_are_aligned(a)) return false;
   if (a.softcap != 0.f || a.sliding_window || !(a.scale > 0.f)) return false;
+  if (narrow::takes(s)) return true;
   if (columns_of(a) > kMostColumns || s.halo() > kMostHalo) return false;
-  if (is_small(a)) return false;
   return Plan(s).params.stages > 0;
 }
 
-int64_t workspace_bytes(const WindowScores& s) { return Plan(s).measure_bytes; }
+int64_t workspace_bytes(const WindowScores& s) {
+  return narrow::takes(s) ? narrow::workspace_bytes(s) : Plan(s).measure_bytes;
+}
 
 cudaError_t run(const WindowScores& s, cudaStream_t stream) {
+  if (narrow::takes(s)) return narrow::run(s, stream);
   const Plan plan(s);
   return with_shape(s.attention, [&](auto type, auto dim) {
     using T = decltype(type);
