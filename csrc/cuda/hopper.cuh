@@ -10,6 +10,9 @@
 
 #include <cudaTypedefs.h>
 
+#include <array>
+#include <atomic>
+
 #include <cutlass/arch/barrier.h>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -37,10 +40,17 @@ using Barrier = cutlass::arch::ClusterTransactionBarrier;
 template <int kDim>
 constexpr int kTileBytes = kTileRows * kDim * 2;
 
-// Whether the device runs the code of this architecture, and its TMA can read these keys.
+// Whether the current device runs the code of this architecture. Each device is asked once: the
+// answer takes as long as most of what comes before a launch.
 inline bool device_fits() {
-  int sm = 0;
-  return device_code(&sm) == cudaSuccess && sm == 90;
+  static std::array<std::atomic<int>, 64> codes;  // 0: not asked yet
+  int device = 0, sm = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  std::atomic<int>* known = device < int(codes.size()) ? &codes[device] : nullptr;
+  if (known) sm = known->load(std::memory_order_relaxed);
+  if (sm == 0 && device_code(&sm) == cudaSuccess && known)
+    known->store(sm, std::memory_order_relaxed);
+  return sm == 90;
 }
 // What a tensor map can hold.
 inline bool map_fits(int64_t size, int64_t stride) {

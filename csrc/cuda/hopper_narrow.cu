@@ -8,9 +8,9 @@
 // where they are pooled.
 //
 // Without `lse` a block first measures the softmax of its units. What it multiplied it keeps in
-// shared memory, as far as there is room: a logit of 32 columns takes half the room of its key. When
-// the measures of all units of a head are there, it goes over its tiles again from the last to the
-// first: what is not kept is multiplied anew, out of the stages, the L2 cache and memory.
+// shared memory, as far as there is room: a logit of 32 columns takes half the room of its key.
+// When the measures of all units of a head are there, it goes over its tiles again from the last to
+// the first: what is not kept is multiplied anew, out of the stages, the L2 cache and memory.
 //
 // A measure says itself that it is there: all are marked as missing first, and the blocks wait for
 // each other (a cooperative launch) only then, while their first keys are on the way.
@@ -128,8 +128,7 @@ struct ColumnMeasures {
     constexpr float kSlack = 16.f;
     bool is_more = false;
 #pragma unroll
-    for (int k = 0; k < kColumns / 2; ++k)
-      is_more |= z[k] > largest[k / 4 * 2 + k % 2] + kSlack;
+    for (int k = 0; k < kColumns / 2; ++k) is_more |= z[k] > largest[k / 4 * 2 + k % 2] + kSlack;
     if (__any_sync(kFullMask, is_more)) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
@@ -167,16 +166,17 @@ struct ColumnMeasures {
     join<16>(lane);
     join<8>(lane);
     join<4>(lane);
-    const int first = (lane & 16 ? kCount / 2 : 0) + (lane & 8 ? kCount / 4 : 0) +
-                      (lane & 4 ? kCount / 8 : 0);
+    const int first =
+        (lane & 16 ? kCount / 2 : 0) + (lane & 8 ? kCount / 4 : 0) + (lane & 4 ? kCount / 8 : 0);
 #pragma unroll
     for (int i = 0; i < kCount / 8; ++i)
       to[(first + i) / 2 * 8 + lane % 4 * 2 + (first + i) % 2] = {largest[i], sum[i]};
   }
 };
 
-// Pools tokens `first` and every kStep-th behind it, of a row whose tokens [0, known) exist. As
-// pool_token of pool.cuh, but a launch waits for it at its very end: so several at a time.
+// Pools tokens `first` and every kStep-th behind it, of a row whose tokens [0, known) exist; sums
+// of an average are still to be divided. pool_token of pool.cuh does one at a time, with branches
+// in which the loads wait for each other.
 template <int kStep, int kCount>
 __device__ void pool_tokens(float (&pooled)[kCount], const float* row, int first, int known,
                             const Params& p) {
@@ -185,22 +185,23 @@ __device__ void pool_tokens(float (&pooled)[kCount], const float* row, int first
   for (int i = 0; i < kCount; ++i) pooled[i] = is_max ? -INFINITY : 0.f;
 #pragma unroll 1
   for (int tap = -p.halo; tap <= p.halo; ++tap) {
+    float value[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      value[i] = row[min(max(first + i * kStep + tap, 0), known - 1)];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int at = first + i * kStep + tap;
-      if (unsigned(at) < unsigned(known))
-        pooled[i] = is_max ? max_or_nan(pooled[i], row[at]) : pooled[i] + row[at];
+      if (unsigned(first + i * kStep + tap) >= unsigned(known)) value[i] = is_max ? -INFINITY : 0.f;
+      pooled[i] = is_max ? max_or_nan(pooled[i], value[i]) : pooled[i] + value[i];
     }
   }
-  if (is_max) return;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) pooled[i] /= float(2 * p.halo + 1);
 }
 
 template <class Shape>
-__global__ __launch_bounds__(kThreads, 1) void narrow_kernel(
-    const __grid_constant__ CUtensorMap key_map, const __grid_constant__ CUtensorMap query_map,
-    const __grid_constant__ Params p) {
+__global__ __launch_bounds__(kThreads,
+                             1) void narrow_kernel(const __grid_constant__ CUtensorMap key_map,
+                                                   const __grid_constant__ CUtensorMap query_map,
+                                                   const __grid_constant__ Params p) {
   using T = typename Shape::T;
   constexpr int kDim = Shape::kDim, kColumns = Shape::kColumns;
   constexpr int kTile = kTileBytes<kDim>;
@@ -591,10 +592,12 @@ __global__ __launch_bounds__(kThreads, 1) void narrow_kernel(
         }
       }
       if (!p.scores.pooled) continue;
+      const bool is_average = p.scores.mode == PoolMode::avg;
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int at = first + i * kConsumers;
         if (at >= end) break;
+        if (is_average) score[i] /= float(2 * p.halo + 1);
         out[at] = score[i];
         join_running(p.scores, unit.b, unit.low + at, score[i]);
       }
@@ -619,19 +622,23 @@ struct Plan {
     const int64_t heads = a.batch * a.kv_heads, planned = is_twice ? kPlannedHeads : heads;
     const int64_t most_blocks = device_attribute(cudaDevAttrMultiProcessorCount);
 
-    // The size of units for which the busiest block has the least to do, in tiles.
-    constexpr int64_t kUnitCost = 2, kHeadCost = 3;  // one more of them
+    // The size of units for which the busiest block has the least to do, in eighths of a tile. With
+    // `lse` loads hide all but the pooling of the last unit; without, a block whose units are of
+    // two heads waits twice.
+    constexpr int64_t kUnitCost = 16;
+    const int64_t head_cost = is_twice ? 24 : 0, pool_cost = is_twice ? 0 : 1;
     const int64_t most = max(round_up(s.halo() ? 2 : 1, kGroups), kMostTiles / s.slots());
     int64_t unit_keys = 0, unit_tiles = 0, least_cost = INT64_MAX;
     for (int64_t tiles = most; tiles * kTileRows > 2 * s.halo(); --tiles) {
       const int64_t units = ceil_div(all, tiles * kTileRows - 2 * s.halo());
       const int64_t in_block = ceil_div(units * planned, most_blocks);
-      const int64_t cost =
-          in_block * (tiles + kUnitCost) + (units % in_block ? kHeadCost : 0);
-      if (cost >= least_cost) continue;
+      const int64_t even_tiles = round_up(tiles, kGroups);
+      const int64_t cost = in_block * (8 * even_tiles + kUnitCost) +
+                           (units % in_block ? head_cost : 0) + pool_cost * tiles;
+      if (cost > least_cost) continue;
       least_cost = cost;
       unit_keys = ceil_div(all, units);
-      unit_tiles = round_up(tiles, kGroups);
+      unit_tiles = even_tiles;
     }
     const int64_t head_units = ceil_div(all, unit_keys), units = heads * head_units;
     blocks = min(units, most_blocks);
@@ -639,23 +646,23 @@ struct Plan {
 
     const int64_t tile_bytes = kTileRows * padded_dim(a) * 2, sums_stride = unit_tiles * kTileRows;
     const int64_t stage_bytes = tile_bytes + Ring<1>::kBarrierBytes;
-    const int64_t fixed = columns * padded_dim(a) * 2 +
-                          2 * kWarps * columns * int64_t(sizeof(Measure)) +
-                          (columns + s.slots() * sums_stride) * int64_t(sizeof(float)) +
-                          int64_t(sizeof(Barrier));
+    const int64_t fixed =
+        columns * padded_dim(a) * 2 + 2 * kWarps * columns * int64_t(sizeof(Measure)) +
+        (columns + s.slots() * sums_stride) * int64_t(sizeof(float)) + int64_t(sizeof(Barrier));
     const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - fixed;
-    const auto stages_in = [&](int64_t bytes) {
-      return min(bytes / stage_bytes, int64_t(kMostStages)) / kGroups * kGroups;
+    const auto stages_of = [&](int64_t bytes) {
+      const int64_t most = min(room / stage_bytes, int64_t(kMostStages));
+      return min(bytes / tile_bytes, most) / kGroups * kGroups;
     };
     const int64_t product_bytes = kTileRows * columns * int64_t(sizeof(float));
-    const int64_t block_tiles = ceil_div(units, blocks) * unit_tiles;
-    int64_t stages = stages_in(min(room, int64_t(kMostBytesAhead))), kept_tiles = 0;
+    int64_t stages = stages_of(kMostBytesAhead), kept_tiles = 0;
     if (is_twice && product_bytes < tile_bytes) {
-      if (block_tiles * product_bytes + stages * stage_bytes > room)
-        stages = stages_in(kLeastBytesAhead + stage_bytes);
+      const int64_t block_tiles = ceil_div(units, blocks) * unit_tiles;
+      const int64_t beside = (room - block_tiles * product_bytes) / stage_bytes / kGroups * kGroups;
+      stages = min(stages, max(stages_of(kLeastBytesAhead), beside));
       kept_tiles = min((room - stages * stage_bytes) / product_bytes, block_tiles);
     } else if (is_twice) {
-      stages = stages_in(room);  // the last keys stay in them
+      stages = stages_of(room);  // the last keys stay in them
     }
     shared_bytes = fixed + stages * stage_bytes + kept_tiles * product_bytes;
     params = {.block_units = int(units / blocks),
@@ -691,8 +698,8 @@ cudaError_t launch(const Plan& plan, cudaStream_t stream) {
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 int(plan.shared_bytes));
   if (status != cudaSuccess) return status;
-  cudaLaunchAttribute attributes[2]{
-      {.id = cudaLaunchAttributeCooperative, .val = {.cooperative = plan.params.measures != nullptr}}};
+  cudaLaunchAttribute attributes[2]{{.id = cudaLaunchAttributeCooperative,
+                                     .val = {.cooperative = plan.params.measures != nullptr}}};
   cudaLaunchConfig_t config{.gridDim = dim3(unsigned(plan.blocks)),
                             .blockDim = dim3(kThreads),
                             .dynamicSmemBytes = size_t(plan.shared_bytes),
