@@ -53,7 +53,8 @@ set(cuda_objects claa_cuda)
 # Kernels of Hopper's own instructions: for that architecture alone.
 if("90a-real" IN_LIST CLAA_CUDA_ARCHITECTURES)
   add_library(claa_hopper OBJECT csrc/cuda/hopper_narrow.cu csrc/cuda/hopper_peak.cu
-                                 csrc/cuda/hopper_scores.cu csrc/cuda/hopper_softmax.cu)
+                                 csrc/cuda/hopper_scores.cu csrc/cuda/hopper_softmax.cu
+                                 csrc/cuda/hopper_wide.cu)
   set_target_properties(claa_hopper PROPERTIES CUDA_ARCHITECTURES 90a-real)
   target_compile_definitions(claa_cuda PRIVATE CLAA_HOPPER)
   target_compile_definitions(claa_hopper PRIVATE CLAA_HOPPER)

@@ -263,13 +263,13 @@ __device__ void fence_sums(float (&sum)[kSums]) {
   for (int i = 0; i < kSums; ++i) cute::warpgroup_fence_operand(sum[i]);
 }
 
-// The products of 64 rows with kColumns rows, by a warpgroup. Lane 4r + c of warp w gets of row
-// 16w + r the columns 8j + 2c and 8j + 2c + 1 at sum[4j] and sum[4j + 1], and of row 16w + r + 8
-// the same columns behind them. `n_rows`, `n_columns`: the rows of the tiles they are part of.
-// Other warpgroups keep the multiprocessor busy meanwhile.
+// Starts the products of 64 rows with kColumns rows, by a warpgroup: `sum` is not to be touched
+// before finish_products. Lane 4r + c of warp w gets of row 16w + r the columns 8j + 2c and 8j + 2c
+// + 1 at sum[4j] and sum[4j + 1], and of row 16w + r + 8 the same columns behind them. `n_rows`,
+// `n_columns`: the rows of the tiles they are part of.
 template <class T, int kDim, int kColumns>
-__device__ void multiply(float (&sum)[kColumns / 2], const char* rows, int n_rows,
-                         const char* columns, int n_columns) {
+__device__ void start_products(float (&sum)[kColumns / 2], const char* rows, int n_rows,
+                               const char* columns, int n_columns) {
   fence_sums(sum);
   cute::warpgroup_arrive();
 #pragma unroll
@@ -283,8 +283,21 @@ __device__ void multiply(float (&sum)[kColumns / 2], const char* rows, int n_row
                           cute::make_seq<kColumns / 2>{}, scale, cute::seq<0>{});
   }
   cute::warpgroup_commit_batch();
-  cute::warpgroup_wait<0>();
+}
+
+// Waits for products; the last kBehind that were started may still be on their way.
+template <int kBehind, int kSums>
+__device__ void finish_products(float (&sum)[kSums]) {
+  cute::warpgroup_wait<kBehind>();
   fence_sums(sum);
+}
+
+// Both at once. Other warpgroups keep the multiprocessor busy meanwhile.
+template <class T, int kDim, int kColumns>
+__device__ void multiply(float (&sum)[kColumns / 2], const char* rows, int n_rows,
+                         const char* columns, int n_columns) {
+  start_products<T, kDim, kColumns>(sum, rows, n_rows, columns, n_columns);
+  finish_products<0>(sum);
 }
 
 inline int padded_dim(const WindowAttention& a) {
@@ -304,21 +317,17 @@ cudaError_t with_shape(const WindowAttention& a, Fn fn) {
   return a.dtype == DType::f16 ? with_dim(__half{}) : with_dim(__nv_bfloat16{});
 }
 
-// The blocks of a cooperative kernel run together, and may wait for each other.
 template <class... Params>
 cudaError_t launch_kernel(void (*kernel)(Params...), int64_t blocks, int threads,
-                          int64_t shared_bytes, bool is_cooperative, cudaStream_t stream,
+                          int64_t shared_bytes, cudaStream_t stream,
                           const std::type_identity_t<Params>&... params) {
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
   if (status != cudaSuccess) return status;
-  cudaLaunchAttribute cooperative{.id = cudaLaunchAttributeCooperative, .val = {.cooperative = 1}};
   const cudaLaunchConfig_t config{.gridDim = dim3(unsigned(blocks)),
                                   .blockDim = dim3(unsigned(threads)),
                                   .dynamicSmemBytes = size_t(shared_bytes),
-                                  .stream = stream,
-                                  .attrs = &cooperative,
-                                  .numAttrs = is_cooperative};
+                                  .stream = stream};
   return cudaLaunchKernelEx(&config, kernel, params...);
 }
 

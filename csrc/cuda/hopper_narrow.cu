@@ -714,8 +714,7 @@ cudaError_t launch(const Plan& plan, cudaStream_t stream) {
 
 bool takes(const WindowScores& s) {
   const WindowAttention& a = s.attention;
-  return a.group() * head_columns(a) <= kMostColumns && s.halo() <= kMostHalo && queries_fit(a) &&
-         (a.query_stride_h > 0 || a.group() == 1);
+  return a.group() * head_columns(a) <= kMostColumns && s.halo() <= kMostHalo;
 }
 
 int64_t workspace_bytes(const WindowScores& s) { return Plan(s).measure_bytes; }

@@ -178,8 +178,8 @@ cudaError_t launch(const PeakEmit& emit, cudaStream_t stream) {
   const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - fixed;
   p.query_stages = int(min(room / stage, int64_t(kMostStages)));
   const int blocks = min(p.units, device_attribute(cudaDevAttrMultiProcessorCount));
-  return launch_kernel(peak_kernel<Shape>, blocks, kThreads, fixed + p.query_stages * stage, false,
-                       stream, keys, queries, p);
+  return launch_kernel(peak_kernel<Shape>, blocks, kThreads, fixed + p.query_stages * stage, stream,
+                       keys, queries, p);
 }
 
 }  // namespace

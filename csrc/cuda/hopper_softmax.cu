@@ -147,7 +147,7 @@ cudaError_t launch(Params p, cudaStream_t stream) {
   p.stages = int(min(room / stage, int64_t(kMostStages)) / kGroups * kGroups);
   const int blocks = min(p.units, device_attribute(cudaDevAttrMultiProcessorCount));
   return launch_kernel(measure_kernel<T, kDim, kRowTiles>, blocks, kThreads,
-                       fixed + p.stages * stage, false, stream, map, p);
+                       fixed + p.stages * stage, stream, map, p);
 }
 
 }  // namespace

@@ -36,34 +36,40 @@ struct ThreadMeasures {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       if (t * kTileRows >= n_queries) continue;
-      float logits[kTileRows / 2];
-      multiply<T, kDim, kTileRows>(logits, queries + t * kTileRows * kRowBytes, n_queries, keys,
+      float products[kTileRows / 2];
+      multiply<T, kDim, kTileRows>(products, queries + t * kTileRows * kRowBytes, n_queries, keys,
                                    kTileRows);
-      if (!all_see) {
-        const int end[2] = {to(row_of(t, 0)), to(row_of(t, 1))};
+      add(t, products, factor, all_see, from, to);
+    }
+  }
+
+  // The same for the products of tile t of the queries.
+  template <class To>
+  __device__ void add(int t, float (&products)[kTileRows / 2], float factor, bool all_see, int from,
+                      To to) {
+    if (!all_see) {
+      const int end[2] = {to(row_of(t, 0)), to(row_of(t, 1))};
 #pragma unroll
-        for (int i = 0; i < kTileRows / 2; ++i) {
-          const int key = i / 4 * 8 + int(threadIdx.x) % 4 * 2 + i % 2;
-          if (key < from || key >= end[i / 2 % 2]) logits[i] = -INFINITY;
-        }
+      for (int i = 0; i < kTileRows / 2; ++i) {
+        const int key = i / 4 * 8 + int(threadIdx.x) % 4 * 2 + i % 2;
+        if (key < from || key >= end[i / 2 % 2]) products[i] = -INFINITY;
       }
+    }
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const float before = largest[t][row];
-        float top = before;
+    for (int row = 0; row < 2; ++row) {
+      const float before = largest[t][row];
+      float top = before;
 #pragma unroll
-        for (int i = 0; i < kTileRows / 4; ++i)
-          top = fmaxf(top, logits[i / 2 * 4 + row * 2 + i % 2]);
-        // Where nothing was seen, anything finite will do.
-        const float shift = top == -INFINITY ? 0.f : top * factor;
-        float part[2] = {};
+      for (int i = 0; i < kTileRows / 4; ++i)
+        top = fmaxf(top, products[i / 2 * 4 + row * 2 + i % 2]);
+      // Where nothing was seen, anything finite will do.
+      const float shift = top == -INFINITY ? 0.f : top * factor;
+      float part[2] = {};
 #pragma unroll
-        for (int i = 0; i < kTileRows / 4; ++i)
-          part[i % 2] += FastExp::exp(fmaf(logits[i / 2 * 4 + row * 2 + i % 2], factor, -shift));
-        sum[t][row] =
-            sum[t][row] * FastExp::exp(fmaf(before, factor, -shift)) + (part[0] + part[1]);
-        largest[t][row] = top;
-      }
+      for (int i = 0; i < kTileRows / 4; ++i)
+        part[i % 2] += FastExp::exp(fmaf(products[i / 2 * 4 + row * 2 + i % 2], factor, -shift));
+      sum[t][row] = sum[t][row] * FastExp::exp(fmaf(before, factor, -shift)) + (part[0] + part[1]);
+      largest[t][row] = top;
     }
   }
 

@@ -59,6 +59,23 @@ def test_any_window(window, device):
     assert_as_exact_as_eager("score_tokens", query, key)
 
 
+@pytest.mark.parametrize("lse_given", [False, True], ids=["measured", "lse"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", cases.WIDE_SHAPES)
+def test_wide_windows(shape, dtype, mode, lse_given, device):
+    """As exact as eager, and a row does not know its batch."""
+    query, key = queries_and_keys(*shape, device=device, dtype=dtype)
+    start = torch.tensor([0, 137][: len(query)], device=device)
+    lse = cases.log_sum_exp(query, key, start=start) if lse_given else None
+    together = assert_as_exact_as_eager("score_tokens", query, key, start=start, lse=lse, mode=mode)
+    for b in range(len(query)):
+        row = slice(b, b + 1)
+        row_lse = None if lse is None else lse[row]
+        alone = score_tokens(query[row], key[row], start=start[row], lse=row_lse, mode=mode)
+        assert_same_bits(together[row], alone)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("options", cases.OPTIONS)

@@ -16,6 +16,13 @@ SHAPES = [  # batch, heads, kv_heads, window, total, dim
     pytest.param((0, 4, 2, 8, 64, 64), id="empty-batch"),
     pytest.param((2, 4, 2, 0, 16, 8), id="no-queries"),
 ]
+# More than 64 queries to a key head; in some, a head's queries lie on both sides of the middle.
+WIDE_SHAPES = [
+    pytest.param((1, 8, 2, 64, 1600, 128), id="256"),
+    pytest.param((2, 8, 2, 33, 700, 64), id="160"),
+    pytest.param((2, 6, 2, 37, 650, 80), id="120"),
+    pytest.param((1, 1, 1, 200, 900, 256), id="200"),
+]
 DIMS = [1, 3, 64, 80, 96, 128, 256]
 WINDOWS = [1, 2, 3, 7, 16, 31, 33, 64, 128]
 
