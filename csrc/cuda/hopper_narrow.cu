@@ -203,9 +203,11 @@ __global__ __launch_bounds__(kThreads,
       const auto grid = cooperative_groups::this_grid();
       auto token = grid.barrier_arrive();
       meanwhile();
+      __syncwarp();  // a barrier wants whole warps
       grid.barrier_wait(std::move(token));
     } else {
       meanwhile();
+      __syncwarp();
       __syncthreads();
     }
   };

@@ -222,6 +222,7 @@ __global__ __launch_bounds__(kThreads,
       }
     }
     if (!is_twice) return;
+    __syncwarp();  // a barrier wants whole warps
     cooperative_groups::this_grid().sync();
     if (!is_loading) return;
     for (int u = end_unit - 1; u >= first_unit; --u) {
