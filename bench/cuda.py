@@ -6,6 +6,9 @@ nothing is subtracted. Each call has inputs of its own, or they take turns over 
 caches several times; each output has memory of its own; a read of 256 MiB before the replay leaves
 nothing of the last one. So no call finds its inputs in a cache. The smallest node, timed likewise,
 is printed beside the rest.
+
+The scores are timed with warm caches too: as nodes on one input, whose keys stay in the L2 cache
+where it has the room, and as calls in a row from Python.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +25,7 @@ NODES, REPLAYS, CALLS = 100, 7, 25
 GRAPH_MS = 20  # long calls: as many as take so long together, but at least 8
 LAYERS = 16  # sets of a layer's inputs: 268 MB of keys at 8k
 TOKENS = (8192, 32_768, 131_072)
+WARM = ("score_tokens", "score_window", "score_layer")  # timed with warm caches too
 HEADER = (
     f"{'op':<17}{'shape':<18}{'note':<17}{'ours us':>9}  {'[p10..p90]':<16}"
     f"{'floor':>8}{'x floor':>9}"
@@ -30,10 +34,11 @@ HEADER = (
 )
 
 
-def timed(call: Call) -> float:
-    """Milliseconds of a call behind an eviction, which hides the way to the first launch."""
+def timed(call: Call, *, is_cold: bool = True) -> float:
+    """Milliseconds of a call. The eviction before a cold one hides the way to the first launch."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    evict()
+    if is_cold:
+        evict()
     begin.record()
     call()
     end.record()
@@ -53,27 +58,37 @@ def _unrelated() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Graph:
-    """Calls captured one after the other; their results stay, so each has memory of its own."""
+    """Calls captured one after the other.
 
-    def __init__(self, calls: Sequence[Call]) -> None:
+    Their results stay, so each has memory of its own; warm ones write to the same again and again.
+    """
+
+    def __init__(self, calls: Sequence[Call], *, is_cold: bool) -> None:
         calls[0]()  # warm up: modules load, libraries choose their kernels
         self.nodes = min(len(calls), max(8, int(GRAPH_MS / timed(calls[0]))))
         self.graph = torch.cuda.CUDAGraph()
+        self.results = []
         with torch.cuda.graph(self.graph):
-            self.results = [call() for call in calls[: self.nodes]]
+            for call in calls[: self.nodes]:
+                result = call()
+                if is_cold:
+                    self.results.append(result)
 
 
-def node_times(calls: Mapping[str, Sequence[Call]]) -> dict[str, Timing]:
+def node_times(calls: Mapping[str, Sequence[Call]], *, is_cold: bool = True) -> dict[str, Timing]:
     """What a call costs as a node, in milliseconds, by name.
 
     Under a name is the same call on several inputs, which the nodes take in turn. The graphs are
     replayed in turn too, so that a slow moment meets all of them.
     """
-    graphs = {name: Graph(list(islice(cycle(same), NODES))) for name, same in calls.items()}
+    graphs = {
+        name: Graph(list(islice(cycle(same), NODES)), is_cold=is_cold)
+        for name, same in calls.items()
+    }
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for replay in range(REPLAYS + 1):
         for name, graph in graphs.items():
-            spent = timed(graph.graph.replay)
+            spent = timed(graph.graph.replay, is_cold=is_cold)
             if replay:  # the first uploads the graph
                 samples[name].append(spent / graph.nodes)
     return {name: summary(times) for name, times in samples.items()}
@@ -86,6 +101,21 @@ def called_times(calls: Mapping[str, Call]) -> dict[str, Timing]:
         for name, call in calls.items():
             samples[name].append(timed(call))
     return {name: summary(times) for name, times in samples.items()}
+
+
+def row_times(calls: Mapping[str, Call]) -> dict[str, Timing]:
+    """What a call in a row of them costs: its launches or its kernels, whichever take longer."""
+    samples = {}
+    for name, call in calls.items():
+        count = min(CALLS, max(2, int(GRAPH_MS / timed(call))))
+        row = partial(_in_a_row, call, count)
+        samples[name] = [timed(row, is_cold=False) / count for _ in range(REPLAYS)]
+    return {name: summary(times) for name, times in samples.items()}
+
+
+def _in_a_row(call: Call, count: int) -> None:
+    for _ in range(count):
+        call()
 
 
 def sets_of(make: Callable[[], Case]) -> list[Case]:
@@ -135,7 +165,13 @@ def line_of(sets: list[Case]) -> dict:
     if case.builtin is not None:
         calls["torch"] = [each.builtin for each in sets if each.builtin is not None]
     nodes = node_times(calls)
-    called = called_times({"ours": case.ours, "eager": case.eager})
+    once = {"ours": case.ours, "eager": case.eager}
+    called = called_times(once)
+    warm = {}
+    if case.op in WARM:
+        same = {name: [call] for name, call in once.items()}
+        warm["warm_ms"] = node_times(same, is_cold=False)
+        warm["called_warm_ms"] = row_times(once)
     floor = floor_ms(case)
     return {
         "op": case.op,
@@ -146,6 +182,7 @@ def line_of(sets: list[Case]) -> dict:
         "called_ms": {name: timing._asdict() for name, timing in called.items()},
         "speedup": {n: t.median / nodes["ours"].median for n, t in nodes.items() if n != "ours"},
         "called_speedup": called["eager"].median / called["ours"].median,
+        **{how: {name: t._asdict() for name, t in times.items()} for how, times in warm.items()},
         "min_bytes": case.min_bytes,
         "flops": case.flops,
         "gbps": case.min_bytes / nodes["ours"].median / 1e6,
@@ -168,6 +205,15 @@ def printed(line: dict) -> str:
         f"{torch_us:>10}{torch_ratio:>8}{us['eager']:>10.1f}{line['speedup']['eager']:>7.1f}x"
         f"{called['ours']:>14.1f}{called['eager']:>9.1f}{line['called_speedup']:>7.1f}x"
     )
+
+
+def printed_warm(line: dict) -> str:
+    """What the line has of warm caches."""
+    parts = []
+    for how, name in (("warm_ms", "nodes"), ("called_warm_ms", "calls in a row")):
+        ours, eager = (line[how][side]["median"] * 1e3 for side in ("ours", "eager"))
+        parts.append(f"{name} {ours:.2f} us, eager {eager:.1f} us, {eager / ours:.1f}x")
+    return f"{'':<17}with warm caches: {'; '.join(parts)}"
 
 
 def layer_line(tokens: int) -> dict:
@@ -214,7 +260,7 @@ def report(ops: list[str], quick: bool) -> dict:
         f"GB/s, bf16 matmul {roof['matmul_tflops']:.0f} TFLOP/s, smallest node "
         f"{roof['node_us']:.2f} us\n"
         "us: as a node of a CUDA graph, cold caches. called: from Python, events around the call, "
-        "cold caches.\n" + HEADER
+        "cold caches. Warm caches only where it says so.\n" + HEADER
     )
     tokens = TOKENS[:1] if quick else TOKENS
     lines, memory = [], []
@@ -223,6 +269,8 @@ def report(ops: list[str], quick: bool) -> dict:
             sets = sets_of(make)
             lines.append(line_of(sets))
             print(printed(lines[-1]), flush=True)
+            if "warm_ms" in lines[-1]:
+                print(printed_warm(lines[-1]), flush=True)
             if op == "score_tokens" and sets[0].shape.tokens == tokens[-1]:
                 memory.append(memory_line(sets[0]))
     for line in memory:

@@ -5,8 +5,9 @@ measured in this run, on the same model: full prefill with the fastest SDPA back
 half of the layers behind the selection; and the same with the indices of an earlier run, so that
 nothing is scored or selected ("free"). They run in turn, there and back again, after a warm-up
 that brings the GPU to its power limit: its clock falls as it warms, and differs from kernel to
-kernel. So the ratio is that of sums, and the clock stands beside it. What the ops themselves cost
-is the sum of their kernels' times in a profiled run.
+kernel. So the ratio is that of sums, and the clock stands beside it. Beyond 64k tokens each runs
+once: its clock no longer falls, and two runs differ by 0.2 %. What the ops themselves cost is the
+sum of their kernels' times in a profiled run.
 """
 
 import argparse
@@ -228,6 +229,12 @@ def clock_readings() -> Iterator[list[int]]:
         reader.join()
 
 
+def turns(labels: list[str], tokens: int) -> list[str]:
+    """There and back again, the oftener the shorter a prefill; the longest just once."""
+    there_and_back = min(10, 65_536 // tokens)
+    return (labels + labels[::-1]) * there_and_back if there_and_back else labels
+
+
 def rows(model: PreTrainedModel, name: str, tokens: int, keeps: list[int]) -> Iterator[dict]:
     """Measure one model at one length."""
     ids = torch.randint(1, 1000, (1, tokens), device="cuda")
@@ -249,8 +256,7 @@ def rows(model: PreTrainedModel, name: str, tokens: int, keeps: list[int]) -> It
             del cache
         while time.perf_counter() - begin < WARM_UP_SECONDS:
             timed(lambda: prefilled(model, ids, None))
-        once = list(methods)
-        for label in (once + once[::-1]) * max(1, min(10, 65_536 // tokens)):
+        for label in turns(list(methods), tokens):
             row, method = measured[label], methods[label]
             with clock_readings() as clock:
                 ms, row["peak_bytes"], cache = timed(lambda m=method: prefilled(model, ids, m))
@@ -310,11 +316,19 @@ def main() -> None:
 
 
 def add_to(path: Path, about: dict, measured: list[dict]) -> None:
-    """Write the rows of one model at one length in place of older ones of it."""
+    """Write the rows of one model at one length, with their commit, in place of older ones of it.
+
+    They stay sorted by model and length, whichever was measured last.
+    """
     before = json.loads(path.read_text())["rows"] if path.exists() else []
-    replaced = (measured[0]["model"], measured[0]["tokens"])
-    kept = [row for row in before if (row["model"], row["tokens"]) != replaced]
-    path.write_text(json.dumps({"machine": about, "rows": kept + measured}, indent=1) + "\n")
+
+    def place(row: dict) -> tuple[int, int]:
+        return list(MODELS).index(row["model"]), row["tokens"]
+
+    kept = [row for row in before if place(row) != place(measured[0])]
+    marked = [{"commit": about["commit"]} | row for row in measured]
+    rows = sorted(kept + marked, key=place)
+    path.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
