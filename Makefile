@@ -9,7 +9,7 @@
 #
 # Settings: PYTHON, VENV, TORCH (a requirement), TORCH_ARGS (such as --index-url with PyTorch's
 # index of CPU wheels), CLAA_CUDA=AUTO|ON|OFF. For test-gpu: WHEELS (a folder of wheels of what
-# PYTHON lacks), ARCHITECTURES, CLAA_CUTLASS_DIR, PYTEST_ARGS (such as -n 12).
+# PYTHON lacks), ARCHITECTURES, CLAA_CUTLASS_DIR, PYTEST_ARGS (such as -n 14 --dist worksteal).
 PYTHON     ?= python3
 VENV       ?= .venv
 TORCH      ?= torch==2.13.0

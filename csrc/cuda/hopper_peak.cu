@@ -57,7 +57,7 @@ __global__ __launch_bounds__(kThreads,
   const bool is_producer = warp >= kConsumers / kWarp;
   if (threadIdx.x == kConsumers) {
     keys.init(kConsumers / kWarp);
-    queries.init(kConsumers / kWarp);
+    queries.init(kConsumers);
   }
   begin<kThreads>(is_producer);
 
@@ -127,7 +127,9 @@ __global__ __launch_bounds__(kThreads,
               }
             }
           }
-          queries.free(query_at);
+          // Every thread for itself. One lane for its warp would do, but not for racecheck, which
+          // follows what becomes of the shifts.
+          queries.freed[query_at.stage].arrive();
         }
         keys.free(key_at);
       }

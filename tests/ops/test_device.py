@@ -164,6 +164,17 @@ def test_streams_do_not_meet(make: Maker, context, cuda):
 
 
 @each_call
+def test_runs_where_its_tensors_are(make: Maker, context, cuda):
+    """On the second GPU, while the first one is current."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    first, second = (make(2, context, f"cuda:{number}", 0)() for number in (0, 1))
+    assert torch.cuda.current_device() == 0
+    assert all(x.device == torch.device("cuda:1") for x in second)
+    assert_all_same_bits(tuple(x.to("cuda:0") for x in second), first)
+
+
+@each_call
 def test_a_refusal_is_the_same_on_both_devices_and_leaves_no_trace(make: Maker, cuda):
     messages = []
     for place in ("cpu", cuda):
