@@ -94,7 +94,14 @@ def test_export_with_absolute_budgets_runs_at_other_lengths():
     batch, length = torch.export.Dim("batch", min=2, max=8), torch.export.Dim("length", min=32)
     shapes = {"ids": {0: batch, 1: length}, "mask": {0: batch, 1: length}}
     ids, mask = prompt(60, 41)
-    program = torch.export.export(wrapper, (ids, mask), dynamic_shapes=shapes, strict=False)
+    program = torch.export.export(
+        wrapper,
+        (ids, mask),
+        dynamic_shapes=shapes,
+        strict=False,
+        # torch 2.11 fails to prove min(8 n, 16 n) = 8 n, which its check of strides asks for.
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
     for lengths in ((60, 41), (33, 30, 32), (150, 20)):
         ids, mask = prompt(*lengths)
         torch.testing.assert_close(program.module()(ids, mask), wrapper(ids, mask))
