@@ -210,7 +210,8 @@ class _OnPart:
         return state.ranking if first else super().rank(state, layer)  # type: ignore[misc]
 
     def select(self, state: PrefillState, layer: int) -> Any:
-        state.notes["ranked"] = state.importance, state.positions
+        if layer == max(self._stages):  # type: ignore[attr-defined]
+            state.notes["ranked"] = state.importance, state.positions
         return super().select(state, layer)  # type: ignore[misc]
 
 
