@@ -1,15 +1,15 @@
 """python -m bench.signals: what else could say early which tokens of a prompt to keep.
 
-Drafts, looking ahead, windows that know the question, and coarse passes over a part of the prompt,
-beside the methods that they would have to beat. Each ranks a prompt and selects, and what goes on
-is graded. Writes lines of the form of ``python -m bench.quality``, for ``bench.quality_report``.
+Drafts, looking ahead and windows that know the question, beside the methods that they would have
+to beat; ``bench.coarse`` has passes over a part of the prompt. Each ranks the prompt and selects,
+and what goes on is graded, in lines of the form of ``bench.quality``, for ``bench.quality_report``.
 """
 
 import argparse
 import copy
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain, product
 from typing import Any, NamedTuple
 
@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bench.quality import CHOSEN, TABLE, WHOLE, Batch, Cell, Lines, batches, load, options
+from bench.quality import TABLE, WHOLE, Batch, Cell, Lines, batches, load, options
 from claa_ops.evaluate.prompt import encode_prompt
 from claa_ops.evaluate.shared import SharedPrefill
-from claa_ops.methods import CLAA, FullKV, Method, Oracle, Peak, SpeculativePrefill, make_method
+from claa_ops.methods import FullKV, Method, Oracle, SpeculativePrefill, make_method
 from claa_ops.methods.base import Preparation
-from claa_ops.ops.pool_heads import pool_heads
-from claa_ops.prefill import Prefilled, PrefillState, attach, run
+from claa_ops.prefill import Prefilled, attach, run
 from claa_ops.prefill.answer import Answer, record_answer
 from claa_ops.prefill.cache import first_valid
 from claa_ops.prefill.huggingface import decoder_of
@@ -35,14 +34,6 @@ RANKED = ("claa", "claa, wide", "peak")
 DRAFTS = (8, 12, 16)  # layers of a draft
 FORWARDS = (1, 4, 8)  # of a draft, that over the prompt included
 SINK, WINDOW, KERNEL = 4, 16, 25  # what goes on for certain, and pooling, as in Peak
-
-# Coarse passes chosen on development prompts: the part, taken behind a layer, the layer that
-# ranks it, and the rates at which the prefill then resumes.
-PASSES = (
-    ("every 2nd token", 2, 7, (0.1,)),
-    ("every 2nd token", 2, 8, (0.1, 0.15)),
-    ("every 2nd token", 4, 8, (0.1,)),
-)
 
 
 class Trial(NamedTuple):
@@ -167,7 +158,7 @@ def look_aheads(laboratory: Laboratory) -> Iterator[Trial]:
         print(f"{depth} layers: {same} of {len(ids)} say the model's next token", file=sys.stderr)
         longer = None if mask is None else torch.cat([mask, torch.ones_like(tokens)], dim=1)
         shared = laboratory.read(torch.cat([ids, tokens], dim=1), longer)
-        work = linear(count_work(draft, [ahead] * depth, logits=ahead))
+        read = linear(count_work(draft, [ids.shape[1] + ahead] * depth, logits=ahead))
         whose = "the model's" if depth == all_layers else "its own"
         for layer, label in product(LAYERS if depth == all_layers else (depth - 1,), RANKED):
             method = laboratory.column(label, layer)
@@ -175,6 +166,8 @@ def look_aheads(laboratory: Laboratory) -> Iterator[Trial]:
             method = replace(method, window=method.window + tokens.shape[1])
             ranking = ranking_of(shared, method, layer)
             label = f"{label}, {ahead} of {whose} tokens ahead"
+            anyway = count_work(draft, [ids.shape[1]] * (layer + 1), logits=0)
+            work = Work(linear=read.linear - anyway.linear)
             yield by_ranking(label, layer, ranking, work, **certain)
 
 
@@ -200,109 +193,17 @@ def windows(laboratory: Laboratory) -> Iterator[Trial]:
         yield by_ranking(f"{label}, window the question", layer, ranking, Work(), **certain)
 
 
-class _OnPart:
-    """Has a staged method select by ``state.ranking`` first, and note what it then ranks."""
-
-    needs_ranking = True
-
-    def rank(self, state: PrefillState, layer: int) -> Any:
-        first = layer == min(self._stages)  # type: ignore[attr-defined]
-        return state.ranking if first else super().rank(state, layer)  # type: ignore[misc]
-
-    def select(self, state: PrefillState, layer: int) -> Any:
-        if layer == max(self._stages):  # type: ignore[attr-defined]
-            state.notes["ranked"] = state.importance, state.positions
-        return super().select(state, layer)  # type: ignore[misc]
-
-
-@dataclass(frozen=True)
-class CLAAOnPart(_OnPart, CLAA):
-    """CLAA on a part of the prompt."""
-
-
-@dataclass(frozen=True)
-class PeakOnPart(_OnPart, Peak):
-    """Peak on a part of the prompt."""
-
-
-def coarse_pass(
-    laboratory: Laboratory, name: str, part: Tensor, share: float, layer: int, late: int, kind: Any
-) -> Trial:
-    """A part of the prompt, the best ``share`` of ``part`` ``[B, M]``, goes ahead to a late layer.
-
-    What that layer says of the part, averaged over neighbours, is the ranking of the whole prompt.
-    The prefill resumes behind the layer at which the part was taken; the pass counts as work.
-    """
-    settings: dict[str, Any] = {"last_n": 3} if kind is CLAAOnPart else {"kernel_size": 1}
-    settings |= {"sink": SINK, "window": WINDOW, **WHOLE}
-    # How much the late layer would select does not matter, but it must select.
-    method = kind(keep=(share, 0.05), layer=(layer, late), **settings)
-    state = laboratory.run(method, Preparation(part, Work())).state
-    ranked, positions = state.notes["ranked"]
-    ranking = torch.zeros_like(part).scatter(1, positions[:, :-WINDOW], ranked)
-    ranking = pool_heads(ranking[:, None], 1, kernel_size=KERNEL)[:, 0]
-    stages = [state.lengths[: last + 1] for last in (layer, late)]
-    before, ahead = (count_work(laboratory.model, lengths).linear for lengths in stages)
-    label = f"coarse: {name}, {kind.__bases__[1].__name__} at layer {late}"
-    return by_ranking(label, layer, ranking, Work(linear=ahead - before))
-
-
-def coarse(laboratory: Laboratory) -> Iterator[Trial]:
-    """Runs of tokens at even distances go ahead, to early layers and to late ones."""
-    place = torch.arange(laboratory.ids.shape[1] - WINDOW, device=laboratory.ids.device)
-    runs = ((1, 2), (1, 3), (8, 2), (16, 2), (24, 2), (8, 3), (16, 3))
-    for layer, (tokens, every) in product((0, 2), runs):
-        part = (place // tokens % every == 0).float().expand(len(laboratory.ids), -1)
-        name, share = f"runs of {tokens}, 1 of {every}", {2: 0.5, 3: 0.34}[every]
-        for late in (7, 8, 12):
-            yield coarse_pass(laboratory, name, part, share, layer, late, PeakOnPart)
-        for late in (18, 20):
-            yield coarse_pass(laboratory, name, part, share, layer, late, CLAAOnPart)
-
-
-def refined(laboratory: Laboratory) -> Iterator[Trial]:
-    """Coarse passes to the first good layers, of parts that an early layer helps to choose."""
-    for layer, late in product((2, 3, 4, 5), (7, 8)):
-        for name, (part, share) in parts(laboratory, layer).items():
-            yield coarse_pass(laboratory, name, part, share, layer, late, PeakOnPart)
-
-
-def parts(laboratory: Laboratory, layer: int) -> dict[str, tuple[Tensor, float]]:
-    """Parts of the prompt by name: a ranking ``[B, M]``, and the share of its best tokens."""
-    best = ranking_of(laboratory.shared, laboratory.column("peak", layer), layer)
-    place = torch.arange(best.shape[1], device=best.device)
-    return {
-        "every 2nd token": ((place % 2 == 0).float().expand_as(best), 0.5),
-        "every 3rd token and the best": (best.masked_fill(place % 3 == 0, torch.inf), 0.5),
-        "every 4th token and the best": (best.masked_fill(place % 4 == 0, torch.inf), 0.4),
-        "the best": (best, 0.4),
-    }
-
-
-def chosen(laboratory: Laboratory) -> Iterator[Trial]:
-    """The coarse passes that were best on development prompts, and Peak's schedules."""
-    for name, layer, late, keeps in PASSES:
-        part, share = parts(laboratory, layer)[name]
-        trial = coarse_pass(laboratory, name, part, share, layer, late, PeakOnPart)
-        yield trial._replace(label=f"{trial.label}, chosen", keeps=keeps)
-    for layer, keep in CHOSEN["peak"]:
-        method = laboratory.column("peak", layer, keep=keep)
-        yield Trial("peak, chosen", method, keeps=(None,))
-
-
-SIGNALS = {
+Tried = dict[str, Callable[[Laboratory], Iterator[Trial]]]
+SIGNALS: Tried = {
     "known": known,
     "drafts": drafts,
     "look-ahead": look_aheads,
     "windows": windows,
-    "coarse": coarse,
-    "refined": refined,
-    "chosen": chosen,
 }
 
 
-def measure(arguments: argparse.Namespace) -> None:
-    """Try the signals on the prompts that the file does not have yet."""
+def measure(arguments: argparse.Namespace, tried: Tried) -> None:
+    """Try what was asked for on the prompts that the file does not have yet."""
     model, tokenizer = load(arguments)
     laboratory = Laboratory(model, tokenizer)
     lines = Lines(arguments.out)
@@ -311,7 +212,7 @@ def measure(arguments: argparse.Namespace) -> None:
         laboratory.take(batch)
         if (name, None) not in lines.done:
             lines.add(line)
-        for trial in chain([FULL], *(SIGNALS[signal](laboratory) for signal in arguments.signals)):
+        for trial in chain([FULL], *(tried[kind](laboratory) for kind in arguments.only)):
             for keep in trial.keeps:
                 method = trial.method if keep is None else replace(trial.method, keep=keep)
                 cell = Cell(trial.label, method).key
@@ -320,12 +221,12 @@ def measure(arguments: argparse.Namespace) -> None:
                     lines.add({"batch": name, "cell": cell, **graded})
 
 
-def main() -> None:
+def main(description: str, tried: Tried) -> None:
     """Read the command line."""
-    parser = options(__doc__.splitlines()[0])
-    parser.add_argument("--signals", choices=SIGNALS, nargs="+", default=list(SIGNALS))
-    measure(parser.parse_args())
+    parser = options(description)
+    parser.add_argument("--only", choices=tried, nargs="+", default=list(tried))
+    measure(parser.parse_args(), tried)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__.splitlines()[0], SIGNALS)
