@@ -163,7 +163,8 @@ def main() -> None:
     groups = read(arguments.files)
     whole = {group: rows for group, rows in groups.items() if columns_of(rows)}
     print("# Tables of docs/quality.md\n\nWritten by `python -m bench.quality_report`.")
-    print_schedules({group: rows for group, rows in groups.items() if schedules(rows)})
+    if scheduled := {group: rows for group, rows in groups.items() if schedules(rows)}:
+        print_schedules(scheduled)
     for group, rows in whole.items():
         print_group(group, rows)
     for group, rows in groups.items():
