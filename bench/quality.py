@@ -104,7 +104,13 @@ def others_grid(num_layers: int) -> Iterator[Cell]:
             yield Cell(f"{label}, equal cache", _column(label, num_layers, layer, 0.1, **equal))
         deferral = make("fastkv-deferral", layer=layer, keep=0.1)
         yield Cell("fastkv-deferral, small cache", deferral)
-    changes = ({}, {"kernel_size": 7}, {"sink": 0}, {"window": 8}, {"window": 32})
+    changes: tuple[dict[str, int], ...] = (
+        {},
+        {"kernel_size": 7},
+        {"sink": 0},
+        {"window": 8},
+        {"window": 32},
+    )
     for layer, change in product((8, 12, 16, 20), changes):
         named = ", ".join(f"{name} {value}" for name, value in change.items())
         method = _column("peak", num_layers, layer, 0.1, **change)
@@ -217,29 +223,33 @@ class Batch:
         ]
 
 
-def measure(arguments: argparse.Namespace) -> None:
-    """Run the grid on the prompts that the file does not have yet."""
-    model, tokenizer = load_model(
-        arguments.model or str(smollm2_file()), device=arguments.device, dtype=arguments.dtype
-    )
-    attach(model)
-    torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU
-    num_layers = model.config.num_hidden_layers
-    grid = [Cell("full", make_method("full", num_layers=num_layers))]
-    grid += {cell.key: cell for cell in GRIDS[arguments.grid](num_layers)}.values()
-    layers = sorted({layer for cell in grid for layer in _layers(cell.method)})
+class Lines:
+    """The .jsonl file of a run, which goes on where it stopped.
+
+    Attributes:
+        done: the batch and the cell of each line; the cell of a batch's first line is None.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.done: set[tuple[str, str | None]] = set()
+        if file.exists():
+            with file.open() as lines:
+                self.done = {(line["batch"], line.get("cell")) for line in map(json.loads, lines)}
+
+    def add(self, *lines: dict[str, Any]) -> None:
+        """Append lines, all or none."""
+        with self._file.open("a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def batches(
+    arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Iterator[tuple[int, dict[str, Any], Batch]]:
+    """The prompts that were asked for, in batches, each with its number and its first line."""
 
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids)
-
-    done = set()
-    if arguments.out.exists():
-        with arguments.out.open() as file:
-            done = {(line["batch"], line.get("cell")) for line in map(json.loads, file)}
-
-    def add(line: dict[str, Any]) -> None:
-        with arguments.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
 
     examples = [
         example
@@ -257,36 +267,55 @@ def measure(arguments: argparse.Namespace) -> None:
     order = sorted(examples, key=lambda example: count(example.prompt))
     groups = [order[i : i + arguments.batch] for i in range(0, len(order), arguments.batch)]
     part, parts = map(int, arguments.part.split("/"))
-    started = time.monotonic()
     kind = "bare" if arguments.bare else "prefixed"
     kind += ", folder" if arguments.filler else ""
+    started = time.monotonic()
     for number, group in list(enumerate(groups))[part::parts]:
-        name = f"{arguments.length} tokens, seed {arguments.seed}, {kind}, {number}"
-        wanted = [cell for cell in grid if (name, cell.key) not in done]
+        batch = Batch.of(group, tokenizer, device, arguments.bare)
+        line = {
+            "batch": f"{arguments.length} tokens, seed {arguments.seed}, {kind}, {number}",
+            "length": arguments.length,
+            "kind": kind,
+            "seed": arguments.seed,
+            "prompts": [f"{example.task}, {example.name}" for example in group],
+            "tasks": [example.task for example in group],
+            "tokens": [prompt.ids.shape[1] for prompt in batch.prompts],
+            "facts": [len(fact) for fact in batch.facts()],
+        }
+        yield number, line, batch
+        seconds = time.monotonic() - started
+        print(f"batch {number + 1} of {len(groups)}, {seconds:.0f} s", file=sys.stderr)
+
+
+def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that was asked for."""
+    torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU
+    name = arguments.model or str(smollm2_file())
+    return load_model(name, device=arguments.device, dtype=arguments.dtype)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Run the grid on the prompts that the file does not have yet."""
+    model, tokenizer = load(arguments)
+    attach(model)
+    num_layers = model.config.num_hidden_layers
+    grid = [Cell("full", make_method("full", num_layers=num_layers))]
+    grid += {cell.key: cell for cell in GRIDS[arguments.grid](num_layers)}.values()
+    layers = sorted({layer for cell in grid for layer in _layers(cell.method)})
+    lines = Lines(arguments.out)
+    for number, line, batch in batches(arguments, tokenizer, model.device):
+        name = line["batch"]
+        wanted = [cell for cell in grid if (name, cell.key) not in lines.done]
         if not wanted:
             continue
-        batch = Batch.of(group, tokenizer, model.device, arguments.bare)
         shared = SharedPrefill(model, batch.ids, batch.mask, layers=layers)
-        if (name, None) not in done:
-            add(
-                {
-                    "batch": name,
-                    "length": arguments.length,
-                    "kind": kind,
-                    "seed": arguments.seed,
-                    "prompts": [f"{example.task}, {example.name}" for example in group],
-                    "tasks": [example.task for example in group],
-                    "tokens": [prompt.ids.shape[1] for prompt in batch.prompts],
-                    "facts": [len(fact) for fact in batch.facts()],
-                }
-            )
+        if (name, None) not in lines.done:
+            lines.add(line)
         for cell in wanted:
             method = cell.method
             if hasattr(method, "seed"):
                 method = dataclasses.replace(method, seed=number)  # type: ignore[call-arg]
-            add({"batch": name, "cell": cell.key, **batch.grade(model, shared.run(method))})
-        seconds = time.monotonic() - started
-        print(f"batch {number + 1} of {len(groups)}, {seconds:.0f} s", file=sys.stderr)
+            lines.add({"batch": name, "cell": cell.key, **batch.grade(model, shared.run(method))})
 
 
 def _layers(method: Method) -> tuple[int, ...]:
@@ -294,12 +323,11 @@ def _layers(method: Method) -> tuple[int, ...]:
     return layer if isinstance(layer, tuple) else (layer,)
 
 
-def main() -> None:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(description: str) -> argparse.ArgumentParser:
+    """What the command line says of the model and the prompts."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, help="the .jsonl file")
     parser.add_argument("--seed", type=int, required=True, help="of the prompts")
-    parser.add_argument("--grid", choices=GRIDS, default="table")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a prompt, about")
     parser.add_argument("--prompts", type=int, default=8, help="for each of 5 depths and 3 tasks")
     parser.add_argument("--bare", action="store_true", help="no answer prefix in the prompt")
@@ -309,6 +337,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch", type=int, default=1, help="prompts at a time, padded")
     parser.add_argument("--part", default="0/1", help="I/N: every Nth batch, from the Ith on")
+    return parser
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("--grid", choices=GRIDS, default="table")
     measure(parser.parse_args())
 
 

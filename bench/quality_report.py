@@ -62,6 +62,11 @@ def mean(rows: Rows, key: str, which: int) -> float:
     return float(np.mean([np.mean(task) for task in values(rows, key, which)]))
 
 
+def whole_facts(rows: Rows, key: str) -> float:
+    """The share of prompts whose whole fact went on, the mean over tasks."""
+    return float(np.mean([np.mean(np.array(task) == 1) for task in values(rows, key, RECALL)]))
+
+
 def work(rows: Rows, key: str) -> float:
     """Mean share of full prefill's work; of the oracle's, without that of its answer."""
     return mean(rows, key.replace("oracle|", "fastkv|"), WORK)
@@ -117,7 +122,7 @@ def read(files: list[Path]) -> dict[Group, Rows]:
         if "cell" in line:
             batches[line["batch"]]["cells"][line["cell"]] = line
         else:
-            batches[line["batch"]] = {**line, "cells": {}}
+            batches.setdefault(line["batch"], {**line, "cells": {}})
     groups: dict[Group, Rows] = {}
     for batch in batches.values():
         group = batch["length"], batch["kind"], batch["seed"]
@@ -158,7 +163,8 @@ def main() -> None:
     groups = read(arguments.files)
     whole = {group: rows for group, rows in groups.items() if columns_of(rows)}
     print("# Tables of docs/quality.md\n\nWritten by `python -m bench.quality_report`.")
-    print_schedules({group: rows for group, rows in groups.items() if schedules(rows)})
+    if scheduled := {group: rows for group, rows in groups.items() if schedules(rows)}:
+        print_schedules(scheduled)
     for group, rows in whole.items():
         print_group(group, rows)
     for group, rows in groups.items():
@@ -276,7 +282,8 @@ def print_others(group: Group, rows: Rows, keys: list[str]) -> None:
     """Cells outside the tables, one to a line."""
     print(f"\n## Other cells: {_title(group, rows)}")
     print(f"\nAccuracy of full prefill: {shown(accuracy(rows, FULL))}.")
-    titles = ["layer", "keep", "work", "caches", "accuracy", "less full prefill", "recall"]
+    titles = ["layer", "keep", "work", "caches", "accuracy", "less full prefill"]
+    titles += ["recall", "whole fact"]
     print_table(["", *titles], (_other(rows, key) for key in keys))
 
 
@@ -321,6 +328,7 @@ def _other(rows: Rows, key: str) -> list[str]:
         shown(accuracy(rows, key)),
         shown(lost(rows, key), signed=True),
         f"{mean(rows, key, RECALL):.2f}",
+        f"{whole_facts(rows, key):.2f}",
     ]
 
 
