@@ -208,18 +208,6 @@ def test_folders_and_limits(tmp_path):
     assert [example.max_new_tokens for example in found] == [120] * 2 + [30] * 2
 
 
-def test_records_come_from_the_hub(tmp_path, monkeypatch):
-    file = write(tmp_path / "vt.jsonl", ruler())
-
-    def download(repository, name, repo_type):
-        assert (repository, name, repo_type) == ("owner/data", "4k/vt.jsonl", "dataset")
-        return str(file)
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    (example,), _ = make("ruler:hf://datasets/owner/data/4k/vt.jsonl")
-    assert example.task == "ruler/vt"
-
-
 @pytest.mark.parametrize(
     "task, message",
     [
@@ -227,6 +215,7 @@ def test_records_come_from_the_hub(tmp_path, monkeypatch):
         ("longbnch:x", "unknown task 'longbnch': .* did you mean 'longbench'"),
         ("ruler", "the task ruler needs its records: ruler:FILE"),
         ("needle:x.jsonl", "the task needle takes no records"),
+        ("ruler:hf://datasets/owner", "records on the hub are hf://datasets/OWNER/NAME/FILE, got"),
     ],
 )
 def test_bad_tasks_are_refused(task, message):

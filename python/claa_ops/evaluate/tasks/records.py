@@ -67,8 +67,10 @@ def record_examples(
 
 
 def check_source(source: str) -> None:
-    """Raise InputError if a local source has no records; one on the hub is not asked for."""
-    if not source.startswith(_HUB):
+    """Raise InputError if a local source has no records; the hub is not asked yet."""
+    if source.startswith(_HUB):
+        _on_hub(source)
+    else:
         _files(source)
 
 
@@ -153,13 +155,29 @@ def _files(source: str) -> list[Path]:
 
 
 def _from_hub(source: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import errors, hf_hub_download
 
-    owner, name, *path = source.removeprefix(_HUB).split("/")
+    dataset, file = _on_hub(source)
+    reasons = {
+        errors.LocalEntryNotFoundError: "the hub does not answer, and it was not fetched before",
+        errors.EntryNotFoundError: f"the data set {dataset} has no file {file}",
+        errors.RepositoryNotFoundError: f"the hub has no data set {dataset}, or hides it",
+    }
     try:
-        return Path(hf_hub_download(f"{owner}/{name}", "/".join(path), repo_type="dataset"))
+        return Path(hf_hub_download(dataset, file, repo_type="dataset"))
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot get {source}: {str(error).splitlines()[0]}") from error
+        known = (reason for kind, reason in reasons.items() if isinstance(error, kind))
+        reason = next(known, str(error).splitlines()[0])
+        raise InputError(f"cannot get {source}: {reason}") from error
+
+
+def _on_hub(source: str) -> tuple[str, str]:
+    """The data set and the file that are meant."""
+    owner, _, rest = source.removeprefix(_HUB).partition("/")
+    name, _, file = rest.partition("/")
+    if not (owner and name and file):
+        raise InputError(f"records on the hub are {_HUB}OWNER/NAME/FILE, got {source}")
+    return f"{owner}/{name}", file
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
