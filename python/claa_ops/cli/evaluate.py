@@ -19,6 +19,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from claa_ops.cli.options import (
     AsJson,
@@ -85,7 +86,12 @@ def evaluate(
         typer.Option(help="Depths of the needle in %, or how many. [5: 0,25,50,75,100]"),
     ] = None,
     prompts: Annotated[
-        int | None, typer.Option(min=1, help="Needles for each length and depth. [2]")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Needle prompts for each kind, length and depth. [2: in all 30, of 3 kinds, 1 "
+            "length and 5 depths]",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the needle prompts.")] = 0,
     filler: Annotated[
@@ -167,6 +173,9 @@ class _Bar:
 
     def step(self, text: str) -> None:
         self._progress.update(self._task, description=text)
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(Text(text), soft_wrap=True)
 
     def total(self, records: int) -> None:
         self._progress.reset(self._task, total=records)

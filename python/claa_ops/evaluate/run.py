@@ -36,6 +36,9 @@ class Progress(Protocol):
     def step(self, text: str) -> None:
         """What is being done."""
 
+    def say(self, text: str) -> None:
+        """What the user should know from the beginning."""
+
     def total(self, records: int) -> None:
         """How many records are to be computed for this model."""
 
@@ -124,7 +127,8 @@ def _run(plan: Plan, folder: Path, journal: Journal, progress: Progress) -> Resu
                 problems.append,
             )
         )
-        progress.step(f"{len(prompts):,} prompts, {len(cells)} ways to prefill")
+        progress.say(f"{name}: {len(prompts):,} prompts, each prefilled in {len(cells)} ways")
+        progress.step("prefilling")
         records += evaluate_model(
             model,
             tokenizer,
