@@ -76,8 +76,9 @@ def evaluate(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="claa-paper: the methods, rates and needles of the paper, and two fair "
-            "controls; give its records with --task. Other options still count."
+            help="claa-paper: the rates and needles of the paper, with all methods and two fair "
+            "controls; give its records with --task, and --draft for speculative. Other options "
+            "still count."
         ),
     ] = None,
     lengths: Annotated[str | None, typer.Option(help="Tokens of needle prompts. [1000]")] = None,

@@ -109,6 +109,8 @@ def run(plan: Plan, folder: Path, progress: Progress) -> Results:
 def _run(plan: Plan, folder: Path, journal: Journal, progress: Progress) -> Results:
     problems: list[str] = []
     records: list[Record] = []
+    for method in plan.left_out:
+        progress.say(f"left out: {method}")
     for name in plan.models:
         model, tokenizer = load_model(load_name(name), plan.dtype, plan.device, progress.step)
         try:
@@ -147,6 +149,7 @@ def _run(plan: Plan, folder: Path, journal: Journal, progress: Progress) -> Resu
         raise InputError(f"nothing was evaluated: {problems[0] if problems else 'no prompts'}")
     progress.step("drawing")
     rows = summarise(records, plan.baseline)
+    problems = [*plan.left_out, *problems]
     results = Results(plan, records, rows, problems, _machine(model), [])
     try:
         results.files.extend(_write(results, folder))
