@@ -84,7 +84,7 @@ def evaluate(
     lengths: Annotated[str | None, typer.Option(help="Tokens of needle prompts. [1000]")] = None,
     depths: Annotated[
         str | None,
-        typer.Option(help="Depths of the needle in %, or how many. [5: 0,25,50,75,100]"),
+        typer.Option(help="How many depths of the needle, or which: 0%,50%,100%. [5]"),
     ] = None,
     prompts: Annotated[
         int | None,
