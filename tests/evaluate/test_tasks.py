@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import zipfile
 
 import pytest
 
@@ -221,6 +222,19 @@ def test_folders_and_limits(tmp_path):
 def test_bad_tasks_are_refused(task, message):
     with pytest.raises(InputError, match=message):
         check_task(task)
+
+
+def test_records_in_an_archive(tmp_path):
+    """LongBench lies on the hub as one."""
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for name in ("data/vt.jsonl", "data/cwe.jsonl", "README.md"):
+            archive.writestr(name, json.dumps(ruler()) + "\n{half\n")
+    found, problems = make(f"ruler:{tmp_path / 'data.zip'}")
+    assert [example.task for example in found] == ["ruler/cwe", "ruler/vt"]
+    assert problems[0].startswith(f"{tmp_path}/data.zip/data/cwe.jsonl, line 2: Expecting")
+    (tmp_path / "bad.zip").write_text("no archive")
+    with pytest.raises(InputError, match="cannot read .*bad.zip: File is not a zip file"):
+        make(f"ruler:{tmp_path / 'bad.zip'}")
 
 
 def test_missing_records_are_refused(tmp_path):

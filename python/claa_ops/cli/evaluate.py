@@ -68,8 +68,9 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="needle (needle-number, needle-sentence and needle-four-keys), or records: "
-            "ruler:PATH, longbench:PATH, infinitebench:PATH with a .jsonl file, a folder or "
-            "hf://datasets/OWNER/NAME/FILE, and ruler/vt:PATH to name the task. Repeat it. "
+            "ruler:PATH, longbench:PATH, infinitebench:PATH with a .jsonl file, a folder or .zip "
+            "of them, or hf://datasets/OWNER/NAME/FILE, and ruler/vt:PATH to name the task. "
+            "Repeat it. "
             "Default: needle."
         ),
     ] = None,
