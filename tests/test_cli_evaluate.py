@@ -129,6 +129,16 @@ def test_one_evaluation_at_a_time_writes_into_a_folder(checkpoint, filler, tmp_p
     assert all(json.loads(line)["result"] for line in lines)
 
 
+def test_after_an_interrupt_it_says_how_to_go_on(checkpoint, filler, tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("claa_ops.evaluate.evaluation.force", interrupt)
+    result = evaluate(checkpoint, filler, tmp_path)
+    told = f"stopped: finished records are in {tmp_path}, the same command goes on from there"
+    assert result.exit_code == 130 and told in result.stderr
+
+
 def test_a_malformed_record_is_told_and_the_rest_runs(checkpoint, filler, tmp_path):
     file = tmp_path / "vt.jsonl"
     good = json.dumps({"input": "x is 1, what is x?", "outputs": ["1"]})

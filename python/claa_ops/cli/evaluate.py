@@ -156,8 +156,13 @@ def evaluate(
 
         if threads is not None:
             torch.set_num_threads(threads)
-        with _progress() as progress:
-            results = run(plan, out, progress)
+        try:
+            with _progress() as progress:
+                results = run(plan, out, progress)
+        except KeyboardInterrupt:
+            message = f"stopped: finished records are in {out}, the same command goes on from there"
+            typer.echo(f"claa-ops: {message}", err=True)
+            raise typer.Exit(130) from None
         if as_json:
             typer.echo(json.dumps(results.as_json(), indent=2))
         else:
