@@ -53,7 +53,10 @@ def evaluate(
     ] = None,
     layer: Annotated[
         str | None,
-        typer.Option(help="Selection layers, such as 10,15,20-22. Default: last of first half."),
+        typer.Option(
+            help="Selection layers, such as 10,15,20-22, for all methods. Default: each method's "
+            "own for the model's depth."
+        ),
     ] = None,
     keep: Annotated[
         str | None,
@@ -82,7 +85,9 @@ def evaluate(
             "still count."
         ),
     ] = None,
-    lengths: Annotated[str | None, typer.Option(help="Tokens of needle prompts. [1000]")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens of needle prompts, such as 1000,2000. [1000]")
+    ] = None,
     depths: Annotated[
         str | None,
         typer.Option(help="How many depths of the needle, or which: 0%,50%,100%. [5]"),
@@ -97,7 +102,8 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the needle prompts.")] = 0,
     filler: Annotated[
-        Path | None, typer.Option(help="A folder of .txt files to hide needles in.")
+        Path | None,
+        typer.Option(help="A folder of .txt files to hide needles in. Default: CPython's manual."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Records taken of each file. Default: all.")
