@@ -17,7 +17,7 @@ from claa_ops.lm_eval import ClaaLM
 from claa_ops.methods import CLAA, FullKV
 from claa_ops.models import InputError
 from claa_ops.prefill import decode, run
-from evaluate.tiny_checkpoint import CONTEXT, LAYERS
+from evaluate.tiny_checkpoint import CONTEXT, LAYERS, tiny_tokenizer
 
 CONTEXT_TEXT = "A context of many words, " * 8
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -101,11 +101,25 @@ def test_texts_longer_than_the_model_are_scored_in_windows(pruned):
         ({"zscor": True}, "claa: a setting must be one of .*, got zscor"),
         ({"zscore": "yes"}, "CLAA: zscore must be True or False, got 'yes'"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"method": "speculative", "draft": "/no/such"}, "model /no/such does not exist"),
     ],
 )
 def test_bad_settings_are_refused(checkpoint, settings, message):
     with pytest.raises(InputError, match=message):
         ClaaLM(checkpoint, device="cpu", **settings)
+
+
+def test_a_draft_is_loaded(checkpoint, pruned, tmp_path):
+    lm = ClaaLM(checkpoint, method="speculative", keep=0.5, draft=checkpoint, device="cpu")
+    assert lm.method.draft is not lm.model and lm.method.keep == 0.5
+    with pytest.raises(InputError, match="claa: a setting must be one of .*, got draft"):
+        ClaaLM(checkpoint, draft=checkpoint, device="cpu")
+    pruned.model.save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["more"])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="must have the tokenizer of the model, got one in which"):
+        ClaaLM(checkpoint, method="speculative", draft=str(tmp_path), device="cpu")
 
 
 def test_sampling_is_refused(pruned):

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from claa_ops.evaluate.answer import decode_until, force
 from claa_ops.evaluate.inputs import parse_budget
 from claa_ops.methods import make_method
+from claa_ops.methods.speculative import require_same_tokenizer
 from claa_ops.models import InputError, load_model
 from claa_ops.prefill import Prefilled, attach, run
 
@@ -51,13 +52,15 @@ class ClaaLM(TemplateLM):
         method: a key of :data:`claa_ops.methods.METHODS`.
         keep: the budget, a rate (0.2, 20%) or a number of tokens.
         layer: the selection layer; both are left to the method's default if not given.
+        draft: the model that ``speculative`` asks first, as ``pretrained``; if not given, itself.
         dtype, device: as :func:`claa_ops.models.load_model` takes them.
         max_length: longest context in tokens, cut on the left; the model's own if not given.
         settings: any other setting of the method, such as ``zscore=True``.
 
     Raises:
-        InputError: the model cannot be loaded or attached; or the method does not exist, has no
-            such setting or does not fit the model, or, later, a context.
+        InputError: the model or the draft cannot be loaded or attached, or their tokenizers
+            differ; the method does not exist, has no such setting or does not fit the model, or,
+            later, a context.
     """
 
     backend = "causal"
@@ -68,6 +71,7 @@ class ClaaLM(TemplateLM):
         method: str = "claa",
         keep: str | float | int | None = None,
         layer: int | None = None,
+        draft: str | None = None,
         dtype: str = "auto",
         device: str | None = None,
         max_length: int | None = None,
@@ -85,6 +89,9 @@ class ClaaLM(TemplateLM):
         self.max_length = max_length or config.max_position_embeddings
         try:
             attach(self.model)
+            if draft is not None:
+                settings["draft"], its_tokenizer = load_model(draft, dtype, device)
+                require_same_tokenizer(self.tokenizer, its_tokenizer)
             self.method = make_method(
                 method,
                 num_layers=config.num_hidden_layers,
