@@ -70,11 +70,8 @@ def record_examples(
 
 
 def check_source(source: str) -> None:
-    """Raise InputError if a local source has no records; the hub is not asked yet."""
-    if source.startswith(_HUB):
-        _on_hub(source)
-    else:
-        _files(source)
+    """Raise InputError if there are no records; those on the hub are fetched for that."""
+    _files(source)
 
 
 def _ruler(record: Record, task: str | None, file: PurePath, name: str) -> Example:
