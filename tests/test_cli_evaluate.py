@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from claa_ops.cli import app
+from claa_ops.methods import METHODS
 from evaluate.tiny_checkpoint import LAYERS
 
 RUNNER = CliRunner()
@@ -128,6 +129,16 @@ def test_one_evaluation_at_a_time_writes_into_a_folder(checkpoint, filler, tmp_p
     assert all(json.loads(line)["result"] for line in lines)
 
 
+def test_after_an_interrupt_it_says_how_to_go_on(checkpoint, filler, tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("claa_ops.evaluate.evaluation.force", interrupt)
+    result = evaluate(checkpoint, filler, tmp_path)
+    told = f"stopped: finished records are in {tmp_path}, the same command goes on from there"
+    assert result.exit_code == 130 and told in result.stderr
+
+
 def test_a_malformed_record_is_told_and_the_rest_runs(checkpoint, filler, tmp_path):
     file = tmp_path / "vt.jsonl"
     good = json.dumps({"input": "x is 1, what is x?", "outputs": ["1"]})
@@ -140,28 +151,55 @@ def test_a_malformed_record_is_told_and_the_rest_runs(checkpoint, filler, tmp_pa
     assert len(facts["problems"]) == 1
 
 
-def test_a_suite_brings_methods_rates_and_needles(checkpoint, filler, tmp_path):
-    """One prompt, and a context too short for any of the suite's lengths."""
-    options = ("--suite", "claa-paper", "--filler", filler, "--depths", "1", "--device", "cpu")
-    result = RUNNER.invoke(
-        app, ["evaluate", "--model", checkpoint, *options, "--out", str(tmp_path)]
-    )
+@pytest.fixture
+def suite(checkpoint, filler, tmp_path):
+    """Runs the suite on one prompt of each kind; the facts, and all that was printed."""
+
+    def run_suite(*more):
+        options = ("--suite", "claa-paper", "--filler", filler, "--depths", "1", "--device", "cpu")
+        command = ["evaluate", "--model", checkpoint, *options, "--out", str(tmp_path), *more]
+        result = RUNNER.invoke(app, command)
+        facts = tmp_path / "results.json"
+        return result, json.loads(facts.read_text()) if result.exit_code == 0 else None
+
+    return run_suite
+
+
+def test_a_suite_brings_methods_rates_and_needles(suite, checkpoint):
+    result, _ = suite()
     assert result.exit_code == 2  # half of the context has no room for a needle of bytes
-    result = RUNNER.invoke(
-        app,
-        ["evaluate", "--model", checkpoint, *options, "--lengths", "490", "--out", str(tmp_path)],
-    )
+    result, facts = suite("--lengths", "490")
     assert result.exit_code == 0, result.output
-    facts = json.loads((tmp_path / "results.json").read_text())
-    labels = {row["label"] for row in facts["table"]}
-    assert {"full", "claa", "fastkv", "fastkv-deferral", "fastkv@claa", "oracle"} <= labels
-    rates = {row["keep"] for row in facts["table"] if row["label"] == "claa"}
-    assert rates == {0.1, 0.2, 0.4}
-    shares = {(row["label"], row["keep"]): row["cache"] for row in facts["table"]}
+    told = "left out: speculative: it needs --draft, a smaller model with the same tokenizer"
+    assert told in result.stderr and told in " ".join(result.stdout.split())
+    everything = {method.__name__ for method in METHODS.values()}
+    methods = {record["method"] for record in facts["records"]}
+    assert methods == everything - {"SpeculativePrefill"}
+    rows = {(row["label"], row["keep"]): row for row in facts["table"]}
+    for label in ("claa", "asl:passes=2", "fastkv-deferral", "fastkv@claa", "oracle"):
+        assert {keep for name, keep in rows if name == label} == {0.1, 0.2, 0.4}
+    shares = {cell: row["cache"] for cell, row in rows.items()}
     assert shares["fastkv", 0.2] < shares["claa", 0.2]
     assert shares["fastkv@claa", 0.2] == pytest.approx(shares["claa", 0.2], rel=0.05)
     tasks = {record["task"] for record in facts["records"]}
     assert tasks == {"needle-number", "needle-sentence", "needle-four-keys"}
+
+    result, facts = suite("--lengths", "490", "--draft", checkpoint)
+    assert facts["problems"] == [] and "left out" not in result.output
+    assert {record["method"] for record in facts["records"]} == everything
+
+
+def test_other_options_count_beside_a_suite(suite, tmp_path):
+    records = tmp_path / "vt.jsonl"
+    records.write_text(json.dumps({"input": "x is 1, what is x?", "outputs": ["1"]}))
+    chosen = ("--method", "claa", "--keep", "0.3", "--task", f"ruler:{records}")
+    result, facts = suite("--lengths", "490", *chosen)
+    assert result.exit_code == 0 and "left out" not in result.output
+    assert {(row["label"], row["keep"]) for row in facts["table"]} == {
+        ("full", None),
+        ("claa", 0.3),
+    }
+    assert len(facts["records"]) == 2 * (3 + 1)
 
 
 def test_a_draft_needs_the_tokenizer_of_the_model(checkpoint, filler, tmp_path):

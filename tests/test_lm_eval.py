@@ -17,7 +17,7 @@ from claa_ops.lm_eval import ClaaLM
 from claa_ops.methods import CLAA, FullKV
 from claa_ops.models import InputError
 from claa_ops.prefill import decode, run
-from evaluate.tiny_checkpoint import CONTEXT
+from evaluate.tiny_checkpoint import CONTEXT, LAYERS, tiny_tokenizer
 
 CONTEXT_TEXT = "A context of many words, " * 8
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -92,13 +92,39 @@ def test_texts_longer_than_the_model_are_scored_in_windows(pruned):
     assert short == pytest.approx(logits.gather(1, ids[0, 1:, None]).sum().item(), rel=1e-4)
 
 
-def test_sampling_and_bad_settings_are_refused(checkpoint, pruned):
-    with pytest.raises(ValueError, match="do_sample must be false, got true"):
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"method": "cla"}, "unknown method 'cla': did you mean 'claa'"),
+        ({"keep": 1.5}, r"keep must be a rate in \(0, 1\]"),
+        ({"layer": LAYERS}, rf"CLAA: layer must be in \[0, {LAYERS - 2}\]"),
+        ({"zscor": True}, "claa: a setting must be one of .*, got zscor"),
+        ({"zscore": "yes"}, "CLAA: zscore must be True or False, got 'yes'"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"method": "speculative", "draft": "/no/such"}, "model /no/such does not exist"),
+    ],
+)
+def test_bad_settings_are_refused(checkpoint, settings, message):
+    with pytest.raises(InputError, match=message):
+        ClaaLM(checkpoint, device="cpu", **settings)
+
+
+def test_a_draft_is_loaded(checkpoint, pruned, tmp_path):
+    lm = ClaaLM(checkpoint, method="speculative", keep=0.5, draft=checkpoint, device="cpu")
+    assert lm.method.draft is not lm.model and lm.method.keep == 0.5
+    with pytest.raises(InputError, match="claa: a setting must be one of .*, got draft"):
+        ClaaLM(checkpoint, draft=checkpoint, device="cpu")
+    pruned.model.save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["more"])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="must have the tokenizer of the model, got one in which"):
+        ClaaLM(checkpoint, method="speculative", draft=str(tmp_path), device="cpu")
+
+
+def test_sampling_is_refused(pruned):
+    with pytest.raises(InputError, match="do_sample must be false, got true"):
         pruned.generate_until([request("generate_until", "a", {"do_sample": True})])
-    with pytest.raises(ValueError, match="unknown method 'cla': did you mean 'claa'"):
-        ClaaLM(checkpoint, method="cla", device="cpu")
-    with pytest.raises(InputError, match=r"keep must be a rate in \(0, 1\]"):
-        ClaaLM(checkpoint, keep=1.5, device="cpu")
 
 
 TASKS = {
@@ -119,7 +145,9 @@ TASKS = {
 }
 
 
-def test_the_command_runs_tasks_of_a_local_file(checkpoint, tmp_path, monkeypatch):
+@pytest.fixture
+def command(checkpoint, tmp_path, monkeypatch):
+    """Runs lm-eval's command on tasks of local files, with these settings of the model."""
     records = tmp_path / "records.jsonl"
     document = {"text": CONTEXT_TEXT, "answer": "x", "choices": [" a", " b"], "label": 1}
     records.write_text(f"{json.dumps(document)}\n" * 3)
@@ -135,17 +163,37 @@ def test_the_command_runs_tasks_of_a_local_file(checkpoint, tmp_path, monkeypatc
         (tasks / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
 
-    arguments = f"pretrained={checkpoint},method=claa,keep=0.2,layer=2,zscore=True"
-    command = ["lm_eval", "--model", "claa_ops", "--model_args", arguments]
-    command += ["--tasks", ",".join(TASKS), "--include_path", str(tasks)]
-    monkeypatch.setattr(sys, "argv", [*command, "--output_path", str(tmp_path / "results.json")])
-    runpy.run_module("claa_ops.lm_eval", run_name="__main__")
+    def run_command(settings: str) -> None:
+        arguments = f"pretrained={checkpoint},{settings}"
+        line = ["lm_eval", "--model", "claa_ops", "--model_args", arguments]
+        line += ["--tasks", ",".join(TASKS), "--include_path", str(tasks)]
+        monkeypatch.setattr(sys, "argv", [*line, "--output_path", str(tmp_path / "results.json")])
+        runpy.run_module("claa_ops.lm_eval", run_name="__main__")
 
+    return run_command
+
+
+def test_the_command_runs_tasks_of_a_local_file(command, tmp_path):
+    command("method=claa,keep=0.2,layer=2,zscore=True")
     (results,) = tmp_path.glob("results_*.json")
     found = json.loads(results.read_text())
     assert found["results"]["claa_local_words"]["exact_match,none"] == 0.0
     assert found["results"]["claa_local_choice"]["acc,none"] in (0.0, 1.0)
     assert found["n-samples"]["claa_local_choice"]["effective"] == 3
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ("method=fastvk", "unknown method 'fastvk': did you mean 'fastkv'?"),
+        ("equal_cache=True", "CLAA: equal_cache must leave each layer its window of 8"),
+    ],
+)
+def test_the_command_answers_bad_settings_with_a_sentence(command, capsys, settings, message):
+    with pytest.raises(SystemExit) as end:
+        command(settings)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"claa-ops: {message}")
 
 
 def test_the_module_is_the_command_of_lm_eval(monkeypatch, capsys):

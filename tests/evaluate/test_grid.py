@@ -43,6 +43,15 @@ def test_settings_belong_to_a_method():
     assert plain.key() != scored.key()
 
 
+def test_a_stated_layer_or_rate_stands():
+    stated, open_layer, bytes_of = cells(
+        "claa:layer=9:keep=0.3", "claa:keep=0.3", "fastkv@claa:keep=0.3", layers=[10], keeps=[0.1]
+    )[1:]
+    assert (stated.layer, stated.keep) == (9, 0.3)
+    assert (open_layer.layer, open_layer.keep) == (10, 0.3)
+    assert (bytes_of.keep, bytes_of.method.keep_kv) == (0.3, pytest.approx((4 + 26 * 0.3) / DEPTH))
+
+
 def test_schedules_join_methods_that_can_select_in_stages():
     schedule = parse_schedule("7:50%,18:10%")
     assert schedule == ((7, 18), (0.5, 0.1))

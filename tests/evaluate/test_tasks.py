@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import zipfile
 
 import pytest
 
@@ -208,18 +209,6 @@ def test_folders_and_limits(tmp_path):
     assert [example.max_new_tokens for example in found] == [120] * 2 + [30] * 2
 
 
-def test_records_come_from_the_hub(tmp_path, monkeypatch):
-    file = write(tmp_path / "vt.jsonl", ruler())
-
-    def download(repository, name, repo_type):
-        assert (repository, name, repo_type) == ("owner/data", "4k/vt.jsonl", "dataset")
-        return str(file)
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    (example,), _ = make("ruler:hf://datasets/owner/data/4k/vt.jsonl")
-    assert example.task == "ruler/vt"
-
-
 @pytest.mark.parametrize(
     "task, message",
     [
@@ -227,11 +216,25 @@ def test_records_come_from_the_hub(tmp_path, monkeypatch):
         ("longbnch:x", "unknown task 'longbnch': .* did you mean 'longbench'"),
         ("ruler", "the task ruler needs its records: ruler:FILE"),
         ("needle:x.jsonl", "the task needle takes no records"),
+        ("ruler:hf://datasets/owner", "records on the hub are hf://datasets/OWNER/NAME/FILE, got"),
     ],
 )
 def test_bad_tasks_are_refused(task, message):
     with pytest.raises(InputError, match=message):
         check_task(task)
+
+
+def test_records_in_an_archive(tmp_path):
+    """LongBench lies on the hub as one."""
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for name in ("data/vt.jsonl", "data/cwe.jsonl", "README.md"):
+            archive.writestr(name, json.dumps(ruler()) + "\n{half\n")
+    found, problems = make(f"ruler:{tmp_path / 'data.zip'}")
+    assert [example.task for example in found] == ["ruler/cwe", "ruler/vt"]
+    assert problems[0].startswith(f"{tmp_path}/data.zip/data/cwe.jsonl, line 2: Expecting")
+    (tmp_path / "bad.zip").write_text("no archive")
+    with pytest.raises(InputError, match="cannot read .*bad.zip: File is not a zip file"):
+        make(f"ruler:{tmp_path / 'bad.zip'}")
 
 
 def test_missing_records_are_refused(tmp_path):

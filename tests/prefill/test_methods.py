@@ -48,9 +48,14 @@ def slow_full(llama, ids, padding):
     return llama.run(ids, STEPS)
 
 
+def stages_of(layer, kept) -> dict[int, int]:
+    """How many tokens go on after which layers; there may be one of them, or several."""
+    return dict(zip(layer, kept, strict=True)) if isinstance(layer, tuple) else {layer: kept}
+
+
 def slow_layered(kept, cached=None, *, layer=2, window=8, **settings):
     """FastKV's relatives, budgets in tokens; `cached` may be a function of what a layer sees."""
-    stages = dict(zip(layer, kept, strict=True)) if isinstance(layer, tuple) else {layer: kept}
+    stages = stages_of(layer, kept)
     cached = list(stages.values())[-1] if cached is None else cached
     capacity = cached if callable(cached) else lambda seen: cached
 
@@ -79,65 +84,65 @@ def zscored_max(last_n, summed=False):
     return rank
 
 
-def slow_random(kept, seed, sink=0, layer=2, window=8):
+def slow_ranked(llama, ids, padding, rank, *, kept, cached, layer, window, sink=0):
+    """One ranking of the prompt, [n], decides in every selection and for all heads of a cache."""
+    stages = stages_of(layer, kept)
+
+    def best(seen, count):
+        scores = rank[torch.tensor(seen.kept)][:-window]
+        return llama.best(scores, count, window, seen, sink)
+
+    def compress(seen):
+        index = best(seen, cached)
+        return None if index is None else [index] * seen.key.shape[0]
+
+    def select(seen):
+        return best(seen, stages[seen.layer]) if seen.layer in stages else None
+
+    return llama.run(ids, STEPS, compress=compress, select=select, padding=padding)
+
+
+def slow_random(kept, cached, seed, sink=0, layer=2, window=8):
     def slow(llama, ids, padding):
         generator = torch.Generator().manual_seed(seed)
         draw = torch.rand(len(ids) + padding - window, generator=generator).flip(0).double()
-
-        def best(seen):
-            scores = draw[padding:][torch.tensor(seen.kept)[:-window]]
-            return llama.best(scores, kept, window, seen, sink)
-
-        def compress(seen):
-            index = best(seen)
-            return None if index is None else [index] * seen.key.shape[0]
-
-        def select(seen):
-            return best(seen) if seen.layer == layer else None
-
-        return llama.run(ids, STEPS, compress=compress, select=select, padding=padding)
+        draw = torch.cat([draw[padding:], torch.zeros(window)])  # the window has none
+        settings = {"kept": kept, "cached": cached, "layer": layer, "window": window}
+        return slow_ranked(llama, ids, padding, draw, sink=sink, **settings)
 
     return slow
 
 
 def slow_oracle(kept, cached, answer_tokens, kernel=13, layer=2, window=8):
     def slow(llama, ids, padding):
-        ranking, answer = slow_methods.answer_attention(llama, ids, answer_tokens)
-        ranking = slow_methods.pool(ranking, kernel)
-
-        def best(seen, count):
-            scores = ranking[torch.tensor(seen.kept)][:-window]
-            return llama.best(scores, count, window, seen)
-
-        def compress(seen):
-            index = best(seen, cached)
-            return None if index is None else [index] * seen.key.shape[0]
-
-        def select(seen):
-            return best(seen, kept) if seen.layer == layer else None
-
-        result = llama.run(ids, STEPS, compress=compress, select=select, padding=padding)
+        attention, answer = slow_methods.answer_attention(llama, ids, answer_tokens)
+        ranking = slow_methods.pool(attention, kernel)
+        settings = {"kept": kept, "cached": cached, "layer": layer, "window": window}
+        result = slow_ranked(llama, ids, padding, ranking, **settings)
         result.work += answer.work
         return result
 
     return slow
 
 
-def slow_peak(kept, kernel, layer=2, window=8):
+def slow_peak(kept, cached, kernel, layer=2, window=8, sink=0):
+    stages = stages_of(layer, kept)
+
     def slow(llama, ids, padding):
-        peaks = []
+        peak = torch.zeros(len(ids)).double()
 
         def compress(seen):
             key = seen.key.repeat_interleave(seen.query.shape[0] // seen.key.shape[0], dim=0)
             logits = seen.query[:, -window:] @ key.transpose(1, 2) / key.shape[-1] ** 0.5
-            peaks.append(logits.softmax(-1).amax((0, 1)))
-            heads = [llama.best(row, kept, window, seen) for row in seen.scores(window, kernel)]
+            peak[seen.kept] = torch.maximum(peak[seen.kept], logits.softmax(-1).amax((0, 1)))
+            scores = seen.scores(window, kernel)
+            heads = [llama.best(row, cached, window, seen, sink) for row in scores]
             return None if heads[0] is None else heads
 
         def select(seen):
-            if seen.layer == layer:
-                scores = torch.stack(peaks).amax(0)[:-window]
-                return llama.best(slow_methods.pool(scores, kernel), kept, window, seen)
+            if seen.layer in stages:
+                scores = slow_methods.pool(peak[seen.kept][:-window], kernel)
+                return llama.best(scores, stages[seen.layer], window, seen, sink)
 
         return llama.run(ids, STEPS, compress=compress, select=select, padding=padding)
 
@@ -234,11 +239,12 @@ def slow_asl(kept, *, first, last_n, tau, window=8, passes=1, full_before=False)
     return slow
 
 
-def slow_speculative(kept, *, look_ahead, chunk=None, kernel=13, rate=None):
-    """The draft is the model itself."""
+def slow_speculative(kept, *, look_ahead, chunk=None, kernel=13, rate=None, draft=None):
+    """The draft is the model itself, if there is no other."""
 
     def slow(llama, ids, padding):
-        ranking, answer = slow_methods.answer_attention(llama, ids, look_ahead, kernel)
+        reader = llama if draft is None else Llama(draft)
+        ranking, answer = slow_methods.answer_attention(reader, ids, look_ahead, kernel)
         if chunk is None:
             order = sorted(range(len(ids)), key=lambda j: -float(ranking[j]))
             chosen = sorted(order[:kept])
@@ -250,6 +256,7 @@ def slow_speculative(kept, *, look_ahead, chunk=None, kernel=13, rate=None):
 
 
 SMALL = {"layer": 2, "window": 8}
+DRAFT = build("llama", num_hidden_layers=2)
 CASES = {
     "full": (FullKV(), slow_full),
     "snapkv": (SnapKV(keep=30, window=8), slow_layered((), 30, layer=(), kernel=5)),
@@ -298,13 +305,29 @@ CASES = {
         CLAA(keep=(60, 30), layer=(2, 4), last_n=3, first_full=2),
         slow_layered((60, 30), layer=(2, 4), first_full=2, rank=joint_max(3)),
     ),
-    "random": (Random(keep=30, seed=5, **SMALL), slow_random(30, 5)),
-    "sinks-random": (SinksRandom(keep=30, seed=6, **SMALL), slow_random(30, 6, sink=4)),
+    "claa, equal bytes": (  # 6 layers of 30: the first holds 90, five hold 18
+        CLAA(keep=30, last_n=2, first_full=1, equal_cache=True, **SMALL),
+        slow_layered(30, 18, first_full=1, rank=joint_max(2)),
+    ),
+    "random": (Random(keep=30, seed=5, **SMALL), slow_random(30, 30, 5)),
+    "random, staged": (
+        Random(keep=(60, 30), keep_kv=24, layer=(1, 3), seed=5),
+        slow_random((60, 30), 24, 5, layer=(1, 3)),
+    ),
+    "sinks-random": (SinksRandom(keep=30, seed=6, **SMALL), slow_random(30, 30, 6, sink=4)),
     "oracle": (
         Oracle(keep=40, keep_kv=24, max_new_tokens=5, **SMALL),
         slow_oracle(40, 24, 5),
     ),
-    "peak": (Peak(keep=30, kernel_size=9, sink=0, **SMALL), slow_peak(30, 9)),
+    "oracle, staged": (
+        Oracle(keep=(60, 30), layer=(1, 3), max_new_tokens=5),
+        slow_oracle((60, 30), 30, 5, layer=(1, 3)),
+    ),
+    "peak": (Peak(keep=30, kernel_size=9, sink=0, **SMALL), slow_peak(30, 30, 9)),
+    "peak, staged, sinks": (
+        Peak(keep=(60, 30), keep_kv=24, layer=(1, 3), kernel_size=9, window=8),
+        slow_peak((60, 30), 24, 9, layer=(1, 3), sink=4),
+    ),
     "streaming": (StreamingLLM(keep=30, sink=3), slow_streaming(30, 3)),
     "pyramidkv": (PyramidKV(keep=30, window=8, beta=10), slow_pyramidkv(30, 10, 8)),
     "pyramidkv, clipped": (PyramidKV(keep=60, window=8), slow_pyramidkv(60, 20, 8)),
@@ -322,6 +345,10 @@ CASES = {
     "speculative": (
         SpeculativePrefill(keep=30, look_ahead=4, chunk=None),
         slow_speculative(30, look_ahead=4),
+    ),
+    "speculative, draft": (
+        SpeculativePrefill(keep=30, look_ahead=4, chunk=None, draft=DRAFT),
+        slow_speculative(30, look_ahead=4, draft=DRAFT),
     ),
     "speculative, forked": (
         SpeculativePrefill(keep=25, look_ahead=2, chunk=None, kernel_size=7),

@@ -19,6 +19,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from claa_ops.cli.options import (
     AsJson,
@@ -52,7 +53,10 @@ def evaluate(
     ] = None,
     layer: Annotated[
         str | None,
-        typer.Option(help="Selection layers, such as 10,15,20-22. Default: last of first half."),
+        typer.Option(
+            help="Selection layers, such as 10,15,20-22, for all methods. Default: each method's "
+            "own for the model's depth."
+        ),
     ] = None,
     keep: Annotated[
         str | None,
@@ -67,29 +71,39 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="needle (needle-number, needle-sentence and needle-four-keys), or records: "
-            "ruler:PATH, longbench:PATH, infinitebench:PATH with a .jsonl file, a folder or "
-            "hf://datasets/OWNER/NAME/FILE, and ruler/vt:PATH to name the task. Repeat it. "
+            "ruler:PATH, longbench:PATH, infinitebench:PATH with a .jsonl file, a folder or .zip "
+            "of them, or hf://datasets/OWNER/NAME/FILE, and ruler/vt:PATH to name the task. "
+            "Repeat it. "
             "Default: needle."
         ),
     ] = None,
     suite: Annotated[
         str | None,
         typer.Option(
-            help="claa-paper: the methods, rates and needles of the paper, and two fair "
-            "controls; give its records with --task. Other options still count."
+            help="claa-paper: the rates and needles of the paper, with all methods and two fair "
+            "controls; give its records with --task, and --draft for speculative. Other options "
+            "still count."
         ),
     ] = None,
-    lengths: Annotated[str | None, typer.Option(help="Tokens of needle prompts. [1000]")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens of needle prompts, such as 1000,2000. [1000]")
+    ] = None,
     depths: Annotated[
         str | None,
-        typer.Option(help="Depths of the needle in %, or how many. [5: 0,25,50,75,100]"),
+        typer.Option(help="How many depths of the needle, or which: 0%,50%,100%. [5]"),
     ] = None,
     prompts: Annotated[
-        int | None, typer.Option(min=1, help="Needles for each length and depth. [2]")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Needle prompts for each kind, length and depth. [2: in all 30, of 3 kinds, 1 "
+            "length and 5 depths]",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the needle prompts.")] = 0,
     filler: Annotated[
-        Path | None, typer.Option(help="A folder of .txt files to hide needles in.")
+        Path | None,
+        typer.Option(help="A folder of .txt files to hide needles in. Default: CPython's manual."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Records taken of each file. Default: all.")
@@ -148,8 +162,13 @@ def evaluate(
 
         if threads is not None:
             torch.set_num_threads(threads)
-        with _progress() as progress:
-            results = run(plan, out, progress)
+        try:
+            with _progress() as progress:
+                results = run(plan, out, progress)
+        except KeyboardInterrupt:
+            message = f"stopped: finished records are in {out}, the same command goes on from there"
+            typer.echo(f"claa-ops: {message}", err=True)
+            raise typer.Exit(130) from None
         if as_json:
             typer.echo(json.dumps(results.as_json(), indent=2))
         else:
@@ -167,6 +186,9 @@ class _Bar:
 
     def step(self, text: str) -> None:
         self._progress.update(self._task, description=text)
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(Text(text), soft_wrap=True)
 
     def total(self, records: int) -> None:
         self._progress.reset(self._task, total=records)

@@ -101,14 +101,17 @@ class MethodSpec:
         return replace(self, settings={**self.settings, **settings})
 
     def cell(self, num_layers: int, layer: Layer, keep: Keep) -> Cell:
-        """The cell for a model of this depth; None leaves a setting at its default."""
-        settings = dict(self.settings)
+        """The cell for a model of this depth; None leaves a setting at its default.
+
+        What the specification states stands, whatever is asked for here.
+        """
+        settings = {"layer": layer, "keep": keep, **self.settings}
         try:
             if self.bytes_of is not None:
-                settings |= _bytes_of(self.bytes_of, num_layers, layer, keep)
-            method = make_method(
-                self.name, num_layers=num_layers, layer=layer, keep=keep, **settings
-            )
+                settings |= _bytes_of(
+                    self.bytes_of, num_layers, settings["layer"], settings["keep"]
+                )
+            method = make_method(self.name, num_layers=num_layers, **settings)
         except ValueError as error:
             raise InputError(str(error)) from error
         return Cell(

@@ -18,6 +18,7 @@ from claa_ops.evaluate.summary import Row
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 _MARKERS = "osD^vPX<>p*h"
 _FULL = "#666666"
+_LEGEND_COLUMNS = 3
 
 
 def plot_frontier(rows: Sequence[Row], file: Path) -> None:
@@ -30,14 +31,15 @@ def plot_frontier(rows: Sequence[Row], file: Path) -> None:
         rows: of one model.
         file: where to write the .png picture.
     """
-    figure = Figure(figsize=(8, 5.5), dpi=150, layout="constrained")
-    axes = figure.subplots()
     labels = list(dict.fromkeys(row.label for row in rows if row.label != "full"))
+    height = 4.9 + 0.2 * -(-(1 + len(labels)) // _LEGEND_COLUMNS)
+    figure = Figure(figsize=(8, height), dpi=150, layout="constrained")
+    axes = figure.subplots()
     for index, label in enumerate(labels):
         its = sorted((row for row in rows if row.label == label), key=lambda row: row.work)
         colour = _COLOURS[index % len(_COLOURS)]
-        # Methods that do the same work stand side by side, so that each bar can be seen.
-        aside = 0.004 * (index - (len(labels) - 1) / 2)
+        # Side by side, so that each bar can be seen; but many methods do not reach further aside.
+        aside = min(0.004, 0.024 / len(labels)) * (index - (len(labels) - 1) / 2)
         axes.errorbar(
             [row.work + aside for row in its],
             [row.accuracy.mean for row in its],
@@ -87,7 +89,7 @@ def plot_frontier(rows: Sequence[Row], file: Path) -> None:
     axes.set_axisbelow(True)
     prompts = max(row.prompts for row in rows)
     axes.set_title(f"{prompts:,} prompts, bars: 95 % intervals", loc="left", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    figure.legend(loc="outside lower center", ncols=_LEGEND_COLUMNS, fontsize=9, frameon=False)
     FigureCanvasAgg(figure).print_figure(file)
 
 

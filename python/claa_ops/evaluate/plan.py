@@ -44,6 +44,7 @@ class Plan:
         chat, max_length: as `evaluate_model` takes them.
         baseline: the method that differences are taken to.
         draft: the model of ``speculative``.
+        left_out: what a suite would have but for the lack of an option, in sentences.
         dtype, device: as `load_model` takes them.
     """
 
@@ -60,6 +61,7 @@ class Plan:
     max_length: int | None = None
     baseline: str = "full"
     draft: str | None = None
+    left_out: Sequence[str] = ()
     dtype: str = "auto"
     device: str = "auto"
 
@@ -81,6 +83,7 @@ class Plan:
         seed: int,
         filler: Path | None,
         limit: int | None,
+        draft: str | None,
         **others: Any,
     ) -> Plan:
         """Read the options of the command line; None leaves one to the suite or its default.
@@ -93,6 +96,11 @@ class Plan:
         if suite is not None:
             published = find_suite(suite)
             given |= {"methods": published.methods, "keeps": published.keeps, "any_length": True}
+            if draft is not None:
+                given["methods"] = [*published.methods, *published.drafted]
+            elif not methods:
+                needed = "it needs --draft, a smaller model with the same tokenizer"
+                given["left_out"] = [f"{method}: {needed}" for method in published.drafted]
             settings |= {
                 "lengths": published.lengths,
                 "depths": published.depths,
@@ -117,6 +125,7 @@ class Plan:
             keep_kv=None if keep_kv is None else parse_budget("--keep-kv", keep_kv),
             tasks=list(dict.fromkeys(tasks or ["needle"])),
             settings=TaskSettings(**settings),
+            draft=draft,
             **{"methods": ["claa"], **given, **others},
         )
         plan.check()

@@ -36,6 +36,9 @@ class Progress(Protocol):
     def step(self, text: str) -> None:
         """What is being done."""
 
+    def say(self, text: str) -> None:
+        """What the user should know from the beginning."""
+
     def total(self, records: int) -> None:
         """How many records are to be computed for this model."""
 
@@ -106,6 +109,8 @@ def run(plan: Plan, folder: Path, progress: Progress) -> Results:
 def _run(plan: Plan, folder: Path, journal: Journal, progress: Progress) -> Results:
     problems: list[str] = []
     records: list[Record] = []
+    for method in plan.left_out:
+        progress.say(f"left out: {method}")
     for name in plan.models:
         model, tokenizer = load_model(load_name(name), plan.dtype, plan.device, progress.step)
         try:
@@ -124,7 +129,8 @@ def _run(plan: Plan, folder: Path, journal: Journal, progress: Progress) -> Resu
                 problems.append,
             )
         )
-        progress.step(f"{len(prompts):,} prompts, {len(cells)} ways to prefill")
+        progress.say(f"{name}: {len(prompts):,} prompts, each prefilled in {len(cells)} ways")
+        progress.step("prefilling")
         records += evaluate_model(
             model,
             tokenizer,
@@ -143,6 +149,7 @@ def _run(plan: Plan, folder: Path, journal: Journal, progress: Progress) -> Resu
         raise InputError(f"nothing was evaluated: {problems[0] if problems else 'no prompts'}")
     progress.step("drawing")
     rows = summarise(records, plan.baseline)
+    problems = [*plan.left_out, *problems]
     results = Results(plan, records, rows, problems, _machine(model), [])
     try:
         results.files.extend(_write(results, folder))

@@ -32,7 +32,8 @@ from tqdm import tqdm
 from claa_ops.evaluate.answer import decode_until, force
 from claa_ops.evaluate.inputs import parse_budget
 from claa_ops.methods import make_method
-from claa_ops.models import load_model
+from claa_ops.methods.speculative import require_same_tokenizer
+from claa_ops.models import InputError, load_model
 from claa_ops.prefill import Prefilled, attach, run
 
 _Scored = tuple[float, bool]
@@ -51,13 +52,15 @@ class ClaaLM(TemplateLM):
         method: a key of :data:`claa_ops.methods.METHODS`.
         keep: the budget, a rate (0.2, 20%) or a number of tokens.
         layer: the selection layer; both are left to the method's default if not given.
+        draft: the model that ``speculative`` asks first, as ``pretrained``; if not given, itself.
         dtype, device: as :func:`claa_ops.models.load_model` takes them.
         max_length: longest context in tokens, cut on the left; the model's own if not given.
         settings: any other setting of the method, such as ``zscore=True``.
 
     Raises:
-        InputError: the model cannot be loaded.
-        ValueError: the method does not exist, has no such setting or does not fit the model.
+        InputError: the model or the draft cannot be loaded or attached, or their tokenizers
+            differ; the method does not exist, has no such setting or does not fit the model, or,
+            later, a context.
     """
 
     backend = "causal"
@@ -68,6 +71,7 @@ class ClaaLM(TemplateLM):
         method: str = "claa",
         keep: str | float | int | None = None,
         layer: int | None = None,
+        draft: str | None = None,
         dtype: str = "auto",
         device: str | None = None,
         max_length: int | None = None,
@@ -80,17 +84,23 @@ class ClaaLM(TemplateLM):
         if device is None or (device == "cuda:0" and not torch.cuda.is_available()):
             device = "auto"
         self.model, self.tokenizer = load_model(pretrained, dtype, device)
-        attach(self.model)
         self._device = self.model.device
         config = self.model.config.get_text_config()
         self.max_length = max_length or config.max_position_embeddings
-        self.method = make_method(
-            method,
-            num_layers=config.num_hidden_layers,
-            layer=layer,
-            keep=None if keep is None else parse_budget("keep", str(keep)),
-            **settings,
-        )
+        try:
+            attach(self.model)
+            if draft is not None:
+                settings["draft"], its_tokenizer = load_model(draft, dtype, device)
+                require_same_tokenizer(self.tokenizer, its_tokenizer)
+            self.method = make_method(
+                method,
+                num_layers=config.num_hidden_layers,
+                layer=layer,
+                keep=None if keep is None else parse_budget("keep", str(keep)),
+                **settings,
+            )
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from error
 
     @property
     def eot_token_id(self) -> int:
@@ -180,7 +190,7 @@ class ClaaLM(TemplateLM):
             context, options = request.args
             options = normalize_gen_kwargs(options)
             if options.get("do_sample"):
-                raise ValueError("claa_ops decodes greedily: do_sample must be false, got true")
+                raise InputError("claa_ops decodes greedily: do_sample must be false, got true")
             longest = options["max_gen_toks"]
             prefilled = self._prefill(self.tok_encode(context), longest)
             answer = decode_until(
@@ -193,7 +203,10 @@ class ClaaLM(TemplateLM):
     def _prefill(self, context: Sequence[int], new_tokens: int) -> Prefilled:
         room = max(1, self.max_length - new_tokens)
         ids: Tensor = torch.tensor([list(context)[-room:]], device=self.model.device)
-        return run(self.model, ids, self.method)
+        try:
+            return run(self.model, ids, self.method)
+        except ValueError as error:  # of the method: its caches hold less than its window, say
+            raise InputError(str(error)) from error
 
 
 def _branch(prefilled: Prefilled) -> Prefilled:

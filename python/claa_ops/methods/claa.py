@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from claa_ops.methods.base import is_count
+from claa_ops.methods.padding import standardise
 from claa_ops.methods.pruning import Pruning
 from claa_ops.ops.aggregate_scores import aggregate_scores
 from claa_ops.ops.score_layer import score_layer
@@ -98,7 +99,7 @@ class CLAA(Pruning):
         if self.over_heads == "sum":
             scores = scores.sum(dim=1, keepdim=True)
         if self.zscore:
-            scores = _standardise(scores, state.start)
+            scores = standardise(scores, state.start)
         begins = layer == self._first_aggregated(layer)
         running = None if begins else state.importance
         if self.over_layers == "mean":  # the sum: it ranks alike
@@ -116,19 +117,3 @@ class CLAA(Pruning):
         stage = self._next_stage(layer)
         before = [other for other in self._stages if other < stage]
         return max([0, stage - self.last_n + 1, *(other + 1 for other in before)])
-
-
-def _standardise(scores: Tensor, start: Tensor | None) -> Tensor:
-    """Scores ``[B, G, M]`` less their mean, over their deviation; both of the valid tokens."""
-    context = scores.shape[-1]
-    if start is None:
-        valid, count = torch.ones_like(scores), scores.new_full((1, 1, 1), context)
-    else:
-        position = torch.arange(context, device=scores.device)
-        valid = (position >= start[:, None]).to(scores.dtype)[:, None]
-        count = valid.sum(dim=-1, keepdim=True)
-    mean = (scores * valid).sum(dim=-1, keepdim=True) / count.clamp_min(1)
-    centred = (scores - mean) * valid
-    # Bessel's correction, as in the public code; a single token has no deviation.
-    variance = centred.square().sum(dim=-1, keepdim=True) / (count - 1).clamp_min(1)
-    return centred / (variance.sqrt() + 1e-8)

@@ -1,3 +1,5 @@
+"""What padding on the left does not count in."""
+
 from __future__ import annotations
 
 import torch
@@ -10,3 +12,19 @@ def mask_padding(scores: Tensor, start: Tensor | None, fill: float) -> Tensor:
         return scores
     position = torch.arange(scores.shape[-1], device=scores.device)
     return scores.masked_fill(position < start.view(-1, *[1] * (scores.dim() - 1)), fill)
+
+
+def standardise(scores: Tensor, start: Tensor | None) -> Tensor:
+    """Scores ``[B, G, M]`` less their mean, over their deviation; both of the valid tokens."""
+    context = scores.shape[-1]
+    if start is None:
+        valid, count = torch.ones_like(scores), scores.new_full((1, 1, 1), context)
+    else:
+        position = torch.arange(context, device=scores.device)
+        valid = (position >= start[:, None]).to(scores.dtype)[:, None]
+        count = valid.sum(dim=-1, keepdim=True)
+    mean = (scores * valid).sum(dim=-1, keepdim=True) / count.clamp_min(1)
+    centred = (scores - mean) * valid
+    # Bessel's correction, as in the public code; a single token has no deviation.
+    variance = centred.square().sum(dim=-1, keepdim=True) / (count - 1).clamp_min(1)
+    return centred / (variance.sqrt() + 1e-8)

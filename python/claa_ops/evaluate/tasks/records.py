@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
+from zipfile import BadZipFile, ZipFile
+from zipfile import Path as ZipPath
 
 from claa_ops.evaluate.tasks.example import Example
 from claa_ops.evaluate.tasks.harness import harness_task
@@ -35,7 +37,8 @@ def record_examples(
         benchmark: a key of `BENCHMARKS`.
         task: the benchmark's task; None to take it from the record or the names of file and
             folder.
-        source: a .jsonl file, a folder of them, or ``hf://datasets/OWNER/NAME/PATH.jsonl``.
+        source: a .jsonl file, a folder or a .zip of them, or one on the hub,
+            ``hf://datasets/OWNER/NAME/FILE``.
         limit: how many records of each file, the first ones; None for all.
         on_problem: told of each record that cannot be used, with file and line; the others are
             yielded all the same.
@@ -49,13 +52,13 @@ def record_examples(
         for line, text in _lines(file):
             if limit is not None and taken == limit:
                 break
-            where = f"{file}, line {line}"
+            path, where = PurePath(str(file)), f"{file}, line {line}"
             taken += 1
             try:
                 record = json.loads(text)
                 if not isinstance(record, dict):
                     raise TypeError(f"expected a JSON object, got {text[:40]!r}")
-                example = make(record, task, file, f"{file.name}, line {line}")
+                example = make(record, task, path, f"{path.name}, line {line}")
             except InputError as error:
                 raise InputError(f"{where}: {error}") from error
             except KeyError as error:
@@ -67,12 +70,11 @@ def record_examples(
 
 
 def check_source(source: str) -> None:
-    """Raise InputError if a local source has no records; one on the hub is not asked for."""
-    if not source.startswith(_HUB):
-        _files(source)
+    """Raise InputError if there are no records; those on the hub are fetched for that."""
+    _files(source)
 
 
-def _ruler(record: Record, task: str | None, file: Path, name: str) -> Example:
+def _ruler(record: Record, task: str | None, file: PurePath, name: str) -> Example:
     """Fields ``input`` and ``outputs``; newer files keep ``answer_prefix`` apart."""
     kind = task or _named_in(file, tuple(_RULER_NEW_TOKENS)) or "niah"
     begin = next((known for known in _RULER_NEW_TOKENS if kind.startswith(known)), None)
@@ -95,7 +97,7 @@ def _ruler(record: Record, task: str | None, file: Path, name: str) -> Example:
     )
 
 
-def _longbench(record: Record, task: str | None, file: Path, name: str) -> Example:
+def _longbench(record: Record, task: str | None, file: PurePath, name: str) -> Example:
     """Fields ``input``, ``context``, ``answers``, ``all_classes`` and ``dataset``."""
     kind = (task or _text(record, "dataset")).removesuffix("_e")
     harness = harness_task("longbench", kind)
@@ -113,7 +115,7 @@ def _longbench(record: Record, task: str | None, file: Path, name: str) -> Examp
     )
 
 
-def _infinitebench(record: Record, task: str | None, file: Path, name: str) -> Example:
+def _infinitebench(record: Record, task: str | None, file: PurePath, name: str) -> Example:
     """Fields ``context``, ``input``, ``answer`` and ``options``; the file is named by its task."""
     kind = (task or file.stem).replace("_eng", "_en")
     harness = harness_task("infinitebench", kind)
@@ -131,40 +133,63 @@ def _infinitebench(record: Record, task: str | None, file: Path, name: str) -> E
     )
 
 
-BENCHMARKS: dict[str, Callable[[Record, str | None, Path, str], Example]] = {
+BENCHMARKS: dict[str, Callable[[Record, str | None, PurePath, str], Example]] = {
     "ruler": _ruler,
     "longbench": _longbench,
     "infinitebench": _infinitebench,
 }
 
 
-def _files(source: str) -> list[Path]:
-    if source.startswith(_HUB):
-        return [_from_hub(source)]
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(path.rglob("*.jsonl"))
-        if not files:
-            raise InputError(f"the folder {source} has no .jsonl files")
-        return files
-    if not path.is_file():
+def _files(source: str) -> list[Path | ZipPath]:
+    path = _from_hub(source) if source.startswith(_HUB) else Path(source)
+    if not path.exists():
         raise InputError(f"there are no records at {source}: expected a .jsonl file or a folder")
-    return [path]
+    if path.is_file() and path.suffix != ".zip":
+        return [path]
+    files: list[Path | ZipPath] = []
+    if path.is_dir():
+        files.extend(sorted(path.rglob("*.jsonl")))
+    else:
+        try:
+            with ZipFile(path) as archive:
+                names = sorted(archive.namelist())
+        except (OSError, BadZipFile) as error:
+            raise InputError(f"cannot read {source}: {error}") from error
+        files.extend(ZipPath(path, name) for name in names if name.endswith(".jsonl"))
+    if not files:
+        raise InputError(f"{source} has no .jsonl files")
+    return files
 
 
 def _from_hub(source: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import errors, hf_hub_download
 
-    owner, name, *path = source.removeprefix(_HUB).split("/")
+    dataset, file = _on_hub(source)
+    reasons = {
+        errors.LocalEntryNotFoundError: "the hub does not answer, and it was not fetched before",
+        errors.EntryNotFoundError: f"the data set {dataset} has no file {file}",
+        errors.RepositoryNotFoundError: f"the hub has no data set {dataset}, or hides it",
+    }
     try:
-        return Path(hf_hub_download(f"{owner}/{name}", "/".join(path), repo_type="dataset"))
+        return Path(hf_hub_download(dataset, file, repo_type="dataset"))
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot get {source}: {str(error).splitlines()[0]}") from error
+        known = (reason for kind, reason in reasons.items() if isinstance(error, kind))
+        reason = next(known, str(error).splitlines()[0])
+        raise InputError(f"cannot get {source}: {reason}") from error
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
+def _on_hub(source: str) -> tuple[str, str]:
+    """The data set and the file that are meant."""
+    owner, _, rest = source.removeprefix(_HUB).partition("/")
+    name, _, file = rest.partition("/")
+    if not (owner and name and file):
+        raise InputError(f"records on the hub are {_HUB}OWNER/NAME/FILE, got {source}")
+    return f"{owner}/{name}", file
+
+
+def _lines(file: Path | ZipPath) -> Iterator[tuple[int, str]]:
     try:
-        with file.open(encoding="utf-8", errors="replace") as lines:
+        with file.open("r", encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield number, line
@@ -172,7 +197,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
 
 
-def _named_in(file: Path, kinds: tuple[str, ...]) -> str | None:
+def _named_in(file: PurePath, kinds: tuple[str, ...]) -> str | None:
     """The task in the name of the file or its folder: RULER's are vt/validation.jsonl."""
     for name in (file.stem, file.parent.name):
         name = name.removeprefix("ruler_")
