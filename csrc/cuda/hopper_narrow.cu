@@ -129,20 +129,6 @@ struct ColumnMeasures {
   }
 };
 
-// Asks for the first keys of a unit, into the L2 cache: by one thread. It may do so before the
-// kernels ahead have ended, since what they write goes through that cache.
-template <int kDim>
-__device__ void prefetch_keys(const WindowAttention& a, const CUtensorMap& map, const Unit& unit) {
-#pragma unroll 1
-  for (int i = 0; i < min(kBytesPrefetched / kTileBytes<kDim>, unit.loads); ++i) {
-#pragma unroll
-    for (int block = 0; block < kDim / kBlockItems; ++block)
-      cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&map, block * kBlockItems, unit.low + i * kTileRows,
-                                             coordinate(unit.g, a.key_stride_g),
-                                             coordinate(unit.b, a.key_stride_b));
-  }
-}
-
 template <class Shape>
 __global__ __launch_bounds__(kThreads,
                              1) void narrow_kernel(const __grid_constant__ CUtensorMap key_map,
@@ -190,7 +176,12 @@ __global__ __launch_bounds__(kThreads,
     if (lane == 0) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&key_map));
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&query_map));
-      if (!is_twice) prefetch_keys<kDim>(a, key_map, next);
+      if (!is_twice) {
+#pragma unroll 1
+        for (int i = 0; i < min(kBytesPrefetched / kTile, next.loads); ++i)
+          prefetch_rows<kDim>(key_map, coordinate(next.b, a.key_stride_b),
+                              coordinate(next.g, a.key_stride_g), next.low + i * kTileRows);
+      }
       queries_loaded->init(1);
 #pragma unroll 4
       for (int i = 0; i < stages; ++i) ring.loaded[i].init(1);
@@ -311,21 +302,6 @@ __global__ __launch_bounds__(kThreads,
     return reinterpret_cast<float4*>(kept + f * Shape::kProductBytes) + thread % kWarpgroup;
   };
   const int row = warp % 4 * 16 + lane / 4;  // of a tile; the thread also has the one 8 behind it
-
-  // The thread's columns that are no queries. Their product is 0, or NaN if a key is infinite.
-  uint32_t fillers = 0;
-  if (p.has_fillers) {
-    int head = 0, query = lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < kColumns / 4; ++i) {
-      if (head >= p.group || query + i % 2 >= a.window) fillers |= 1u << i;
-      if (i % 2 == 0) continue;
-      query += 8;
-      if (query < p.head_columns) continue;
-      query -= p.head_columns;
-      ++head;
-    }
-  }
 
   if (is_twice) {
     ColumnMeasures<kColumns> measures;
@@ -508,17 +484,18 @@ __global__ __launch_bounds__(kThreads,
         if (!is_twice) advance();
         if (i >= unit.loads) continue;
       }
-      if (p.has_fillers) {
-#pragma unroll
-        for (int z = 0; z < kColumns / 2; ++z)
-          if (fillers >> (z / 4 * 2 + z % 2) & 1) x[z] = 0.f;  // which their shift makes nothing
-      }
       // Sums of 8 columns, which are one head's: at x[4e] of the first key, at x[4e + 2] of the
       // second.
 #pragma unroll
       for (int e = 0; e < kColumns / 8; ++e) {
         const float low = e % 2 ? shift[e / 2].z : shift[e / 2].x;
         const float high = e % 2 ? shift[e / 2].w : shift[e / 2].y;
+        // The product of a column that is no query is 0, or NaN if the key is infinite; its shift
+        // makes nothing of 0.
+        if (p.has_fillers) {
+          if (low == -INFINITY) x[e * 4] = x[e * 4 + 2] = 0.f;
+          if (high == -INFINITY) x[e * 4 + 1] = x[e * 4 + 3] = 0.f;
+        }
 #pragma unroll
         for (int z = e * 4; z < e * 4 + 4; z += 2)
           x[z] = FastExp::exp(fmaf(x[z], p.factor, low)) +

@@ -26,9 +26,9 @@ __device__ float pool_token(const float* in, Index j, Index low, Index high, Ind
 // The same for kCount tokens at a time, `first` and every kStep-th behind it, of a row whose tokens
 // [0, known) exist, none of them negative; sums of an average are still to be divided. The taps of
 // the usual kernel are on their way together, without branches in which they would wait.
-template <int kStep, int kCount>
-__device__ void pool_tokens(float (&pooled)[kCount], const float* row, int first, int known,
-                            int halo, PoolMode mode) {
+template <int kStep, int kCount, class Row>
+__device__ void pool_tokens(float (&pooled)[kCount], const Row& row, int first, int known, int halo,
+                            PoolMode mode) {
   constexpr int kTaps = 7;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) pooled[i] = 0.f;
