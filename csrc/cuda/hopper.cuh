@@ -130,6 +130,15 @@ __device__ void load_keys(const WindowAttention& a, const CUtensorMap& map, char
                          coordinate(g, a.key_stride_g), n);
 }
 
+// Asks for rows of a map into the L2 cache: by one thread. It may do so before the kernels ahead
+// have ended, since what they write goes through that cache.
+template <int kDim>
+__device__ void prefetch_rows(const CUtensorMap& map, int b, int head, int n) {
+#pragma unroll
+  for (int block = 0; block < kDim / kBlockItems; ++block)
+    cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&map, block * kBlockItems, n, head, b);
+}
+
 // A ring of stages in shared memory: one thread has them filled, warpgroups use them. A stage is
 // always used by the same warpgroups.
 template <int kBytes>

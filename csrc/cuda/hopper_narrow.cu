@@ -17,7 +17,8 @@
 //
 // A launch over few keys is as long as its chain of latencies. So divisions are the host's, queries
 // come by TMA, and code that is passed once is short: what is not yet in the instruction cache
-// takes longer to fetch than to execute.
+// takes longer to fetch than to execute. With `lse` first keys are asked for while the kernel ahead
+// still runs.
 //
 // Reads every key once, or up to twice without `lse`; writes every score once. Units do not depend
 // on the batch where measures do, and sums go over columns in order: the same bits in any batch.
@@ -144,7 +145,7 @@ __global__ __launch_bounds__(kThreads,
   char* kept = tiles + stages * kTile;
   char* queries = kept + p.kept_tiles * Shape::kProductBytes;
   Measure* of_warps = reinterpret_cast<Measure*>(queries + Shape::kQueryBytes);  // of two units
-  float* shifts = reinterpret_cast<float*>(of_warps + 2 * kWarps * kColumns);    // negative
+  float* shifts = reinterpret_cast<float*>(of_warps + (is_twice ? 2 * kWarps * kColumns : 0));
   Barrier* queries_loaded = reinterpret_cast<Barrier*>(shifts + kColumns);
   Tiles ring(tiles, queries_loaded + 1, stages);
   float* sums = reinterpret_cast<float*>(queries_loaded + 1 + 2 * stages);
@@ -152,9 +153,11 @@ __global__ __launch_bounds__(kThreads,
   const int thread = threadIdx.x, warp = warp_index(), lane = thread % kWarp;
   const bool is_producer = warp == kWarps;
   const int block = int(blockIdx.x);
-  const int first_unit = block * p.block_units + min(block, p.longer_blocks);
-  const int end_unit = first_unit + p.block_units + (block < p.longer_blocks);
-  const int n_tiles = (end_unit - first_unit) * p.unit_tiles;
+  const int first_unit = block * p.block_units + max(block - p.shorter_blocks, 0);
+  const int end_unit = first_unit + p.block_units + (block >= p.shorter_blocks);
+  const int last_units = max(end_unit - max(first_unit, p.long_units), 0);
+  const int n_tiles =
+      (end_unit - first_unit - last_units) * p.unit_tiles + last_units * p.last_tiles;
 
   // By one thread.
   const auto load_queries = [&](const Unit& unit) {
@@ -168,10 +171,17 @@ __global__ __launch_bounds__(kThreads,
                                    coordinate(unit.b, a.query_stride_b));
   };
 
+  Unit next(p, first_unit);  // to be loaded
   if (is_producer) {
     if (lane == 0) {
-      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&query_map));
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&key_map));
+      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&query_map));
+      if (!is_twice) {
+#pragma unroll 1
+        for (int i = 0; i < min(kBytesPrefetched / kTile, next.loads); ++i)
+          prefetch_rows<kDim>(key_map, coordinate(next.b, a.key_stride_b),
+                              coordinate(next.g, a.key_stride_g), next.low + i * kTileRows);
+      }
       queries_loaded->init(1);
 #pragma unroll 4
       for (int i = 0; i < stages; ++i) ring.loaded[i].init(1);
@@ -184,7 +194,7 @@ __global__ __launch_bounds__(kThreads,
       for (int i = 0; i < stages; ++i) ring.freed[i].init(kWarpgroup / kWarp);
       cutlass::arch::fence_barrier_init();
     }
-    // Columns that fill up have a product of 0, which their shift makes nothing.
+    // Columns that fill up have queries of 0.
     const int columns = p.group * p.head_columns;
 #pragma unroll 1
     for (int i = columns * 8 + thread; i < kColumns * 8; i += kConsumers) {
@@ -195,62 +205,6 @@ __global__ __launch_bounds__(kThreads,
     cutlass::arch::fence_view_async_shared();
   }
   wait_for_kernels_ahead();
-
-  // Two ways to meet: with the threads of all blocks, which goes on while the first keys are
-  // loaded, or with those of this block alone.
-  const auto meet = [&](auto meanwhile) {
-    if (is_twice) {
-      const auto grid = cooperative_groups::this_grid();
-      auto token = grid.barrier_arrive();
-      meanwhile();
-      __syncwarp();  // a barrier wants whole warps
-      grid.barrier_wait(std::move(token));
-    } else {
-      meanwhile();
-      __syncwarp();
-      __syncthreads();
-    }
-  };
-
-  if (is_producer) {
-    int index = first_unit, i = 0, f = 0;  // the next tile: number i of its unit, f of the block
-    Unit unit(p, index);
-    typename Tiles::Place place;
-    const auto load = [&](bool is_first) {
-      const bool is_empty = i >= unit.loads;
-      Barrier& loaded = ring.begin_load(place, is_first, is_empty ? 0 : kTile);
-      if (!is_empty)
-        load_keys<kDim, kTileRows>(a, key_map, ring.tile(place), loaded, unit.b, unit.g,
-                                   unit.low + i * kTileRows);
-    };
-    const auto load_until = [&](int end) {
-#pragma unroll 1
-      for (; f < end; ++f, ring.advance(place)) {
-        load(f < stages);
-        if (++i < p.unit_tiles) continue;
-        i = 0;
-        unit = Unit(p, ++index);
-      }
-    };
-    meet([&] {
-      if (lane != 0) return;
-      load_queries(unit);
-      load_until(min(min(kLeastBytesAhead / kTile, stages), n_tiles));
-    });
-    if (lane != 0) return;
-    load_until(n_tiles);
-    if (!is_twice) return;
-#pragma unroll 1
-    while (f > p.kept_tiles) {
-      if (--i < 0) {
-        i = p.unit_tiles - 1;
-        unit = Unit(p, --index);
-      }
-      ring.retreat(place);
-      if (--f < n_tiles - stages) load(false);
-    }
-    return;
-  }
 
   // Where the shift of a column lies: a thread reads those of 2c, 2c + 1, 2c + 8 and 2c + 9 of 16
   // columns at once.
@@ -265,28 +219,73 @@ __global__ __launch_bounds__(kThreads,
     return Visibility::near(a.start.data ? a.start[unit.b] : 0);
   };
 
-  int bg_of_queries, bg_of_shifts;
-  {
-    const Unit unit(p, first_unit);
-    bg_of_queries = unit.bg;
-    bg_of_shifts = is_twice ? -1 : unit.bg;
-    if (is_twice) {
+  int bg_of_queries = next.bg, bg_of_shifts = is_twice ? -1 : next.bg;
+  if (!is_producer && is_twice) {
 #pragma unroll 1
-      for (int i = first_unit * kColumns + thread; i < end_unit * kColumns; i += kConsumers)
-        store_measure(p.measures + i, kMissing);
-    } else {
-      load_shifts(unit);
-    }
+    for (int i = first_unit * kColumns + thread; i < end_unit * kColumns; i += kConsumers)
+      store_measure(p.measures + i, kMissing);
+  } else if (!is_producer) {
+    load_shifts(next);
   }
-  meet([] {});
+
+  int index = first_unit, in_unit = 0, to_load = 0;  // the next tile, of its unit and of all
+  typename Tiles::Place load_place;
+  const auto load = [&](bool is_first) {
+    const bool is_empty = in_unit >= next.loads;
+    Barrier& loaded = ring.begin_load(load_place, is_first, is_empty ? 0 : kTile);
+    if (!is_empty)
+      load_keys<kDim, kTileRows>(a, key_map, ring.tile(load_place), loaded, next.b, next.g,
+                                 next.low + in_unit * kTileRows);
+  };
+  const auto load_until = [&](int end) {
+#pragma unroll 1
+    for (; to_load < end; ++to_load, ring.advance(load_place)) {
+      load(to_load < stages);
+      if (++in_unit < next.tiles) continue;
+      in_unit = 0;
+      next = Unit(p, ++index);
+    }
+  };
+
+  // The threads of all blocks meet, or only of this one, while the first keys are on their way.
+  const auto grid = cooperative_groups::this_grid();
+  cooperative_groups::grid_group::arrival_token token{};
+  if (is_twice) token = grid.barrier_arrive();
+  if (is_producer && lane == 0) {
+    load_queries(next);
+    load_until(min(min(kLeastBytesAhead / kTile, stages), n_tiles));
+  }
+  __syncwarp();  // a barrier wants whole warps
+  if (is_twice) {
+    grid.barrier_wait(std::move(token));
+  } else {
+    __syncthreads();
+  }
+
+  if (is_producer) {
+    if (lane != 0) return;
+    load_until(n_tiles);
+    if (!is_twice) return;
+#pragma unroll 1
+    while (to_load > p.kept_tiles) {
+      if (--in_unit < 0) {
+        next = Unit(p, --index);
+        in_unit = next.tiles - 1;
+      }
+      ring.retreat(load_place);
+      if (--to_load < n_tiles - stages) load(false);
+    }
+    return;
+  }
+
   uint32_t queries_parity = 0;
   queries_loaded->wait(queries_parity);
-  // By all threads that multiply, when none of them does.
-  const auto change_queries = [&](const Unit& unit) {
+  // Queries of another head: by all threads that multiply, when none of them does.
+  const auto begin_queries = [&](const Unit& unit) {
     bg_of_queries = unit.bg;
     if (thread == 0) load_queries(unit);
-    queries_loaded->wait(queries_parity ^= 1);
   };
+  const auto end_queries = [&] { queries_loaded->wait(queries_parity ^= 1); };
 
   // Tiles of a unit go to the warpgroups in turn, and so do the stages.
   const int group = warp / (kWarpgroup / kWarp);
@@ -312,12 +311,13 @@ __global__ __launch_bounds__(kThreads,
       const Unit unit(p, u);
       if (unit.bg != bg_of_queries) {
         sync_consumers<kConsumers>();
-        change_queries(unit);
+        begin_queries(unit);
+        end_queries();
       }
       const int start = start_of(unit);
       measures.clear();
 #pragma unroll 1
-      for (int i = group; i < p.unit_tiles; i += kGroups, f += kGroups, advance()) {
+      for (int i = group; i < unit.tiles; i += kGroups, f += kGroups, advance()) {
         ring.wait(place);
         const bool is_needed_again = f >= n_tiles - stages;
         if (i >= unit.loads) {
@@ -375,12 +375,16 @@ __global__ __launch_bounds__(kThreads,
 
   // Waits for the measures of a head. A warp joins some columns, each lane an eighth of the units.
   const auto join_shifts = [&](const Unit& unit) {
-    const int units = p.head_units.divisor;
+    const int units = p.head_units;
 #pragma unroll 1
     for (int column = warp * 4 + lane % 4; column < kColumns; column += kWarps * 4) {
       const Column at(a, column);
       float* shift = shifts + place_of(column);
-      const Measure* from = p.measures + int64_t(unit.bg) * units * kColumns + column;
+      const auto from = [&](int unit_of_head) {
+        const int index = unit_of_head + 1 < units ? unit.bg * (units - 1) + unit_of_head
+                                                   : p.long_units + unit.bg;
+        return p.measures + int64_t(index) * kColumns + column;
+      };
       Measure measure{kLowest, 0.f};
       constexpr int kBatch = 4;  // that are on their way together
 #pragma unroll 1
@@ -393,7 +397,7 @@ __global__ __launch_bounds__(kThreads,
           for (int i = 0; i < kBatch; ++i) {
             const int other = first + i * 8;
             const uint64_t bits =
-                other < units ? load_measure(from + other * kColumns) : bits_of({kLowest, 0.f});
+                other < units ? load_measure(from(other)) : bits_of({kLowest, 0.f});
             is_missing |= bits == kMissing;
             batch[i] = measure_of(bits);
           }
@@ -419,7 +423,8 @@ __global__ __launch_bounds__(kThreads,
 #pragma unroll 1
   for (int j = first_unit; j < end_unit; ++j) {
     const Unit unit(p, is_twice ? first_unit + end_unit - 1 - j : j);
-    if (unit.bg != bg_of_queries && (!is_twice || f > p.kept_tiles)) change_queries(unit);
+    const bool has_other_queries = unit.bg != bg_of_queries && (!is_twice || f > p.kept_tiles);
+    if (has_other_queries) begin_queries(unit);
     if (unit.bg != bg_of_shifts) {
       bg_of_shifts = unit.bg;
       if (is_twice) {
@@ -429,6 +434,7 @@ __global__ __launch_bounds__(kThreads,
       }
       sync_consumers<kConsumers>();
     }
+    if (has_other_queries) end_queries();
     const int start = start_of(unit);
     float4 shift[kColumns / 16];
 #pragma unroll
@@ -445,9 +451,15 @@ __global__ __launch_bounds__(kThreads,
       const int key = i * kTileRows + row + is_odd * 8;
       if (!(lane & 2)) sums[slot * p.sums_stride + key] = unit.low + key < start ? 0.f : mine;
     };
-    int i = group + (is_twice ? p.unit_tiles - kGroups : 0);
+
+    const int64_t rows = p.scores.pooled ? 1 : p.slots;
+    float* out = p.scores.out + unit.bg * rows * p.context + unit.low;
+    const int known = min(unit.end + p.halo, p.context) - unit.low;
+    const int end = min(unit.end, p.context) - unit.low;
+
+    int i = group + (is_twice ? unit.tiles - kGroups : 0);
 #pragma unroll 1
-    for (int n = 0; n < p.unit_tiles; n += kGroups, i += step) {
+    for (int n = 0; n < unit.tiles; n += kGroups, i += step) {
       if (is_twice) {
         retreat();
         f -= kGroups;
@@ -478,6 +490,12 @@ __global__ __launch_bounds__(kThreads,
       for (int e = 0; e < kColumns / 8; ++e) {
         const float low = e % 2 ? shift[e / 2].z : shift[e / 2].x;
         const float high = e % 2 ? shift[e / 2].w : shift[e / 2].y;
+        // The product of a column that is no query is 0, or NaN if the key is infinite; its shift
+        // makes nothing of 0.
+        if (p.has_fillers) {
+          if (low == -INFINITY) x[e * 4] = x[e * 4 + 2] = 0.f;
+          if (high == -INFINITY) x[e * 4 + 1] = x[e * 4 + 3] = 0.f;
+        }
 #pragma unroll
         for (int z = e * 4; z < e * 4 + 4; z += 2)
           x[z] = FastExp::exp(fmaf(x[z], p.factor, low)) +
@@ -505,11 +523,7 @@ __global__ __launch_bounds__(kThreads,
     }
     sync_consumers<kConsumers>();
 
-    const int64_t rows = p.scores.pooled ? 1 : p.slots;
-    float* out = p.scores.out + unit.bg * rows * p.context + unit.low;
-    const int known = min(unit.end + p.halo, p.context) - unit.low;
-    const int end = min(unit.end, p.context) - unit.low;
-    constexpr int kBatch = 4;  // of a thread's keys at a time
+    constexpr int kBatch = 2;  // of a thread's keys at a time
 #pragma unroll 1
     for (int first = unit.first - unit.low + thread; first < end; first += kBatch * kConsumers) {
       float score[kBatch] = {};
@@ -526,12 +540,11 @@ __global__ __launch_bounds__(kThreads,
         }
       }
       if (!p.scores.pooled) continue;
-      const bool is_average = p.scores.mode == PoolMode::avg;
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int at = first + i * kConsumers;
         if (at >= end) break;
-        if (is_average) score[i] /= float(2 * p.halo + 1);
+        if (p.scores.mode == PoolMode::avg) score[i] *= p.pool_factor;
         out[at] = score[i];
         join_running(p.scores, unit.b, unit.low + at, score[i]);
       }

@@ -22,16 +22,21 @@ constexpr int kMostStages = 16;
 // Keys on their way to a multiprocessor: these are enough, more only lengthen the queues in which
 // everything else waits too.
 constexpr int kMostBytesAhead = 128 << 10, kLeastBytesAhead = 64 << 10;
+// Of these, what is asked for while the kernels ahead end.
+constexpr int kBytesPrefetched = 32 << 10;
 
 struct Params {
-  int block_units, longer_blocks;  // the first blocks have one unit more
-  int unit_keys, unit_tiles;
-  cutlass::FastDivmod head_units, kv_heads;
+  int block_units, shorter_blocks;  // the blocks behind these have one unit more
+  int unit_keys, unit_tiles, last_tiles;
+  int long_units;  // of all heads; behind them come the heads' last units, which may be short
+  cutlass::FastDivmod head_long_units, kv_heads;
+  int head_units;
   int all, context, halo;  // keys
   int stages, kept_tiles;
   int slots, sums_stride;
   int group, head_columns;
-  float factor;
+  bool has_fillers;  // columns that are no queries
+  float factor, pool_factor;
   Measure* measures;  // [batch * kv_heads, head_units, columns]; nullptr with `lse`
   WindowScores scores;
 };
@@ -41,18 +46,24 @@ struct Unit {
   int first, end;    // keys whose scores it gives
   int low;           // the first key, with the halo
   int measured_end;  // of its keys from low on, those that no other unit measures
-  int loads;         // tiles; those up to unit_tiles are empty
+  int tiles, loads;  // tiles, as many for each warpgroup, and how many of them have keys
 
   __device__ Unit(const Params& p, int index) {
     int in_head;
-    p.head_units(bg, in_head, index);
+    const bool is_last = index >= p.long_units;
+    p.head_long_units(bg, in_head, index);
+    if (is_last) {
+      bg = index - p.long_units;
+      in_head = p.head_units - 1;
+    }
     p.kv_heads(b, g, bg);
-    const bool is_last = in_head + 1 == p.head_units.divisor;
-    first = in_head * p.unit_keys;
-    end = is_last ? p.all : first + p.unit_keys;
-    low = max(first - p.halo, 0);
-    measured_end = is_last ? p.all : end - p.halo;
-    loads = (min(end + p.halo, p.all) - low + kTileRows - 1) / kTileRows;
+    low = in_head * p.unit_keys;
+    const int high = is_last ? p.all : low + p.unit_keys + 2 * p.halo;
+    first = in_head ? low + p.halo : 0;
+    end = is_last ? p.all : high - p.halo;
+    tiles = is_last ? p.last_tiles : p.unit_tiles;
+    measured_end = is_last ? p.all : low + p.unit_keys;
+    loads = (high - low + kTileRows - 1) / kTileRows;
   }
 };
 
@@ -72,33 +83,45 @@ struct Plan {
     const int64_t heads = a.batch * a.kv_heads, planned = is_twice ? kPlannedHeads : heads;
     const int64_t most_blocks = device_attribute(cudaDevAttrMultiProcessorCount);
 
-    // The size of units for which the busiest block has the least to do, in eighths of a tile. With
-    // `lse` loads hide all but the pooling of the last unit; without, a block whose units are of
-    // two heads waits twice.
+    // The size of units for which the busiest block has the least to do, in eighths of a tile.
+    // Without `lse` a block whose units are of two heads waits twice.
     constexpr int64_t kUnitCost = 16;
-    const int64_t head_cost = is_twice ? 24 : 0, pool_cost = is_twice ? 0 : 1;
-    const int64_t most = max(round_up(s.halo() ? 2 : 1, kGroups), kMostTiles / s.slots());
-    int64_t unit_keys = 0, unit_tiles = 0, least_cost = INT64_MAX;
-    for (int64_t tiles = most; tiles * kTileRows > 2 * s.halo(); --tiles) {
-      const int64_t units = ceil_div(all, tiles * kTileRows - 2 * s.halo());
-      const int64_t in_block = ceil_div(units * planned, most_blocks);
-      const int64_t even_tiles = round_up(tiles, kGroups);
-      const int64_t cost = in_block * (8 * even_tiles + kUnitCost) +
-                           (units % in_block ? head_cost : 0) + pool_cost * tiles;
-      if (cost > least_cost) continue;
+    const int64_t head_cost = is_twice ? 40 : 0;
+    int64_t unit_rows = 0, head_units = 0, least_cost = INT64_MAX;
+    for (int64_t tiles = max(int64_t(kGroups), kMostTiles / s.slots());
+         tiles * kTileRows > 2 * s.halo(); --tiles) {
+      const int64_t rows = tiles * kTileRows, keys = rows - 2 * s.halo();
+      const int64_t in_head = 1 + ceil_div(max(all - rows, int64_t(0)), keys);
+      const int64_t last_tiles = ceil_div(all - (in_head - 1) * keys, kTileRows);
+      const int64_t long_units = planned * (in_head - 1), units = planned * in_head;
+      const int64_t n_blocks = min(units, most_blocks), n = units / n_blocks;
+      const auto cost_of = [&](int64_t first, int64_t n) {  // units [first, first + n)
+        const int64_t n_last = min(max(first + n - long_units, int64_t(0)), n);
+        const bool has_heads = n_last ? n > 1 : (in_head - 1) % n != 0;
+        return n * kUnitCost + 8 * ((n - n_last) * tiles + n_last * last_tiles) +
+               (has_heads ? head_cost : 0);
+      };
+      // The first block, and the first of those that have one unit more.
+      int64_t cost = cost_of(0, n);
+      if (units % n_blocks) cost = max(cost, cost_of((n_blocks - units % n_blocks) * n, n + 1));
+      if (cost >= least_cost) continue;
       least_cost = cost;
-      unit_keys = ceil_div(all, units);
-      unit_tiles = even_tiles;
+      unit_rows = rows;
+      head_units = in_head;
     }
-    const int64_t head_units = ceil_div(all, unit_keys), units = heads * head_units;
+    const int64_t unit_keys = unit_rows - 2 * s.halo(), units = heads * head_units;
+    const int64_t last_rows = all - (head_units - 1) * unit_keys;
+    const int64_t unit_tiles = round_up(unit_rows / kTileRows, kGroups);
+    const int64_t last_tiles = round_up(ceil_div(last_rows, kTileRows), kGroups);
     blocks = min(units, most_blocks);
     measure_bytes = is_twice ? units * columns * int64_t(sizeof(Measure)) : 0;
 
     const int64_t tile_bytes = kTileRows * padded_dim(a) * 2, sums_stride = unit_tiles * kTileRows;
     const int64_t stage_bytes = tile_bytes + Ring<1>::kBarrierBytes;
-    const int64_t fixed =
-        columns * padded_dim(a) * 2 + 2 * kWarps * columns * int64_t(sizeof(Measure)) +
-        (columns + s.slots() * sums_stride) * int64_t(sizeof(float)) + int64_t(sizeof(Barrier));
+    const int64_t fixed = columns * padded_dim(a) * 2 +
+                          (is_twice ? 2 * kWarps * columns * int64_t(sizeof(Measure)) : 0) +
+                          (columns + s.slots() * sums_stride) * int64_t(sizeof(float)) +
+                          int64_t(sizeof(Barrier));
     const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - fixed;
     const auto stages_of = [&](int64_t bytes) {
       const int64_t most = min(room / stage_bytes, int64_t(kMostStages));
@@ -116,11 +139,14 @@ struct Plan {
     }
     shared_bytes = fixed + stages * stage_bytes + kept_tiles * product_bytes;
     params = {.block_units = int(units / blocks),
-              .longer_blocks = int(units % blocks),
+              .shorter_blocks = int(blocks - units % blocks),
               .unit_keys = int(unit_keys),
               .unit_tiles = int(unit_tiles),
-              .head_units = cutlass::FastDivmod(int(head_units)),
+              .last_tiles = int(last_tiles),
+              .long_units = int(units - heads),
+              .head_long_units = cutlass::FastDivmod(int(max(head_units - 1, int64_t(1)))),
               .kv_heads = cutlass::FastDivmod(int(a.kv_heads)),
+              .head_units = int(head_units),
               .all = int(all),
               .context = int(a.context()),
               .halo = int(s.halo()),
@@ -130,7 +156,9 @@ struct Plan {
               .sums_stride = int(sums_stride),
               .group = int(a.group()),
               .head_columns = head_columns(a),
+              .has_fillers = a.group() * a.window != columns,
               .factor = a.scale * FastExp::kUnit,
+              .pool_factor = 1.f / float(2 * s.halo() + 1),
               .measures = is_twice ? static_cast<Measure*>(a.workspace) : nullptr,
               .scores = s};
   }

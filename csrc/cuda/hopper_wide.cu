@@ -10,7 +10,8 @@
 // A tile costs as many cycles of the tensor cores as of the exponentials, and reading it hardly
 // more. So a warpgroup has the products of the next tile started before it exponentiates those of
 // the present one. Queries and shifts are asked for before the first keys: behind a ring full of
-// those they would come last.
+// those they would come last. All of them are on their way to the L2 cache before the kernels ahead
+// have ended.
 //
 // Without `lse` the blocks first measure the softmax of their units, wait for each other, and go
 // over their tiles again from the last to the first: what the stages still hold is not loaded
@@ -27,6 +28,7 @@
 
 #include "csrc/cuda/hopper_softmax.cuh"
 #include "csrc/cuda/overlap.cuh"
+#include "csrc/cuda/pool.cuh"
 
 namespace claa::cuda::hopper::wide {
 namespace {
@@ -38,8 +40,9 @@ constexpr int kMostColumns = 256;
 constexpr int kMostHalo = 32;
 constexpr int kMostTiles = 32;  // of a unit, with one sum per key
 constexpr int kMostStages = 16;
+constexpr int kTilesPrefetched = 2;
 
-// kPlain: lse is given, and averages need one sum for each key.
+// kPlain: lse is given, averages need one sum for each key, and every column is a query.
 template <class T_, int kDim_, int kColumns_, bool kPlain_>
 struct Shape {
   using T = T_;
@@ -53,26 +56,35 @@ struct Shape {
 
 struct Params {
   WindowScores scores;
-  Measure* measures;  // [batch * kv_heads, head_units, columns]; nullptr with `lse`
-  cutlass::FastDivmod kv_heads, head_units;
+  Measure* measures;                // [batch * kv_heads, head_units, columns]; nullptr with `lse`
+  int block_units, shorter_blocks;  // the blocks behind these have one unit more
+  int unit_keys, head_units;
+  int long_units;  // of all heads; behind them come the heads' last units, which may be short
+  cutlass::FastDivmod head_long_units, kv_heads;
   int group, head_columns, slots;
+  bool has_fillers;  // columns that are no queries
   int keys, context, halo;
-  int unit_keys, units;
   int sums_stride;
   int stages;
+  float pool_factor;
 };
 
 struct Unit {
   int bg, b, g;
+  int in_head;     // its number
   int first, end;  // keys whose scores it gives
   int low, high;   // with the halo
   int tiles;
 
   __device__ Unit(const Params& p, int index) {
-    int part;
-    p.head_units(bg, part, index);
+    if (index < p.long_units) {
+      p.head_long_units(bg, in_head, index);
+    } else {
+      bg = index - p.long_units;
+      in_head = p.head_units - 1;
+    }
     p.kv_heads(b, g, bg);
-    first = part * p.unit_keys;
+    first = in_head * p.unit_keys;
     end = min(first + p.unit_keys, p.keys);
     low = max(first - p.halo, 0);
     high = min(end + p.halo, p.keys);
@@ -87,27 +99,6 @@ struct SplitSums {
 
   __device__ float operator[](int key) const { return sums[key] + sums[other + key]; }
 };
-
-// pool_token of such sums, of which eight are on their way together: the last thing a block does.
-__device__ inline float pool(const SplitSums& sums, int at, int known, int kernel_size,
-                             PoolMode mode) {
-  constexpr int kBatch = 8;
-  const int from = max(at - kernel_size / 2, 0), to = min(at + kernel_size / 2 + 1, known);
-  const auto fold = [&](float pooled, auto join) {
-    for (int first = from; first < to; first += kBatch) {
-      float values[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) values[i] = first + i < to ? sums[first + i] : 0.f;
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        if (first + i < to) pooled = join(pooled, values[i]);
-    }
-    return pooled;
-  };
-  if (mode == PoolMode::max)
-    return fold(-INFINITY, [](float a, float b) { return max_or_nan(a, b); });
-  return fold(0.f, [](float a, float b) { return a + b; }) / float(kernel_size);
-}
 
 // Calls use(sum, i) for every product that start(sum, i) starts, with the next one on its way.
 // use(.., parity) knows whether i is odd.
@@ -160,8 +151,9 @@ __global__ __launch_bounds__(kThreads,
 
   const int thread = threadIdx.x, warp = warp_index(), lane = thread % kWarp;
   const bool is_producer = warp >= kConsumers / kWarp;
-  const int first_unit = int(int64_t(blockIdx.x) * p.units / gridDim.x);
-  const int end_unit = int(int64_t(blockIdx.x + 1) * p.units / gridDim.x);
+  const int block = int(blockIdx.x);
+  const int first_unit = block * p.block_units + max(block - p.shorter_blocks, 0);
+  const int end_unit = first_unit + p.block_units + (block >= p.shorter_blocks);
   const int held_columns = p.group * p.head_columns;
   const auto load_queries = [&](const Unit& unit) {
     queries_loaded.arrive_and_expect_tx(held_columns * kDim * int(sizeof(T)));
@@ -178,6 +170,13 @@ __global__ __launch_bounds__(kThreads,
   };
 
   if (thread == kConsumers) {
+    if (!is_twice) {
+      const Unit unit(p, first_unit);
+      prefetch_rows<kDim>(query_map, coordinate(unit.b, a.query_stride_b), unit.g * p.group, 0);
+      for (int i = 0; i < min(kTilesPrefetched, unit.tiles); ++i)
+        prefetch_rows<kDim>(key_map, coordinate(unit.b, a.key_stride_b),
+                            coordinate(unit.g, a.key_stride_g), unit.low + i * kTileRows);
+    }
     queries_loaded.init(1);
     ring.init(kConsumers / kWarp);
   }
@@ -288,7 +287,8 @@ __global__ __launch_bounds__(kThreads,
                   return min(unit.end, causal + Column(a, group * kColumns + row).query + 1) - key;
                 });
           });
-      measures.store(p.measures + (int64_t(u) * kGroups + group) * kColumns, kColumns, factor);
+      const int64_t part = int64_t(unit.bg) * p.head_units + unit.in_head;
+      measures.store(p.measures + (part * kGroups + group) * kColumns, kColumns, factor);
     }
     cooperative_groups::this_grid().sync();
   }
@@ -297,8 +297,7 @@ __global__ __launch_bounds__(kThreads,
   const auto join_shifts = [&](const Unit& unit) {
     // Every column has as many threads as there are; each joins some of the parts.
     constexpr int kSegments = kConsumers / kAllColumns;
-    const int parts = p.head_units.divisor, column = thread % kAllColumns,
-              segment = thread / kAllColumns;
+    const int parts = p.head_units, column = thread % kAllColumns, segment = thread / kAllColumns;
     const Measure* from = p.measures + int64_t(unit.bg) * parts * kAllColumns + column;
     Measure measure{kLowest, 0.f};
     constexpr int kBatch = 12;  // that are on their way together
@@ -325,13 +324,14 @@ __global__ __launch_bounds__(kThreads,
 
   const int first_column = group * kColumns, first_head = first_column / p.head_columns;
   float2 shift[kColumns / 8];  // of the columns that a thread has
-  for (int j = first_unit; j < end_unit; ++j) {
-    const Unit unit(p, is_twice ? first_unit + end_unit - 1 - j : j);
-    if (j == first_unit || unit.bg != bg_of_shifts) {
+  int index = is_twice ? end_unit - 1 : first_unit;
+  for (int left = end_unit - first_unit; left > 0; --left, index += is_twice ? -1 : 1) {
+    const Unit unit(p, index);
+    if (unit.bg != bg_of_shifts) {
       change_queries(unit);
       if (is_twice) {
         join_shifts(unit);
-      } else if (j != first_unit) {
+      } else if (bg_of_shifts >= 0) {
         load_shifts(unit);
       }
       bg_of_shifts = unit.bg;
@@ -371,6 +371,16 @@ __global__ __launch_bounds__(kThreads,
       ring.free(place);
       if (!is_twice) ring.advance(place);
     };
+    // The product of a column that is no query is 0, or NaN if the key is infinite; its shift makes
+    // nothing of 0.
+    const auto clear_fillers = [&](auto& x) {
+      if constexpr (!Shape::kPlain) {
+        if (!p.has_fillers) return;
+#pragma unroll
+        for (int z = 0; z < kColumns / 2; ++z)
+          if ((z % 2 ? shift[z / 4].y : shift[z / 4].x) == -INFINITY) x[z] = 0.f;
+      }
+    };
     // The probability of two columns, for one key.
     const auto pair = [&](auto& x, int z) {
       return FastExp::exp(fmaf(x[z], factor, shift[z / 4].x)) +
@@ -379,6 +389,7 @@ __global__ __launch_bounds__(kThreads,
     if (slots == 1) {
       overlap<kColumns / 2>(unit.tiles, start_tile, [&](auto& x, int n, auto) {
         end_tile();
+        clear_fillers(x);
         float sum[4] = {};
 #pragma unroll
         for (int z = 0; z < kColumns / 2; z += 2) sum[z / 2 % 4] += pair(x, z);
@@ -387,6 +398,7 @@ __global__ __launch_bounds__(kThreads,
     } else {
       overlap<kColumns / 2>(unit.tiles, start_tile, [&](auto& x, int n, auto) {
         end_tile();
+        clear_fillers(x);
         int head = first_head, columns = first_column - first_head * p.head_columns;
         float low = 0.f, high = 0.f;
 #pragma unroll
@@ -410,21 +422,32 @@ __global__ __launch_bounds__(kThreads,
       return SplitSums{sums + slot * p.sums_stride, slots * p.sums_stride};
     };
     float* out = p.scores.out + int64_t(unit.bg) * (p.scores.pooled ? 1 : slots) * p.context;
+    constexpr int kBatch = 2;  // of a thread's keys at a time
 #pragma unroll 1
-    for (int at = unit.first - unit.low + thread; at < end; at += kConsumers) {
-      if (!Shape::kPlain && !p.scores.pooled) {
+    for (int from = unit.first - unit.low + thread; from < end; from += kBatch * kConsumers) {
+      float score[kBatch] = {};
 #pragma unroll 1
-        for (int slot = 0; slot < slots; ++slot)
-          out[int64_t(slot) * p.context + unit.low + at] = sums_of(slot)[at];
-        continue;
+      for (int slot = 0; slot < slots; ++slot) {
+        float pooled[kBatch];
+        pool_tokens<kConsumers>(pooled, sums_of(slot), from, known, p.halo,
+                                Shape::kPlain ? PoolMode::avg : p.scores.mode);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const int at = from + i * kConsumers;
+          if (!Shape::kPlain && !p.scores.pooled && at < end)
+            out[int64_t(slot) * p.context + unit.low + at] = pooled[i];
+          score[i] += pooled[i];
+        }
       }
-      float score = 0.f;
-#pragma unroll 1
-      for (int slot = 0; slot < slots; ++slot)
-        score += pool(sums_of(slot), at, known, int(p.scores.kernel_size),
-                      Shape::kPlain ? PoolMode::avg : p.scores.mode);
-      out[unit.low + at] = score;
-      join_running(p.scores, unit.b, unit.low + at, score);
+      if (!Shape::kPlain && !p.scores.pooled) continue;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int at = from + i * kConsumers;
+        if (at >= end) break;
+        if (Shape::kPlain || p.scores.mode == PoolMode::avg) score[i] *= p.pool_factor;
+        out[unit.low + at] = score[i];
+        join_running(p.scores, unit.b, unit.low + at, score[i]);
+      }
     }
     sync_consumers<kConsumers>();
   }
@@ -448,19 +471,27 @@ struct Plan {
     const int64_t heads = a.batch * a.kv_heads, planned = is_twice ? kPlannedHeads : heads;
     const int64_t most_blocks = device_attribute(cudaDevAttrMultiProcessorCount);
 
-    // The size of units for which the busiest block has the fewest tiles.
-    const int64_t least = 2, most = max(least, kMostTiles / s.slots());
-    int64_t unit_tiles = least, least_cost = INT64_MAX;
-    for (int64_t tiles = least; tiles <= most; ++tiles) {
-      const int64_t units = ceil_div(all, tiles * kTileRows - 2 * s.halo()) * planned;
-      const int64_t cost = ceil_div(units, most_blocks) * (tiles + 1);
-      if (cost > least_cost) continue;
+    // The size of units for which the busiest block has the fewest tiles; a unit costs one more.
+    int64_t unit_tiles = 0, head_units = 0, least_cost = INT64_MAX;
+    for (int64_t tiles = max(int64_t(2), kMostTiles / s.slots()); tiles >= 2; --tiles) {
+      const int64_t keys = tiles * kTileRows - 2 * s.halo();
+      const int64_t in_head = max(ceil_div(all, keys), int64_t(1));
+      const int64_t last_tiles = ceil_div(all - (in_head - 1) * keys + s.halo(), kTileRows);
+      const int64_t long_units = planned * (in_head - 1), units = planned * in_head;
+      const int64_t n_blocks = min(units, most_blocks), n = units / n_blocks;
+      const auto cost_of = [&](int64_t first, int64_t n) {  // units [first, first + n)
+        const int64_t n_last = min(max(first + n - long_units, int64_t(0)), n);
+        return n + (n - n_last) * tiles + n_last * last_tiles;
+      };
+      // The first block, and the first of those that have one unit more.
+      int64_t cost = cost_of(0, n);
+      if (units % n_blocks) cost = max(cost, cost_of((n_blocks - units % n_blocks) * n, n + 1));
+      if (cost >= least_cost) continue;
       least_cost = cost;
       unit_tiles = tiles;
+      head_units = in_head;
     }
-    const int64_t unit_keys = unit_tiles * kTileRows - 2 * s.halo();
-    const int64_t head_units = max(ceil_div(all, unit_keys), int64_t(1));
-    const int64_t units = heads * head_units;
+    const int64_t unit_keys = unit_tiles * kTileRows - 2 * s.halo(), units = heads * head_units;
     blocks = min(units, most_blocks);
     measure_bytes = is_twice ? units * all_columns * int64_t(sizeof(Measure)) : 0;
 
@@ -474,22 +505,28 @@ struct Plan {
     shared_bytes = fixed + stages * stage_bytes;
     params = {.scores = s,
               .measures = is_twice ? static_cast<Measure*>(a.workspace) : nullptr,
+              .block_units = int(units / blocks),
+              .shorter_blocks = int(blocks - units % blocks),
+              .unit_keys = int(unit_keys),
+              .head_units = int(head_units),
+              .long_units = int(units - heads),
+              .head_long_units = cutlass::FastDivmod(int(max(head_units - 1, int64_t(1)))),
               .kv_heads = cutlass::FastDivmod(int(a.kv_heads)),
-              .head_units = cutlass::FastDivmod(int(head_units)),
               .group = int(a.group()),
               .head_columns = head_columns(a),
               .slots = int(s.slots()),
+              .has_fillers = a.group() * a.window != all_columns,
               .keys = int(all),
               .context = int(a.context()),
               .halo = int(s.halo()),
-              .unit_keys = int(unit_keys),
-              .units = int(units),
               .sums_stride = int(sums_stride),
-              .stages = int(stages)};
+              .stages = int(stages),
+              .pool_factor = 1.f / float(2 * s.halo() + 1)};
   }
 
   bool is_plain() const {
-    return !params.measures && params.scores.pooled && params.scores.mode == PoolMode::avg;
+    return !params.measures && !params.has_fillers && params.scores.pooled &&
+           params.scores.mode == PoolMode::avg;
   }
 };
 

@@ -10,9 +10,10 @@
 namespace claa::cuda {
 
 // By all threads, before they touch global memory: until the kernels ahead have ended and what they
-// wrote can be read. From here on the next kernel may be placed; it waits in its turn. Inputs are
-// read by plain loads: __ldg promises memory that nobody writes while the kernel lives, and the
-// kernel ahead does.
+// wrote can be read. Only a prefetch into the L2 cache may come before: all writes go through that
+// cache, so nothing in it is old. From here on the next kernel may be placed; it waits in its turn.
+// Inputs are read by plain loads: __ldg promises memory that nobody writes while the kernel lives,
+// and the kernel ahead does.
 __device__ inline void wait_for_kernels_ahead() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -24,24 +24,29 @@ __device__ float pool_token(const float* in, Index j, Index low, Index high, Ind
 }
 
 // The same for kCount tokens at a time, `first` and every kStep-th behind it, of a row whose tokens
-// [0, known) exist; sums of an average are still to be divided. No branches, in which the loads
-// would wait for each other.
-template <int kStep, int kCount>
-__device__ void pool_tokens(float (&pooled)[kCount], const float* row, int first, int known,
-                            int halo, PoolMode mode) {
-  const bool is_max = mode == PoolMode::max;
+// [0, known) exist, none of them negative; sums of an average are still to be divided. The taps of
+// the usual kernel are on their way together, without branches in which they would wait.
+template <int kStep, int kCount, class Row>
+__device__ void pool_tokens(float (&pooled)[kCount], const Row& row, int first, int known, int halo,
+                            PoolMode mode) {
+  constexpr int kTaps = 7;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) pooled[i] = is_max ? -INFINITY : 0.f;
+  for (int i = 0; i < kCount; ++i) pooled[i] = 0.f;
 #pragma unroll 1
-  for (int tap = -halo; tap <= halo; ++tap) {
-    float value[kCount];
+  for (int tap = -halo; tap <= halo; tap += kTaps) {
+    float value[kTaps * kCount];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      value[i] = row[min(max(first + i * kStep + tap, 0), known - 1)];
+    for (int t = 0; t < kTaps * kCount; ++t) {
+      const int middle = first + t % kCount * kStep, at = middle + tap + t / kCount;
+      value[t] = unsigned(at) < unsigned(min(middle + halo + 1, known)) ? row[at] : 0.f;
+    }
+    if (mode == PoolMode::max) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (unsigned(first + i * kStep + tap) >= unsigned(known)) value[i] = is_max ? -INFINITY : 0.f;
-      pooled[i] = is_max ? max_or_nan(pooled[i], value[i]) : pooled[i] + value[i];
+      for (int t = 0; t < kTaps * kCount; ++t)
+        pooled[t % kCount] = max_or_nan(pooled[t % kCount], value[t]);
+    } else {
+#pragma unroll
+      for (int t = 0; t < kTaps * kCount; ++t) pooled[t % kCount] += value[t];
     }
   }
 }

@@ -179,6 +179,20 @@ def test_nan_reaches_as_far_as_the_pool(mode, device):
     assert not actual.isnan().any()
 
 
+@pytest.mark.parametrize("lse_given", [False, True], ids=["measured", "lse"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("window", [5, 8, 12, 37])
+def test_infinite_keys_have_no_probability(window, dtype, mode, lse_given, device):
+    """Nor do they spoil the probabilities of others, whatever fills up a tile of queries."""
+    inputs = queries_and_keys(2, 6, 2, window, window + 700, 64, device=device, dtype=dtype)
+    query, key = cases.with_infinite_keys(*inputs)
+    start = torch.tensor([0, 137], device=device)
+    lse = cases.log_sum_exp(query, key, start=start) if lse_given else None
+    scores = assert_as_exact_as_eager("score_tokens", query, key, start=start, lse=lse, mode=mode)
+    assert scores.isfinite().all()
+
+
 SIZES = {
     "kv_heads": st.integers(1, 3),
     "group": st.integers(1, 4),

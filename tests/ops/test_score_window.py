@@ -145,6 +145,17 @@ def test_check_values(device):
     torch.testing.assert_close(actual[0, 0].tolist(), expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("lse_given", [False, True], ids=["measured", "lse"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("window", [5, 8, 12, 37])
+def test_infinite_keys_have_no_probability(window, dtype, lse_given, device):
+    inputs = queries_and_keys(2, 6, 2, window, window + 700, 64, device=device, dtype=dtype)
+    query, key = cases.with_infinite_keys(*inputs)
+    lse = cases.log_sum_exp(query, key) if lse_given else None
+    scores = assert_as_exact_as_eager("score_window", query, key, lse=lse)
+    assert scores[..., ::13].count_nonzero() == 0
+
+
 def test_nan_stays_in_the_heads_that_see_it(device):
     for place in ((0, 1, 3, 0), (1, 0, 57, 2)):  # a context key and a key inside the window
         query, key = queries_and_keys(2, 4, 2, 5, 60, 16, device=device)
