@@ -34,6 +34,19 @@ constexpr int64_t kMaxTotal = int64_t(1) << 30;  // keys: their positions are 32
 // know neither the batch nor the other heads.
 constexpr int64_t kPlannedHeads = 8;
 
+// What the busiest block has to do. Blocks take runs of units, of which those from `long_units` on
+// may be short; where they do not come out even, the later blocks have one unit more.
+// cost_of(n, n_short) is the cost of n units.
+template <class Cost>
+int64_t busiest_block(int64_t long_units, int64_t units, int64_t most_blocks, Cost cost_of) {
+  const int64_t blocks = min(units, most_blocks), n = units / blocks, longer = units % blocks;
+  const auto cost_from = [&](int64_t first, int64_t n) {
+    return cost_of(n, min(max(first + n - long_units, int64_t(0)), n));
+  };
+  const int64_t cost = cost_from(0, n);
+  return longer ? max(cost, cost_from((blocks - longer) * n, n + 1)) : cost;
+}
+
 using Barrier = cutlass::arch::ClusterTransactionBarrier;
 
 // 2-byte items of a tile of keys.

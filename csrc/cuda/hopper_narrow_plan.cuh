@@ -94,16 +94,11 @@ struct Plan {
       const int64_t in_head = 1 + ceil_div(max(all - rows, int64_t(0)), keys);
       const int64_t last_tiles = ceil_div(all - (in_head - 1) * keys, kTileRows);
       const int64_t long_units = planned * (in_head - 1), units = planned * in_head;
-      const int64_t n_blocks = min(units, most_blocks), n = units / n_blocks;
-      const auto cost_of = [&](int64_t first, int64_t n) {  // units [first, first + n)
-        const int64_t n_last = min(max(first + n - long_units, int64_t(0)), n);
+      const int64_t cost = busiest_block(long_units, units, most_blocks, [&](auto n, auto n_last) {
         const bool has_heads = n_last ? n > 1 : (in_head - 1) % n != 0;
         return n * kUnitCost + 8 * ((n - n_last) * tiles + n_last * last_tiles) +
                (has_heads ? head_cost : 0);
-      };
-      // The first block, and the first of those that have one unit more.
-      int64_t cost = cost_of(0, n);
-      if (units % n_blocks) cost = max(cost, cost_of((n_blocks - units % n_blocks) * n, n + 1));
+      });
       if (cost >= least_cost) continue;
       least_cost = cost;
       unit_rows = rows;

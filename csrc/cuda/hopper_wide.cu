@@ -478,14 +478,9 @@ struct Plan {
       const int64_t in_head = max(ceil_div(all, keys), int64_t(1));
       const int64_t last_tiles = ceil_div(all - (in_head - 1) * keys + s.halo(), kTileRows);
       const int64_t long_units = planned * (in_head - 1), units = planned * in_head;
-      const int64_t n_blocks = min(units, most_blocks), n = units / n_blocks;
-      const auto cost_of = [&](int64_t first, int64_t n) {  // units [first, first + n)
-        const int64_t n_last = min(max(first + n - long_units, int64_t(0)), n);
+      const int64_t cost = busiest_block(long_units, units, most_blocks, [&](auto n, auto n_last) {
         return n + (n - n_last) * tiles + n_last * last_tiles;
-      };
-      // The first block, and the first of those that have one unit more.
-      int64_t cost = cost_of(0, n);
-      if (units % n_blocks) cost = max(cost, cost_of((n_blocks - units % n_blocks) * n, n + 1));
+      });
       if (cost >= least_cost) continue;
       least_cost = cost;
       unit_tiles = tiles;
