@@ -37,7 +37,7 @@ struct Params {
   int group, head_columns;
   bool has_fillers;  // columns that are no queries
   float factor, pool_factor;
-  Measure* measures;  // [batch * kv_heads, head_units, columns]; nullptr with `lse`
+  Measure* measures;  // [units, columns], in the order of the units; nullptr with `lse`
   WindowScores scores;
 };
 

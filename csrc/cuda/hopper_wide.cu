@@ -10,8 +10,8 @@
 // A tile costs as many cycles of the tensor cores as of the exponentials, and reading it hardly
 // more. So a warpgroup has the products of the next tile started before it exponentiates those of
 // the present one. Queries and shifts are asked for before the first keys: behind a ring full of
-// those they would come last. All of them are on their way to the L2 cache before the kernels ahead
-// have ended.
+// those they would come last. With `lse` queries and first keys are fetched into the L2 cache while
+// the kernel ahead still runs.
 //
 // Without `lse` the blocks first measure the softmax of their units, wait for each other, and go
 // over their tiles again from the last to the first: what the stages still hold is not loaded
@@ -132,9 +132,9 @@ __device__ void overlap(int n, Start start, Use use) {
 
 template <class Shape>
 __global__ __launch_bounds__(kThreads,
-                             1) void score_kernel(const __grid_constant__ CUtensorMap key_map,
-                                                  const __grid_constant__ CUtensorMap query_map,
-                                                  const __grid_constant__ Params p) {
+                             1) void wide_kernel(const __grid_constant__ CUtensorMap key_map,
+                                                 const __grid_constant__ CUtensorMap query_map,
+                                                 const __grid_constant__ Params p) {
   using T = typename Shape::T;
   constexpr int kDim = Shape::kDim, kColumns = Shape::kColumns, kAllColumns = Shape::kAllColumns;
   extern __shared__ __align__(kAlignment) char tiles[];
@@ -533,7 +533,7 @@ cudaError_t launch(const Plan& plan, cudaStream_t stream) {
   if (status == cudaSuccess)
     status = map_queries(a, plan.params.group, plan.params.head_columns, &queries);
   if (status != cudaSuccess) return status;
-  const auto kernel = score_kernel<Shape>;
+  const auto kernel = wide_kernel<Shape>;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 int(plan.shared_bytes));
   if (status != cudaSuccess) return status;
