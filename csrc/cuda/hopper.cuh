@@ -142,6 +142,12 @@ __device__ void load_keys(const WindowAttention& a, const CUtensorMap& map, char
   load_rows<kDim, kRows>(map, tile, loaded, coordinate(b, a.key_stride_b),
                          coordinate(g, a.key_stride_g), n);
 }
+template <int kDim, int kRows>
+__device__ void load_queries(const WindowAttention& a, const CUtensorMap& map, char* tile,
+                             Barrier& loaded, int64_t b, int64_t h, int n) {
+  load_rows<kDim, kRows>(map, tile, loaded, coordinate(b, a.query_stride_b),
+                         coordinate(h, a.query_stride_h), n);
+}
 
 // Asks for rows of a map into the L2 cache: by one thread. It may do so before the kernels ahead
 // have ended, since what they write goes through that cache.
@@ -150,6 +156,16 @@ __device__ void prefetch_rows(const CUtensorMap& map, int b, int head, int n) {
 #pragma unroll
   for (int block = 0; block < kDim / kBlockItems; ++block)
     cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&map, block * kBlockItems, n, head, b);
+}
+template <int kDim>
+__device__ void prefetch_keys(const WindowAttention& a, const CUtensorMap& map, int64_t b,
+                              int64_t g, int n) {
+  prefetch_rows<kDim>(map, coordinate(b, a.key_stride_b), coordinate(g, a.key_stride_g), n);
+}
+template <int kDim>
+__device__ void prefetch_queries(const WindowAttention& a, const CUtensorMap& map, int64_t b,
+                                 int64_t h, int n) {
+  prefetch_rows<kDim>(map, coordinate(b, a.query_stride_b), coordinate(h, a.query_stride_h), n);
 }
 
 // A ring of stages in shared memory: one thread has them filled, warpgroups use them. A stage is

@@ -160,15 +160,10 @@ __global__ __launch_bounds__(kThreads,
       (end_unit - first_unit - last_units) * p.unit_tiles + last_units * p.last_tiles;
 
   // By one thread.
-  const auto load_queries = [&](const Unit& unit) {
+  const auto load_queries_of = [&](const Unit& unit) {
     queries_loaded->arrive_and_expect_tx(p.group * p.head_columns * kDim * int(sizeof(T)));
-#pragma unroll
-    for (int block = 0; block < kDim / kBlockItems; ++block)
-      cute::SM90_TMA_LOAD_4D::copy(&query_map, reinterpret_cast<uint64_t*>(queries_loaded),
-                                   uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-                                   queries + block * kColumns * kRowBytes, block * kBlockItems, 0,
-                                   coordinate(unit.g * p.group, a.query_stride_h),
-                                   coordinate(unit.b, a.query_stride_b));
+    load_queries<kDim, kColumns>(a, query_map, queries, *queries_loaded, unit.b, unit.g * p.group,
+                                 0);
   };
 
   Unit next(p, first_unit);  // to be loaded
@@ -179,8 +174,7 @@ __global__ __launch_bounds__(kThreads,
       if (!is_twice) {
 #pragma unroll 1
         for (int i = 0; i < min(kBytesPrefetched / kTile, next.loads); ++i)
-          prefetch_rows<kDim>(key_map, coordinate(next.b, a.key_stride_b),
-                              coordinate(next.g, a.key_stride_g), next.low + i * kTileRows);
+          prefetch_keys<kDim>(a, key_map, next.b, next.g, next.low + i * kTileRows);
       }
       queries_loaded->init(1);
 #pragma unroll 4
@@ -252,7 +246,7 @@ __global__ __launch_bounds__(kThreads,
   cooperative_groups::grid_group::arrival_token token{};
   if (is_twice) token = grid.barrier_arrive();
   if (is_producer && lane == 0) {
-    load_queries(next);
+    load_queries_of(next);
     load_until(min(min(kLeastBytesAhead / kTile, stages), n_tiles));
   }
   __syncwarp();  // a barrier wants whole warps
@@ -283,7 +277,7 @@ __global__ __launch_bounds__(kThreads,
   // Queries of another head: by all threads that multiply, when none of them does.
   const auto begin_queries = [&](const Unit& unit) {
     bg_of_queries = unit.bg;
-    if (thread == 0) load_queries(unit);
+    if (thread == 0) load_queries_of(unit);
   };
   const auto end_queries = [&] { queries_loaded->wait(queries_parity ^= 1); };
 

@@ -82,9 +82,8 @@ __global__ __launch_bounds__(kThreads,
           for (int i = 0; i < group; ++i, ++h, queries.advance(query_at)) {
             Barrier& loaded =
                 queries.begin_load(query_at, h < queries.count, Shape::kQueryBytes + shift_bytes);
-            load_rows<kDim, kQueries>(query_map, queries.tile(query_at), loaded,
-                                      coordinate(b, a.query_stride_b),
-                                      coordinate(g * group + i, a.query_stride_h), query);
+            load_queries<kDim, kQueries>(a, query_map, queries.tile(query_at), loaded, b,
+                                         g * group + i, query);
             const float2* shifts = p.emit.columns + (int64_t(b) * kv_heads + g) * group_columns(a) +
                                    i * head_columns(a) + query;
             cute::SM90_BULK_COPY_G2S::copy(shifts, reinterpret_cast<uint64_t*>(&loaded),

@@ -155,14 +155,10 @@ __global__ __launch_bounds__(kThreads,
   const int first_unit = block * p.block_units + max(block - p.shorter_blocks, 0);
   const int end_unit = first_unit + p.block_units + (block >= p.shorter_blocks);
   const int held_columns = p.group * p.head_columns;
-  const auto load_queries = [&](const Unit& unit) {
+  const auto load_queries_of = [&](const Unit& unit) {
     queries_loaded.arrive_and_expect_tx(held_columns * kDim * int(sizeof(T)));
-#pragma unroll
-    for (int block = 0; block < kDim / kBlockItems; ++block)
-      cute::SM90_TMA_LOAD_4D::copy(&query_map, reinterpret_cast<uint64_t*>(&queries_loaded),
-                                   uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-                                   queries + block * kAllColumns * kRowBytes, block * kBlockItems,
-                                   0, unit.g * p.group, coordinate(unit.b, a.query_stride_b));
+    load_queries<kDim, kAllColumns>(a, query_map, queries, queries_loaded, unit.b, unit.g * p.group,
+                                    0);
   };
   const auto load_shifts = [&](const Unit& unit) {
     if (thread < kAllColumns)
@@ -172,10 +168,9 @@ __global__ __launch_bounds__(kThreads,
   if (thread == kConsumers) {
     if (!is_twice) {
       const Unit unit(p, first_unit);
-      prefetch_rows<kDim>(query_map, coordinate(unit.b, a.query_stride_b), unit.g * p.group, 0);
+      prefetch_queries<kDim>(a, query_map, unit.b, unit.g * p.group, 0);
       for (int i = 0; i < min(kTilesPrefetched, unit.tiles); ++i)
-        prefetch_rows<kDim>(key_map, coordinate(unit.b, a.key_stride_b),
-                            coordinate(unit.g, a.key_stride_g), unit.low + i * kTileRows);
+        prefetch_keys<kDim>(a, key_map, unit.b, unit.g, unit.low + i * kTileRows);
     }
     queries_loaded.init(1);
     ring.init(kConsumers / kWarp);
@@ -183,7 +178,7 @@ __global__ __launch_bounds__(kThreads,
   wait_for_kernels_ahead();
   // Queries and shifts come before the first keys, which will keep the memory busy.
   if (thread == kConsumers) {
-    load_queries(Unit(p, first_unit));
+    load_queries_of(Unit(p, first_unit));
   } else if (!is_producer) {
     if (!is_twice) load_shifts(Unit(p, first_unit));
     // Columns that no query has, for TMA writes only those of the group; and heads of which a
@@ -246,7 +241,7 @@ __global__ __launch_bounds__(kThreads,
     if (unit.bg == bg_of_queries) return;
     bg_of_queries = unit.bg;
     queries_parity ^= 1;
-    if (thread == 0) load_queries(unit);
+    if (thread == 0) load_queries_of(unit);
   };
   const auto start_of = [&](const Unit& unit) {
     return Visibility::near(a.start.data ? a.start[unit.b] : 0);
