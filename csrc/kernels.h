@@ -122,6 +122,7 @@ struct ScoreLayerParams {
 struct SelectTopkParams {
   const float* scores;  // [batch, inner, context]
   Indices start;        // [batch], may be nullptr
+  Indices counts;       // [batch], may be nullptr
   void* out;            // [batch, inner, k], int32 or int64
   void* workspace;      // scratch memory, as much as the device asks for
   bool out_is_int32;
@@ -136,13 +137,19 @@ struct SelectTopkParams {
   };
   CLAA_HOST_DEVICE __attribute__((always_inline)) inline Tiers tiers(int64_t b) const {
     Tiers t;
-    t.n_window = k < window ? k : window;
     const int64_t begin = start.data ? start[b] : 0;
     t.first_valid = begin < 0 ? 0 : begin < context ? begin : context;
+    int64_t wanted = k;  // of the first three tiers; padding can only stand for what there is of it
+    if (counts.data) {
+      wanted = counts[b] < k ? counts[b] : k;
+      if (wanted < k - t.first_valid) wanted = k - t.first_valid;
+      if (wanted < 0) wanted = 0;
+    }
+    t.n_window = wanted < window ? wanted : window;
     t.n_sinks = sink < context - t.first_valid ? sink : context - t.first_valid;
-    if (t.n_sinks > k - t.n_window) t.n_sinks = k - t.n_window;
+    if (t.n_sinks > wanted - t.n_window) t.n_sinks = wanted - t.n_window;
     t.first = t.first_valid + t.n_sinks;
-    t.n_scored = k - t.n_window - t.n_sinks;
+    t.n_scored = wanted - t.n_window - t.n_sinks;
     if (t.n_scored > context - t.first) t.n_scored = context - t.first;
     t.n_padding = k - t.n_window - t.n_sinks - t.n_scored;
     return t;

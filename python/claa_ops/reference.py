@@ -136,13 +136,14 @@ def select_topk(
     window: int = 0,
     sink: int = 0,
     start: Tensor | None = None,  # [B] for scores [B, ..., M]
+    counts: Tensor | None = None,  # [B], with start
     int32: bool = False,
 ) -> Tensor:
     """Ascending positions of the k best of M + window tokens.
 
     Four tiers, best first: the window (latest first, which matters only for k < window), the
     sinks (earliest first), the other tokens by score (NaN first, then the lower position on a
-    tie), padding.
+    tie), padding. With counts, padding comes before all but that many tokens.
     """
     context = scores.shape[-1]
     position = torch.arange(context + window, device=scores.device)
@@ -158,8 +159,14 @@ def select_topk(
     value = torch.where(is_padding, 0.0, value)
     by_value = value.sort(dim=-1, descending=True, stable=True).indices
     tier = tier.expand(value.shape).gather(-1, by_value)
-    by_tier = tier.sort(dim=-1, descending=True, stable=True).indices
-    best = by_value.gather(-1, by_tier)[..., :k]
+    tier, by_tier = tier.sort(dim=-1, descending=True, stable=True)
+    best = by_value.gather(-1, by_tier)
+    if counts is not None:
+        wanted = counts.view(first.shape).clamp(max=k).maximum(k - first.clamp(0, context))
+        tier = tier.masked_fill((tier > 0) & (position >= wanted), -1)
+        by_tier = tier.sort(dim=-1, descending=True, stable=True).indices
+        best = best.gather(-1, by_tier)
+    best = best[..., :k]
     return best.sort(dim=-1).values.to(torch.int32 if int32 else torch.int64)
 
 

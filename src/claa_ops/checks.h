@@ -145,14 +145,14 @@ inline Indices indices_of(const char* op, const char* name, const Tensor& t) {
   return {t.const_data_ptr(), is_int32};
 }
 
-// The optional [B] tensor of first valid positions.
-inline Indices start_of(const char* op, const std::optional<Tensor>& start, int64_t batch,
-                        const Tensor& like, const char* source) {
-  if (!start) return {};
-  check_rank(op, "start", *start, 1, "[B]");
-  check_size(op, "start", *start, 0, "B", batch, source);
-  check_device_like(op, "start", *start, like, source);
-  return indices_of(op, "start", *start);
+// An optional [B] tensor with an integer for each row, such as the first valid position.
+inline Indices row_integers(const char* op, const char* name, const std::optional<Tensor>& t,
+                            int64_t batch, const Tensor& like, const char* source) {
+  if (!t) return {};
+  check_rank(op, name, *t, 1, "[B]");
+  check_size(op, name, *t, 0, "B", batch, source);
+  check_device_like(op, name, *t, like, source);
+  return indices_of(op, name, *t);
 }
 
 inline PoolMode pool_mode_of(const char* op, int64_t mode) {

@@ -77,7 +77,7 @@ STABLE_TORCH_LIBRARY(claa, m) {
       "SymInt sliding_window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor");
   m.def(
       "select_topk(Tensor scores, SymInt k, *, SymInt window=0, SymInt sink=0, "
-      "Tensor? start=None, bool int32=False) -> Tensor");
+      "Tensor? start=None, Tensor? counts=None, bool int32=False) -> Tensor");
   m.def("gather_kv(Tensor key, Tensor value, Tensor index) -> (Tensor, Tensor)");
   m.def("gather_tokens(Tensor x, Tensor index) -> Tensor");
   m.def(

@@ -31,7 +31,8 @@ Tensor score_layer(const Tensor& running, const Tensor& query, const Tensor& key
                    int64_t sliding_window, double softcap, const std::optional<Tensor>& sinks);
 
 Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t sink,
-                   const std::optional<Tensor>& start, bool int32);
+                   const std::optional<Tensor>& start, const std::optional<Tensor>& counts,
+                   bool int32);
 
 std::tuple<Tensor, Tensor> gather_kv(const Tensor& key, const Tensor& value, const Tensor& index);
 

@@ -26,7 +26,7 @@ Tensor peak_attention(const Tensor& query, const Tensor& key, std::optional<doub
       .query = query.const_data_ptr(),
       .key = key.const_data_ptr(),
       .running = running ? running->const_data_ptr<float>() : nullptr,
-      .start = start_of(op, start, batch, query, "query"),
+      .start = row_integers(op, "start", start, batch, query, "query"),
       .out = out.mutable_data_ptr<float>(),
       .workspace = nullptr,
       .dtype = float_dtype(op, "query", query),

@@ -8,7 +8,8 @@
 namespace claa {
 
 Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t sink,
-                   const std::optional<Tensor>& start, bool int32) {
+                   const std::optional<Tensor>& start, const std::optional<Tensor>& counts,
+                   bool int32) {
   constexpr const char* op = "select_topk";
   const int64_t rank = scores.dim();
   check(rank >= 1, op, "scores must have shape [..., M], got ", shape_of(scores));
@@ -20,6 +21,7 @@ Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t sink
   check(k >= 0 && k <= context + window, op, "k must be in [0, M + window] = [0, ",
         context + window, "], got ", k);
   check(!start || rank > 1, op, "start needs scores of shape [B, ..., M], got ", shape_of(scores));
+  check(!counts || start, op, "counts must come with start, got no start");
   const int64_t batch = rank > 1 ? scores.size(0) : 1;
   int64_t inner = 1;  // rows of one batch entry; one stride must lead through them
   for (int64_t dim = 1; dim < rank - 1; ++dim) {
@@ -29,7 +31,8 @@ Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t sink
           op, "scores must be contiguous between its first and its last dimension, got strides ",
           strides_of(scores));
   }
-  const Indices first_valid = start_of(op, start, batch, scores, "scores");
+  const Indices first_valid = row_integers(op, "start", start, batch, scores, "scores");
+  const Indices kept = row_integers(op, "counts", counts, batch, scores, "scores");
 
   std::vector<int64_t> shape(scores.sizes().begin(), scores.sizes().end());
   shape.back() = k;
@@ -38,6 +41,7 @@ Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t sink
   SelectTopkParams params{
       .scores = scores.const_data_ptr<float>(),
       .start = first_valid,
+      .counts = kept,
       .out = out.mutable_data_ptr(),
       .workspace = nullptr,
       .out_is_int32 = int32,

@@ -65,7 +65,7 @@ inline WindowAttention window_attention(const char* op, const Tensor& query, con
       .query = query.const_data_ptr(),
       .key = key.const_data_ptr(),
       .lse = lse ? lse->const_data_ptr<float>() : nullptr,
-      .start = start_of(op, start, batch, query, "query"),
+      .start = row_integers(op, "start", start, batch, query, "query"),
       .sinks = sinks ? sinks->const_data_ptr() : nullptr,
       .workspace = nullptr,
       .dtype = float_dtype(op, "query", query),

@@ -108,12 +108,16 @@ def _aggregate(batch: int, context: int, device: str, seed: int) -> Call:
     )
 
 
-def _select(heads: int | None, per: int) -> Maker:
+def _select(heads: int | None, per: int, padded: bool = False) -> Maker:
     def make(batch: int, context: int, device: str, seed: int) -> Call:
         shape = (batch, context) if heads is None else (batch, heads, context)
         # Two decimals: ties, which go to the lower position.
         scores = normal(*shape, device=device, seed=seed).round(decimals=2)
-        return Call("select_topk", (scores, context // per + 8), {"window": 8, "sink": 4})
+        options = {"window": 8, "sink": 4}
+        if padded:
+            start = torch.arange(batch, device=device) * context // (2 * batch)
+            options |= {"start": start, "counts": (context - start) // per + 8}
+        return Call("select_topk", (scores, context // per + 8), options)
 
     return make
 
@@ -170,6 +174,7 @@ _MAKERS: dict[str, Maker] = {
     "aggregate_scores": _aggregate,
     "select_topk": _select(None, 10),
     "select_topk-heads": _select(KV_HEADS, 3),
+    "select_topk-padded": _select(KV_HEADS, 3, padded=True),
     "gather_kv": _gather_kv,
     "gather_tokens": _gather_tokens,
     "rank_variance": _rank,

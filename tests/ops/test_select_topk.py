@@ -186,6 +186,48 @@ def test_a_padded_row_is_the_row_alone(context, start, seed, data, device):
 
 
 @given(
+    context=st.integers(1, 200),
+    batch=st.integers(1, 4),
+    window=st.integers(0, 8),
+    sink=st.integers(0, 4),
+    seed=st.integers(0, 2**16),
+    data=st.data(),
+)
+def test_each_row_keeps_its_count_and_is_the_row_alone(
+    context, batch, window, sink, seed, data, device
+):
+    """Rows of different lengths and different counts: what each keeps alone, after padding."""
+    starts = data.draw(st.lists(st.integers(0, context), min_size=batch, max_size=batch))
+    rate = data.draw(st.floats(0, 1), label="rate")
+    lengths = [context + window - start for start in starts]
+    counts = [int(length * rate) for length in lengths]
+    k = int((context + window) * rate)
+    scores = chosen_from(AWKWARD + NANS, batch, 2, context, device=device, seed=seed)
+    together = check(
+        scores,
+        k,
+        window=window,
+        sink=sink,
+        start=torch.tensor(starts, device=device),
+        counts=torch.tensor(counts, device=device, dtype=torch.int32),
+    )
+    for b, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        alone = select_topk(scores[b, :, start:], count, window=window, sink=sink) + start
+        assert torch.equal(together[b, :, k - count :], alone)
+        padding = torch.arange(k - count, device=device).expand(2, -1)
+        assert torch.equal(together[b, :, : k - count], padding)
+
+
+@pytest.mark.parametrize("count", [-3, 0, 2, 3, 7, 20, 31, 1000])
+@pytest.mark.parametrize("start", [0, 4, 17, 40])
+def test_a_count_beyond_what_a_row_has(start, count, device):
+    """Too few tokens, or too little padding: k positions all the same."""
+    scores = normal(1, 3, 40, device=device)
+    start, count = (torch.tensor([x], device=device) for x in (start, count))
+    check(scores, 30, window=5, sink=2, start=start, counts=count)
+
+
+@given(
     context=st.integers(1, 400),
     seed=st.integers(0, 2**16),
     window=st.integers(0, 4),
@@ -253,6 +295,21 @@ def test_runs_and_threads_agree_bit_for_bit(device):
         ),
         pytest.param(
             {"start": torch.zeros(2)}, "start must .*dtype.*, got float32", id="start-dtype"
+        ),
+        pytest.param(
+            {"counts": torch.zeros(2).long()},
+            "counts must come with start, got no start",
+            id="counts-without-start",
+        ),
+        pytest.param(
+            {"start": torch.zeros(2).long(), "counts": torch.zeros(3).long()},
+            "counts must .*2 like scores, got 3",
+            id="counts-size",
+        ),
+        pytest.param(
+            {"start": torch.zeros(2).long(), "counts": torch.zeros(2)},
+            "counts must .*dtype.*, got float32",
+            id="counts-dtype",
         ),
         pytest.param(
             {"scores": torch.zeros(9), "start": torch.zeros(9).long()},

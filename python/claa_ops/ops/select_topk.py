@@ -11,6 +11,7 @@ def select_topk(
     window: int = 0,
     sink: int = 0,
     start: Tensor | None = None,
+    counts: Tensor | None = None,
     int32: bool = False,
 ) -> Tensor:
     """Positions of the k tokens to keep, in ascending order.
@@ -28,6 +29,9 @@ def select_topk(
         sink: number of first valid tokens that are always kept.
         start: ``[B]``, int64 or int32, for scores ``[B, ..., M]``: the first valid token of
             each row (left padding).
+        counts: ``[B]``, int64 or int32, with ``start``: how many of its k tokens each row keeps
+            that are not padding, so that a short row keeps what it keeps alone. The first
+            tokens of the padding make up k; a row without so many keeps more.
         int32: return int32 instead of int64.
 
     Returns:
@@ -47,7 +51,7 @@ def select_topk(
         >>> select_topk(torch.tensor([0.1, 0.7, 0.2, 0.9, 0.3]), 4, window=2)
         tensor([1, 3, 5, 6])
     """
-    return _op(scores, k, window=window, sink=sink, start=start, int32=int32)
+    return _op(scores, k, window=window, sink=sink, start=start, counts=counts, int32=int32)
 
 
 @torch.library.register_fake("claa::select_topk")
@@ -58,6 +62,7 @@ def _select_topk_fake(
     window: int = 0,
     sink: int = 0,
     start: Tensor | None = None,
+    counts: Tensor | None = None,
     int32: bool = False,
 ) -> Tensor:
     dtype = torch.int32 if int32 else torch.int64
