@@ -129,29 +129,27 @@ struct SelectTopkParams {
   int64_t batch, inner, context, k, window, sink;
   int64_t scores_stride_b, scores_stride_inner;
 
-  // What a row keeps: four tiers, best first: window, sinks, scored tokens, padding. Always
-  // inlined: a copy of its own could be one of an instruction set that the processor does not have.
+  // What a row keeps: four tiers, best first: window, sinks, scored tokens, padding; `n_empty`
+  // entries remain. Always inlined: a copy of its own could be one of an instruction set that the
+  // processor does not have.
   struct Tiers {
-    int64_t n_window, n_sinks, n_scored, n_padding;
+    int64_t n_window, n_sinks, n_scored, n_padding, n_empty;
     int64_t first_valid, first;  // the first token that is not padding, and behind the sinks
   };
   CLAA_HOST_DEVICE __attribute__((always_inline)) inline Tiers tiers(int64_t b) const {
     Tiers t;
     const int64_t begin = start.data ? start[b] : 0;
     t.first_valid = begin < 0 ? 0 : begin < context ? begin : context;
-    int64_t wanted = k;  // of the first three tiers; padding can only stand for what there is of it
-    if (counts.data) {
-      wanted = counts[b] < k ? counts[b] : k;
-      if (wanted < k - t.first_valid) wanted = k - t.first_valid;
-      if (wanted < 0) wanted = 0;
-    }
+    const int64_t count = counts.data ? counts[b] : k;
+    const int64_t wanted = count < 0 ? 0 : count < k ? count : k;
+    t.n_empty = k - wanted;
     t.n_window = wanted < window ? wanted : window;
     t.n_sinks = sink < context - t.first_valid ? sink : context - t.first_valid;
     if (t.n_sinks > wanted - t.n_window) t.n_sinks = wanted - t.n_window;
     t.first = t.first_valid + t.n_sinks;
     t.n_scored = wanted - t.n_window - t.n_sinks;
     if (t.n_scored > context - t.first) t.n_scored = context - t.first;
-    t.n_padding = k - t.n_window - t.n_sinks - t.n_scored;
+    t.n_padding = wanted - t.n_window - t.n_sinks - t.n_scored;
     return t;
   }
 };

@@ -93,8 +93,9 @@ void select_row(const SelectTopkParams& p, int64_t row) {
   const float* scores = p.scores + b * p.scores_stride_b + row % p.inner * p.scores_stride_inner;
   Index* out = static_cast<Index*>(p.out) + row * p.k;
 
-  const auto [n_window, n_sinks, n_scored, n_padding, first_valid, first] = p.tiers(b);
+  const auto [n_window, n_sinks, n_scored, n_padding, n_empty, first_valid, first] = p.tiers(b);
 
+  for (int64_t i = 0; i < n_empty; ++i) *out++ = Index(-1);
   for (int64_t i = 0; i < n_padding; ++i) *out++ = Index(i);
   for (int64_t i = 0; i < n_sinks; ++i) *out++ = Index(first_valid + i);
   if (n_scored == p.context - first) {

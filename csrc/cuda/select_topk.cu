@@ -245,7 +245,7 @@ __global__ __launch_bounds__(kMaxThreads, 1) void select_kernel(const SelectTopk
   const float* scores =
       p.scores + b * p.scores_stride_b + (row - b * uint32_t(p.inner)) * p.scores_stride_inner;
   Index* out = static_cast<Index*>(p.out) + row * p.k;
-  const auto [n_window, n_sinks, n_scored, n_padding, first_valid, first] = p.tiers(b);
+  const auto [n_window, n_sinks, n_scored, n_padding, n_empty, first_valid, first] = p.tiers(b);
   const int64_t candidates = p.context - first;
 
   // The tokens of this warp; the team's first is on a 16-byte boundary. Of a tile a lane has
@@ -307,6 +307,8 @@ __global__ __launch_bounds__(kMaxThreads, 1) void select_kernel(const SelectTopk
 
   const int64_t thread = int64_t(rank) * blockDim.x + threadIdx.x,
                 threads = int64_t(blocks) * blockDim.x;
+  for (int64_t i = thread; i < n_empty; i += threads) out[i] = Index(-1);
+  out += n_empty;
   for (int64_t i = thread; i < n_padding; i += threads) out[i] = Index(i);
   out += n_padding;
   for (int64_t i = thread; i < n_sinks; i += threads) out[i] = Index(first_valid + i);

@@ -136,14 +136,14 @@ def select_topk(
     window: int = 0,
     sink: int = 0,
     start: Tensor | None = None,  # [B] for scores [B, ..., M]
-    counts: Tensor | None = None,  # [B], with start
+    counts: Tensor | None = None,  # [B]
     int32: bool = False,
 ) -> Tensor:
     """Ascending positions of the k best of M + window tokens.
 
     Four tiers, best first: the window (latest first, which matters only for k < window), the
     sinks (earliest first), the other tokens by score (NaN first, then the lower position on a
-    tie), padding. With counts, padding comes before all but that many tokens.
+    tie), padding. A row keeps the best of its count, and -1 stands before them.
     """
     context = scores.shape[-1]
     position = torch.arange(context + window, device=scores.device)
@@ -159,14 +159,11 @@ def select_topk(
     value = torch.where(is_padding, 0.0, value)
     by_value = value.sort(dim=-1, descending=True, stable=True).indices
     tier = tier.expand(value.shape).gather(-1, by_value)
-    tier, by_tier = tier.sort(dim=-1, descending=True, stable=True)
-    best = by_value.gather(-1, by_tier)
+    by_tier = tier.sort(dim=-1, descending=True, stable=True).indices
+    best = by_value.gather(-1, by_tier)[..., :k]
     if counts is not None:
-        wanted = counts.view(first.shape).clamp(max=k).maximum(k - first.clamp(0, context))
-        tier = tier.masked_fill((tier > 0) & (position >= wanted), -1)
-        by_tier = tier.sort(dim=-1, descending=True, stable=True).indices
-        best = best.gather(-1, by_tier)
-    best = best[..., :k]
+        wanted = counts.view(-1, *[1] * (scores.dim() - 1))
+        best = best.masked_fill(position[:k] >= wanted, -1)
     return best.sort(dim=-1).values.to(torch.int32 if int32 else torch.int64)
 
 

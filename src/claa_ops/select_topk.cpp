@@ -21,7 +21,8 @@ Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t sink
   check(k >= 0 && k <= context + window, op, "k must be in [0, M + window] = [0, ",
         context + window, "], got ", k);
   check(!start || rank > 1, op, "start needs scores of shape [B, ..., M], got ", shape_of(scores));
-  check(!counts || start, op, "counts must come with start, got no start");
+  check(!counts || rank > 1, op, "counts needs scores of shape [B, ..., M], got ",
+        shape_of(scores));
   const int64_t batch = rank > 1 ? scores.size(0) : 1;
   int64_t inner = 1;  // rows of one batch entry; one stride must lead through them
   for (int64_t dim = 1; dim < rank - 1; ++dim) {

@@ -29,13 +29,14 @@ def select_topk(
         sink: number of first valid tokens that are always kept.
         start: ``[B]``, int64 or int32, for scores ``[B, ..., M]``: the first valid token of
             each row (left padding).
-        counts: ``[B]``, int64 or int32, with ``start``: how many of its k tokens each row keeps
-            that are not padding, so that a short row keeps what it keeps alone. The first
-            tokens of the padding make up k; a row without so many keeps more.
+        counts: ``[B]``, int64 or int32, for scores ``[B, ..., M]``: how many tokens each row
+            keeps, where that is less than k; -1 stands before them, which
+            :func:`claa_ops.gather_kv` and :func:`claa_ops.gather_tokens` turn into zeros.
         int32: return int32 instead of int64.
 
     Returns:
-        ``[..., k]``, int64 (or int32), contiguous; strictly ascending along the last dimension.
+        ``[..., k]``, int64 (or int32), contiguous; strictly ascending along the last dimension,
+        after any -1.
 
     Raises:
         RuntimeError: a rank, size, dtype or stride is not as above, or k is out of range.
