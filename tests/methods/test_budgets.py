@@ -14,7 +14,9 @@ lengths = st.lists(st.integers(0, 300), min_size=1, max_size=12)
 
 @given(lengths, st.integers(0, 4000))
 def test_the_equal_share_is_the_largest_that_fits(lengths, total):
+    lengths.sort(reverse=True)
     share = equal_share(total, lengths)
+    assert equal_share(torch.tensor(total), [torch.tensor(n) for n in lengths]) == share
     assert sum(min(length, share) for length in lengths) <= total
     if share < max(lengths):
         assert sum(min(length, share + 1) for length in lengths) > total

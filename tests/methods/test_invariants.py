@@ -19,11 +19,16 @@ from claa_ops.methods import (
     Oracle,
     Peak,
     PyramidInfer,
+    PyramidKV,
     Random,
     SinksRandom,
+    SnapKV,
+    StreamingLLM,
     make_method,
 )
 from claa_ops.methods.budget import Budget
+from claa_ops.ops.gather_kv import gather_kv
+from claa_ops.ops.gather_tokens import gather_tokens
 
 LAYERS, HEADS, GROUPS, DIM = 6, 4, 2, 4
 SYSTEMS = [CLAA, FastKV, FastKVDeferral, Oracle, Peak, Random, SinksRandom]
@@ -40,27 +45,88 @@ class Trace:
 def trace(method, length, padding=0, groups=GROUPS):
     """A prefill over random queries and keys, [B = 2]; the second row is padded."""
     generator = torch.Generator().manual_seed(length)
-    start = torch.tensor([0, padding]) if padding else None
+    query, key = (
+        torch.randn(LAYERS, 2, heads, length, DIM, generator=generator) for heads in (HEADS, groups)
+    )
     ranking = torch.rand(2, length, generator=generator)
+    return trace_over(method, query, key, ranking, torch.tensor([0, padding]) if padding else None)
+
+
+def trace_over(method, query, key, ranking, start):
+    """A prefill over these queries and keys of each layer."""
+    _, batch, groups, length, _ = key.shape
     state = prefill.begin(
         method, num_layers=LAYERS, prompt_length=length, start=start, ranking=ranking
     )
     result = Trace(state, [], [], {})
-    positions = torch.arange(length).expand(2, -1)
+    positions = torch.arange(length).expand(batch, -1)
     for layer in range(LAYERS):
-        query = torch.randn(2, HEADS, length, DIM, generator=generator)
-        key = torch.randn(2, groups, length, DIM, generator=generator)
-        rows = positions[:, None, :, None].expand(-1, -1, -1, DIM)
-        query = query.gather(2, rows.expand(-1, HEADS, -1, -1))
-        key = key.gather(2, rows.expand(-1, groups, -1, -1))
-        state.observe(layer, query, key)
-        place = rows[..., :1].expand(-1, groups, -1, -1)
+        rows = [
+            gather_kv(x, x, positions[:, None].expand(-1, x.shape[1], -1).contiguous())[0]
+            for x in (query[layer], key[layer])
+        ]
+        state.observe(layer, *rows)
+        place = (1 + positions)[:, None, :, None].expand(-1, groups, -1, -1)  # padding gives 0
         result.seen.append(state.length)
-        result.held.append(state.compress(layer, place, place)[0][..., 0])
+        result.held.append(state.compress(layer, place, place)[0][..., 0] - 1)
         if layer < LAYERS - 1 and (index := state.select(layer)) is not None:
             result.selected[layer] = index
-            positions = positions.gather(1, index)
+            positions = gather_tokens((1 + positions)[..., None].contiguous(), index)[..., 0] - 1
     return result
+
+
+PADDED = {  # what rates, and other numbers that follow the length, each method has
+    "snapkv": lambda a, b: SnapKV(keep=a, window=5),
+    "streaming": lambda a, b: StreamingLLM(keep=a, sink=3),
+    "pyramidkv": lambda a, b: PyramidKV(keep=a, window=5),
+    "pyramidkv-count": lambda a, b: PyramidKV(keep=30, window=5),
+    "pyramidinfer": lambda a, b: PyramidInfer(rho=a, recent=b / 2, least=9),
+    "fastkv": lambda a, b: FastKV(keep=a, keep_kv=b, layer=2, window=5),
+    "fastkv-layer": lambda a, b: FastKV(keep=a, keep_kv=b, layer=2, window=5, rates_of="layer"),
+    "claa": lambda a, b: CLAA(keep=a, keep_kv=b, layer=3, last_n=2, first_full=1, window=5),
+    "claa-zscore": lambda a, b: CLAA(keep=a, layer=3, last_n=2, zscore=True, window=5),
+    "claa-staged": lambda a, b: CLAA(keep=(max(a, b), min(a, b)), layer=(1, 3), window=5),
+    "claa-count": lambda a, b: CLAA(keep=30, keep_kv=20, layer=2, last_n=2, window=5),
+    "claa-equal": lambda a, b: CLAA(
+        keep=max(a, 0.5), layer=3, first_full=1, equal_cache=True, window=2
+    ),
+    "peak": lambda a, b: Peak(keep=(max(a, b), min(a, b)), layer=(1, 3), window=5),
+    "random": lambda a, b: Random(keep=(max(a, b), min(a, b)), layer=(1, 3), window=5),
+    "sinks-random": lambda a, b: SinksRandom(keep=a, keep_kv=b, layer=2, window=5),
+    "oracle": lambda a, b: Oracle(keep=(max(a, b), min(a, b)), layer=(1, 3), window=5),
+    "fastkv-deferral": lambda a, b: FastKVDeferral(keep=a, layer=2, first_full=2, window=5),
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+@settings(max_examples=25)
+@given(
+    first=st.floats(0.02, 1.0),
+    second=st.floats(0.02, 1.0),
+    length=st.integers(12, 110),
+    padding=st.lists(st.integers(0, 109), min_size=1, max_size=3),
+)
+def test_a_padded_row_keeps_what_it_keeps_alone(name, first, second, length, padding):
+    method = dataclasses.replace(PADDED[name](first, second), kernel_size=3)
+    shortest = 10 if name == "claa-equal" else 1  # shorter ones are refused alone
+    start = torch.tensor([min(n, length - shortest) for n in padding])
+    generator = torch.Generator().manual_seed(length)
+    query, key = (
+        torch.randn(LAYERS, len(start), heads, length, DIM, generator=generator)
+        for heads in (HEADS, GROUPS)
+    )
+    ranking = torch.rand(len(start), length, generator=generator)
+    together = trace_over(method, query, key, ranking, start)
+    for row, begin in enumerate(start.tolist()):
+        one = slice(row, row + 1)
+        cut = (x[:, one, :, begin:] for x in (query, key))
+        alone = trace_over(method, *cut, ranking[one, begin:], None)
+        for held, expected in zip(together.held, alone.held, strict=True):
+            assert torch.equal(held[row][held[row] >= begin].view(GROUPS, -1) - begin, expected[0])
+        kept, expected = together.state.positions, alone.state.positions
+        kept = torch.arange(length) if kept is None else kept[row]
+        expected = torch.arange(length - begin) if expected is None else expected[0]
+        assert torch.equal(kept[kept >= begin] - begin, expected)
 
 
 @settings(max_examples=30)
@@ -89,15 +155,21 @@ def test_what_goes_on_is_what_the_budgets_say(system, length, rates, first_full,
         whole = layer < first_full
         cached = result.seen[layer] if whole else min(result.seen[layer], tokens[rates[-1]])
         assert held.shape == (2, GROUPS, cached)
-        assert (held.diff(dim=2) > 0).all()  # ascending, so each once
-        assert (held[..., -4:] == torch.arange(length - 4, length)).all()
-    for index in result.selected.values():
-        assert (index.diff(dim=1) > 0).all()
+        for row, begin in ((0, 0), (1, min(padding, length - 1))):
+            for head in held[row]:
+                assert_ascends_to_the_end(head, begin, length)
     if result.state.positions is not None:
-        kept = result.state.positions
-        assert (kept[:, -4:] == torch.arange(length - 4, length)).all()
-        real = min(kept.shape[1], length - min(padding, length - 1))
-        assert (kept[1, -real:] >= min(padding, length - 1)).all()  # padding goes first
+        for row, begin in ((0, 0), (1, min(padding, length - 1))):
+            assert_ascends_to_the_end(result.state.positions[row], begin, length)
+
+
+def assert_ascends_to_the_end(kept, begin, length):
+    """Padding, then tokens, each once, and all of the window of 4."""
+    tokens = kept[kept >= begin]
+    assert torch.equal(tokens, kept[len(kept) - len(tokens) :])
+    assert (tokens.diff() > 0).all()
+    window = tokens[-4:]
+    assert torch.equal(window, torch.arange(length - len(window), length))
 
 
 @pytest.mark.parametrize("first_full", [0, 3, 9])

@@ -98,7 +98,7 @@ def test_asl():
         ranks.append((order.argsort() + 1).tolist())
     assert ranks == ASL_RANKS
     assert state.notes["variance"] == pytest.approx(0.95)
-    later = rank_variance(torch.stack(state.notes["rows"]), 4).item()
+    later = rank_variance(torch.stack(state.notes["layers"]), 4).item()
     assert later == pytest.approx(10 / 3)
     assert later / state.notes["variance"] == pytest.approx(3.508772)
     assert state.select(2) is None  # 3.5 is not below 0.9

@@ -1,8 +1,7 @@
 """Every method a second time: slow, plain PyTorch in float64, one prompt at a time.
 
 Only the weights are the model's (a tiny Llama). It shares no code with claa_ops and none with
-transformers. A prompt may stand for one that was padded on the left by ``padding`` tokens:
-budgets are then of the padded length, and padding is what is dropped first.
+transformers, and it knows no padding: a row of a batch is to be what its prompt is alone.
 """
 
 from collections.abc import Callable
@@ -16,21 +15,16 @@ from torch import Tensor
 
 @dataclass
 class Seen:
-    """What a method sees in a layer: queries [H, n, D], keys [G, n, D], and the padding left."""
+    """What a method sees in a layer: queries [H, n, D] and keys [G, n, D]."""
 
     layer: int
     query: Tensor
     key: Tensor
-    padding: int
     kept: list[int]  # where these n stood in the prompt
 
     @property
     def length(self) -> int:
         return self.query.shape[1]
-
-    @property
-    def padded(self) -> int:
-        return self.length + self.padding
 
     def attention(self, rows: int) -> Tensor:
         """[H, rows, n]: causal attention of the last queries."""
@@ -94,7 +88,6 @@ class Llama:
         select: Select = lambda seen: None,
         positions: list[int] | None = None,
         next_position: int | None = None,
-        padding: int = 0,
         last_layer: int | None = None,
     ) -> Result:
         """Prefill, then greedy steps; ``last_layer`` ends it after that layer of the prefill."""
@@ -114,7 +107,7 @@ class Llama:
                 value = self.heads(states, prefix + "self_attn.v_proj")
                 queries.append(query)
                 result.work += len(place)
-                seen = Seen(layer, query, key, padding, kept)
+                seen = Seen(layer, query, key, kept)
                 attended = []
                 for g in range(key.shape[0]):
                     pairs = [*caches[layer][g : g + 1], (key[g], value[g])]
@@ -141,7 +134,6 @@ class Llama:
                 if index is not None:
                     x, place = x[index], [place[i] for i in index]
                     kept = [kept[i] for i in index]
-                    padding = self.padding_left
                 if layer == last_layer:
                     result.positions = kept
                     return result
@@ -154,14 +146,10 @@ class Llama:
             ids, place, decode_at = result.tokens[-1:], [decode_at], decode_at + 1
         return result
 
-    padding_left = 0
-
     def best(self, scores: Tensor, count: int, window: int, seen: Seen, sink: int = 0):
-        """The sinks, the window and the best of [M], ``count`` with padding; or None for all."""
-        if count >= seen.padded:
+        """The sinks, the window and the best of [M], ``count`` of them; or None for all."""
+        if count >= seen.length:
             return None
-        self.padding_left = max(0, seen.padding - (seen.padded - count))
-        count -= self.padding_left
         scores = scores.clone()
         scores[:sink] = torch.inf
         order = sorted(range(len(scores)), key=lambda j: (-float(scores[j]), j))
@@ -175,7 +163,6 @@ def tokens(keep: float | int, length: int) -> int:
 
 def by_layer_scores(
     llama: Llama,
-    length: int,
     *,
     stages: dict[int, int],
     capacity: Callable[[Seen], int],
@@ -266,7 +253,7 @@ def pyramidinfer(
     rows = 1 + int(length * recent)
 
     def select(seen):
-        context = seen.padded - rows
+        context = seen.length - rows
         share = rho + (1 - rho) * (1 + cos(pi * seen.layer / llama.layers)) / 2
         kept = int(context * share)
         if kept <= least or kept == context:

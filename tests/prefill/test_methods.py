@@ -1,5 +1,7 @@
 """Each method through `run` and decoding, against a slow version of itself, alone and padded."""
 
+from math import ceil
+
 import pytest
 import torch
 
@@ -41,29 +43,34 @@ def llama(model):
     return Llama(model)
 
 
-# The slow version of a method: (llama, ids, padding) -> Result.
+# The slow version of a method: (llama, ids) -> Result. Budgets are numbers, or rates of the prompt.
 
 
-def slow_full(llama, ids, padding):
+def slow_full(llama, ids):
     return llama.run(ids, STEPS)
 
 
-def stages_of(layer, kept) -> dict[int, int]:
+def stages_of(layer, kept, length) -> dict[int, int]:
     """How many tokens go on after which layers; there may be one of them, or several."""
-    return dict(zip(layer, kept, strict=True)) if isinstance(layer, tuple) else {layer: kept}
+    if not isinstance(layer, tuple):
+        layer, kept = (layer,), (kept,)
+    return {at: tokens(keep, length) for at, keep in zip(layer, kept, strict=True)}
 
 
 def slow_layered(kept, cached=None, *, layer=2, window=8, **settings):
-    """FastKV's relatives, budgets in tokens; `cached` may be a function of what a layer sees."""
-    stages = stages_of(layer, kept)
-    cached = list(stages.values())[-1] if cached is None else cached
-    capacity = cached if callable(cached) else lambda seen: cached
+    """FastKV's relatives; `cached` may be a function of the prompt's length and a layer's sight."""
 
-    def slow(llama, ids, padding):
+    def slow(llama, ids):
+        stages = stages_of(layer, kept, len(ids))
+        held = list(stages.values())[-1] if cached is None else cached
+
+        def capacity(seen):
+            return held(len(ids), seen) if callable(held) else tokens(held, len(ids))
+
         compress, select = by_layer_scores(
-            llama, len(ids) + padding, stages=stages, capacity=capacity, window=window, **settings
+            llama, stages=stages, capacity=capacity, window=window, **settings
         )
-        return llama.run(ids, STEPS, compress=compress, select=select, padding=padding)
+        return llama.run(ids, STEPS, compress=compress, select=select)
 
     return slow
 
@@ -84,9 +91,10 @@ def zscored_max(last_n, summed=False):
     return rank
 
 
-def slow_ranked(llama, ids, padding, rank, *, kept, cached, layer, window, sink=0):
+def slow_ranked(llama, ids, rank, *, kept, cached, layer, window, sink=0):
     """One ranking of the prompt, [n], decides in every selection and for all heads of a cache."""
-    stages = stages_of(layer, kept)
+    stages = stages_of(layer, kept, len(ids))
+    cached = tokens(cached, len(ids))
 
     def best(seen, count):
         scores = rank[torch.tensor(seen.kept)][:-window]
@@ -99,26 +107,26 @@ def slow_ranked(llama, ids, padding, rank, *, kept, cached, layer, window, sink=
     def select(seen):
         return best(seen, stages[seen.layer]) if seen.layer in stages else None
 
-    return llama.run(ids, STEPS, compress=compress, select=select, padding=padding)
+    return llama.run(ids, STEPS, compress=compress, select=select)
 
 
 def slow_random(kept, cached, seed, sink=0, layer=2, window=8):
-    def slow(llama, ids, padding):
+    def slow(llama, ids):
         generator = torch.Generator().manual_seed(seed)
-        draw = torch.rand(len(ids) + padding - window, generator=generator).flip(0).double()
-        draw = torch.cat([draw[padding:], torch.zeros(window)])  # the window has none
+        draw = torch.rand(len(ids) - window, generator=generator).flip(0).double()
+        draw = torch.cat([draw, torch.zeros(window)])  # the window has none
         settings = {"kept": kept, "cached": cached, "layer": layer, "window": window}
-        return slow_ranked(llama, ids, padding, draw, sink=sink, **settings)
+        return slow_ranked(llama, ids, draw, sink=sink, **settings)
 
     return slow
 
 
 def slow_oracle(kept, cached, answer_tokens, kernel=13, layer=2, window=8):
-    def slow(llama, ids, padding):
+    def slow(llama, ids):
         attention, answer = slow_methods.answer_attention(llama, ids, answer_tokens)
         ranking = slow_methods.pool(attention, kernel)
         settings = {"kept": kept, "cached": cached, "layer": layer, "window": window}
-        result = slow_ranked(llama, ids, padding, ranking, **settings)
+        result = slow_ranked(llama, ids, ranking, **settings)
         result.work += answer.work
         return result
 
@@ -126,9 +134,8 @@ def slow_oracle(kept, cached, answer_tokens, kernel=13, layer=2, window=8):
 
 
 def slow_peak(kept, cached, kernel, layer=2, window=8, sink=0):
-    stages = stages_of(layer, kept)
-
-    def slow(llama, ids, padding):
+    def slow(llama, ids):
+        stages = stages_of(layer, kept, len(ids))
         peak = torch.zeros(len(ids)).double()
 
         def compress(seen):
@@ -136,7 +143,9 @@ def slow_peak(kept, cached, kernel, layer=2, window=8, sink=0):
             logits = seen.query[:, -window:] @ key.transpose(1, 2) / key.shape[-1] ** 0.5
             peak[seen.kept] = torch.maximum(peak[seen.kept], logits.softmax(-1).amax((0, 1)))
             scores = seen.scores(window, kernel)
-            heads = [llama.best(row, cached, window, seen, sink) for row in scores]
+            heads = [
+                llama.best(row, tokens(cached, len(ids)), window, seen, sink) for row in scores
+            ]
             return None if heads[0] is None else heads
 
         def select(seen):
@@ -144,24 +153,26 @@ def slow_peak(kept, cached, kernel, layer=2, window=8, sink=0):
                 scores = slow_methods.pool(peak[seen.kept][:-window], kernel)
                 return llama.best(scores, stages[seen.layer], window, seen, sink)
 
-        return llama.run(ids, STEPS, compress=compress, select=select, padding=padding)
+        return llama.run(ids, STEPS, compress=compress, select=select)
 
     return slow
 
 
-def slow_streaming(kept, sink):
+def slow_streaming(keep, sink):
     def compress(seen):
+        kept = max(sink + 1, tokens(keep, seen.length))
         if kept >= seen.length:
             return None
         index = list(range(sink)) + list(range(seen.length - kept + sink, seen.length))
         return [index] * seen.key.shape[0]
 
-    return lambda llama, ids, padding: llama.run(ids, STEPS, compress=compress)
+    return lambda llama, ids: llama.run(ids, STEPS, compress=compress)
 
 
-def slow_pyramidkv(average, beta, window):
-    def slow(llama, ids, padding):
-        length = len(ids) + padding
+def slow_pyramidkv(keep, beta, window):
+    def slow(llama, ids):
+        length = len(ids)
+        average = tokens(keep, length)
         last = (average - window) / beta
         first = min(2 * (average - window) - last, length - window)
         last = 2 * (average - window) - first
@@ -169,18 +180,16 @@ def slow_pyramidkv(average, beta, window):
         def capacity(seen):
             return window + round(first + (last - first) * seen.layer / (LAYERS - 1))
 
-        compress, _ = by_layer_scores(
-            llama, length, stages={}, capacity=capacity, window=window, kernel=5
-        )
-        return llama.run(ids, STEPS, compress=compress, padding=padding)
+        compress, _ = by_layer_scores(llama, stages={}, capacity=capacity, window=window, kernel=5)
+        return llama.run(ids, STEPS, compress=compress)
 
     return slow
 
 
 def slow_pyramidinfer(**settings):
-    def slow(llama, ids, padding):
-        select = slow_methods.pyramidinfer(llama, len(ids) + padding, **settings)
-        return llama.run(ids, STEPS, select=select, padding=padding)
+    def slow(llama, ids):
+        select = slow_methods.pyramidinfer(llama, len(ids), **settings)
+        return llama.run(ids, STEPS, select=select)
 
     return slow
 
@@ -198,22 +207,22 @@ def second_pass(llama, ids, kept, *, contiguous, work):
 
 
 def slow_gemfilter(kept, layer, kernel=5):
-    def slow(llama, ids, padding):
+    def slow(llama, ids):
         found = []
 
         def select(seen):
             if seen.layer == layer:
                 scores = slow_methods.gemfilter_scores(seen, kernel)
-                found.extend(llama.best(scores, kept, 0, seen))
+                found.extend(llama.best(scores, tokens(kept, len(ids)), 0, seen))
 
-        first = llama.run(ids, 1, select=select, padding=padding, last_layer=layer)
+        first = llama.run(ids, 1, select=select, last_layer=layer)
         return second_pass(llama, ids, found, contiguous=True, work=first.work)
 
     return slow
 
 
 def slow_asl(kept, *, first, last_n, tau, window=8, passes=1, full_before=False):
-    def slow(llama, ids, padding):
+    def slow(llama, ids):
         layer, history = slow_methods.asl_layer(
             llama, ids, keep=kept, window=window, first=first, last_n=last_n, tau=tau
         )
@@ -228,7 +237,6 @@ def slow_asl(kept, *, first, last_n, tau, window=8, passes=1, full_before=False)
         stages = {} if layer is None else {layer: kept}
         compress, select = by_layer_scores(
             llama,
-            len(ids),
             stages=stages,
             capacity=lambda seen: kept,
             window=window,
@@ -242,12 +250,12 @@ def slow_asl(kept, *, first, last_n, tau, window=8, passes=1, full_before=False)
 def slow_speculative(kept, *, look_ahead, chunk=None, kernel=13, rate=None, draft=None):
     """The draft is the model itself, if there is no other."""
 
-    def slow(llama, ids, padding):
+    def slow(llama, ids):
         reader = llama if draft is None else Llama(draft)
         ranking, answer = slow_methods.answer_attention(reader, ids, look_ahead, kernel)
         if chunk is None:
             order = sorted(range(len(ids)), key=lambda j: -float(ranking[j]))
-            chosen = sorted(order[:kept])
+            chosen = sorted(order[: kept if isinstance(kept, int) else ceil(kept * len(ids))])
         else:
             chosen = slow_methods.chunks_of(ranking, chunk, rate)
         return second_pass(llama, ids, chosen, contiguous=False, work=answer.work)
@@ -262,18 +270,18 @@ CASES = {
     "snapkv": (SnapKV(keep=30, window=8), slow_layered((), 30, layer=(), kernel=5)),
     "snapkv, rate, max": (
         SnapKV(keep=0.3, window=12, kernel_size=7, pooling="max"),
-        slow_layered((), tokens(0.3, LENGTH), layer=(), window=12, mode="max"),
+        slow_layered((), 0.3, layer=(), window=12, mode="max"),
     ),
     "fastkv": (FastKV(keep=30, **SMALL), slow_layered(30)),
     "fastkv, constant": (FastKV(keep=40, keep_kv=24, **SMALL), slow_layered(40, 24)),
     "fastkv, rates, max": (
         FastKV(keep=0.4, keep_kv=0.2, pooling="max", **SMALL),
-        slow_layered(tokens(0.4, LENGTH), tokens(0.2, LENGTH), mode="max"),
+        slow_layered(0.4, 0.2, mode="max"),
     ),
     "fastkv, rates of the layer": (
         FastKV(keep=0.5, keep_kv=0.21, rates_of="layer", **SMALL),
         slow_layered(
-            45, lambda seen: tokens(0.21 if seen.layer <= 2 else 0.42, seen.padded)
+            0.5, lambda length, seen: tokens(0.21 if seen.layer <= 2 else 0.42, seen.length)
         ),
     ),
     "fastkv, staged": (
@@ -305,9 +313,9 @@ CASES = {
         CLAA(keep=(60, 30), layer=(2, 4), last_n=3, first_full=2),
         slow_layered((60, 30), layer=(2, 4), first_full=2, rank=joint_max(3)),
     ),
-    "claa, equal bytes": (  # 6 layers of 30: the first holds 90, five hold 18
+    "claa, equal bytes": (  # 6 layers of 30: the first holds all, five share the rest
         CLAA(keep=30, last_n=2, first_full=1, equal_cache=True, **SMALL),
-        slow_layered(30, 18, first_full=1, rank=joint_max(2)),
+        slow_layered(30, lambda n, seen: (6 * 30 - n) // 5, first_full=1, rank=joint_max(2)),
     ),
     "random": (Random(keep=30, seed=5, **SMALL), slow_random(30, 30, 5)),
     "random, staged": (
@@ -336,6 +344,47 @@ CASES = {
         slow_pyramidinfer(rho=0.3, recent=0.2, weight=1.2, sink=4, least=10),
     ),
     "gemfilter": (GemFilter(keep=30, layer=3), slow_gemfilter(30, 3)),
+    "fastkv, staged rates": (
+        FastKV(keep=(0.63, 0.47, 0.2), layer=(0, 1, 3), window=8),
+        slow_layered((0.63, 0.47, 0.2), layer=(0, 1, 3)),
+    ),
+    "claa, rates": (
+        CLAA(keep=0.37, keep_kv=0.23, last_n=2, first_full=1, **SMALL),
+        slow_layered(0.37, 0.23, first_full=1, rank=joint_max(2)),
+    ),
+    "claa, rates, equal bytes": (
+        CLAA(keep=0.4, last_n=2, first_full=1, equal_cache=True, **SMALL),
+        slow_layered(
+            0.4,
+            lambda n, seen: (6 * tokens(0.4, n) - n) // 5,
+            first_full=1,
+            rank=joint_max(2),
+        ),
+    ),
+    "claa, z-scored, rates": (
+        CLAA(keep=0.37, zscore=True, last_n=3, first_full=1, **SMALL),
+        slow_layered(0.37, first_full=1, rank=zscored_max(3)),
+    ),
+    "random, staged rates": (
+        Random(keep=(0.6, 0.3), keep_kv=0.2, layer=(1, 3), seed=5),
+        slow_random((0.6, 0.3), 0.2, 5, layer=(1, 3)),
+    ),
+    "oracle, staged rates": (
+        Oracle(keep=(0.6, 0.3), layer=(1, 3), max_new_tokens=5),
+        slow_oracle((0.6, 0.3), 0.3, 5, layer=(1, 3)),
+    ),
+    "peak, staged rates, sinks": (
+        Peak(keep=(0.6, 0.3), keep_kv=0.25, layer=(1, 3), kernel_size=9, window=8),
+        slow_peak((0.6, 0.3), 0.25, 9, layer=(1, 3), sink=4),
+    ),
+    "streaming, rate": (StreamingLLM(keep=0.31, sink=3), slow_streaming(0.31, 3)),
+    "pyramidkv, rate": (PyramidKV(keep=0.35, window=8), slow_pyramidkv(0.35, 20, 8)),
+    "pyramidkv, high rate": (PyramidKV(keep=0.7, window=8), slow_pyramidkv(0.7, 20, 8)),
+    "gemfilter, rate": (GemFilter(keep=0.31, layer=3), slow_gemfilter(0.31, 3)),
+    "speculative, rate": (
+        SpeculativePrefill(keep=0.31, look_ahead=4, chunk=None),
+        slow_speculative(0.31, look_ahead=4),
+    ),
     "fastkv, padding stays": (FastKV(keep=80, **SMALL), slow_layered(80)),
     "gemfilter, padding stays": (GemFilter(keep=80, layer=3), slow_gemfilter(80, 3)),
     "speculative, padding stays": (
@@ -400,7 +449,7 @@ def test_a_prompt_alone_is_the_slow_version(model, llama, case):
     method, slow = {**CASES, **ONE_PROMPT}[case]
     ids = prompt(LENGTH)[0].to(model.device)
     prefilled = run(model, ids, method)
-    expected = slow(llama, ids[0].tolist(), 0)
+    expected = slow(llama, ids[0].tolist())
     layer_tokens = expected.work - (STEPS - 1) * LAYERS  # without decoding
     assert prefilled.work == pytest.approx(layer_tokens / (LENGTH * LAYERS))
     assert_is(expected, model, prefilled, 0, 0, *decoded(model, prefilled))
@@ -413,7 +462,7 @@ def test_a_padded_batch_is_the_slow_version_of_each_row(model, llama, case):
     prefilled = run(model, ids, method, mask)
     logits, new = decoded(model, prefilled)
     for row, padding in enumerate((0, LENGTH - SHORT)):
-        expected = slow(llama, ids[row, padding:].tolist(), padding)
+        expected = slow(llama, ids[row, padding:].tolist())
         assert_is(expected, model, prefilled, row, padding, logits, new)
 
 
@@ -424,7 +473,7 @@ def test_one_padded_prompt_is_the_slow_version(model, llama, case):
     prefilled = run(model, ids[1:], method, mask[1:])
     logits, new = decoded(model, prefilled)
     padding = LENGTH - SHORT
-    expected = slow(llama, ids[1, padding:].tolist(), padding)
+    expected = slow(llama, ids[1, padding:].tolist())
     assert_is(expected, model, prefilled, 0, padding, logits, new)
 
 

@@ -109,8 +109,7 @@ class ASL(Pruning):
         never = self.two_pass and layer == state.num_layers - 1 and self._selected(state) is None
         if not self._drops(state, stage) or not (never or self._selected(state) == layer):
             return None
-        assert state.importance is not None  # a layer that selects needs scores
-        return self.best(state, state.importance, self._tokens(state, stage))
+        return self._best_at(state, stage)
 
     def compressible(self, state: PrefillState, layer: int) -> bool:
         """Whether the cache of this layer may be compressed at all."""
@@ -130,13 +129,15 @@ class ASL(Pruning):
                 "ASL: a batch must be one prompt, which has its own selection layer, "
                 f"got {scores.shape[0]}"
             )
-        rows = state.notes.setdefault("rows", [])
-        rows.append(mask_padding(scores, state.start, -torch.inf))
-        del rows[: -self.last_n]
+        layers = state.notes.setdefault("layers", [])
+        layers.append(mask_padding(scores, state.start, -torch.inf))
+        del layers[: -self.last_n]
         if layer < first:
             return False
-        best = min(self._tokens(state, first) - self.window, scores.shape[1])
-        variance = rank_variance(torch.stack(rows), best).item()
+        rows = state.row_sizes
+        kept = self._tokens(state.sizes, first) if rows is None else int(self._tokens(rows, first))
+        best = min(kept - self.window, scores.shape[1])
+        variance = rank_variance(torch.stack(layers), best).item()
         return variance < self.tau * state.notes.setdefault("variance", variance)
 
     def _selected(self, state: PrefillState) -> int | None:

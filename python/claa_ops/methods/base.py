@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from claa_ops.methods.budget import Budget, is_count
+from claa_ops.methods.budget import Budget, Sizes, is_count
 from claa_ops.ops._pool_mode import PoolMode
 from claa_ops.ops.score_tokens import score_tokens
+from claa_ops.ops.select_topk import select_topk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -129,6 +131,36 @@ class Method:
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
         """Tokens, ``[B, k]``, that go on to the layers after this one; None for all."""
         return None
+
+    # For what a system keeps.
+
+    def keep_best(
+        self,
+        state: PrefillState,
+        scores: Tensor,
+        tokens: Callable[[Sizes[Any]], Any],
+        *,
+        window: int = 0,
+        sink: int = 0,
+        grows: bool = True,
+    ) -> Tensor:
+        """The best of the tokens that a layer sees, as :func:`claa_ops.select_topk` has them.
+
+        Args:
+            state: the prefill.
+            scores: ``[B, ..., M]``, float32.
+            tokens: how many to keep, as a function of the numbers of tokens that there are.
+            window, sink: see :func:`claa_ops.select_topk`.
+            grows: whether no shorter prompt ever keeps more. If not, the host has to read how
+                much the rows of a padded batch keep.
+
+        Returns:
+            ``[B, ..., k]``, int64. A row of a padded batch keeps what it keeps alone, and -1
+            stands before it.
+        """
+        counts = None if state.row_sizes is None else tokens(state.row_sizes)
+        kept = tokens(state.sizes) if counts is None or grows else int(counts.max())
+        return select_topk(scores, kept, window=window, sink=sink, start=state.start, counts=counts)
 
     # For the settings of a system.
 

@@ -5,11 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Size = TypeVar("Size", int, Tensor)
+
+
+@dataclass(frozen=True)
+class Sizes(Generic[Size]):
+    """Numbers of tokens that budgets are of: those of a batch, or those of each of its rows.
+
+    Attributes:
+        prompt: N, of the prompt; for rows ``[B]``, int64, without padding.
+        seen: n, what the current layer sees of it, likewise.
+        num_layers: how many layers the model has.
+    """
+
+    prompt: Size
+    seen: Size
+    num_layers: int
 
 
 @dataclass(frozen=True)
 class Budget:
     """How many tokens to keep: ``count`` of them, or ``count`` out of every ``per``.
+
+    Of a length, or of the lengths ``[B]`` of the rows of a batch.
 
     A rate is held as two integers, the fraction that its decimal spells. The published code
     truncates ``int(length * rate)``; with a symbolic length, as in ``torch.export``, only integer
@@ -27,8 +50,11 @@ class Budget:
             return cls(rate.numerator, rate.denominator)
         return cls(keep) if isinstance(keep, int) and is_count(keep, 1) else None
 
-    def tokens(self, length: int, least: int) -> int:
+    def tokens(self, length: Size, least: int) -> Size:
         """The number of tokens; never fewer than ``least``, or ``length`` if that is shorter."""
+        if isinstance(length, Tensor):
+            wanted = length * self.count // self.per if self.per else length.new_tensor(self.count)
+            return torch.where(length <= least, length, wanted.clamp_min(least))
         if length <= least:
             return length
         return max(least, length * self.count // self.per if self.per else self.count)
@@ -39,19 +65,27 @@ class Budget:
         return Budget(rate.numerator, rate.denominator)
 
 
-def equal_share(total: int, lengths: Sequence[int]) -> int:
+def equal_share(total: Size, lengths: Sequence[Size]) -> Size:
     """The largest capacity with which layers of these lengths hold at most ``total`` entries.
 
-    Short layers hold all of their tokens, and leave the rest of their share to the others.
+    Short layers hold all of their tokens, and leave the rest of their share to the others. The
+    lengths descend.
     """
-    share = 0
-    for done, length in enumerate(sorted(lengths)):
-        share = total // (len(lengths) - done)
-        if length > share:
-            break
-        total -= length
-        share = length
+    share, left = total * 0, total
+    for done, length in enumerate(reversed(lengths)):
+        share = larger(share, left // (len(lengths) - done))
+        left = left - length
     return share
+
+
+def smaller(a: Size, b: Size) -> Size:
+    """The minimum; of the numbers of each row."""
+    return torch.minimum(a, b) if isinstance(a, Tensor) else min(a, b)
+
+
+def larger(a: Size, b: Size) -> Size:
+    """The maximum; of the numbers of each row."""
+    return torch.maximum(a, b) if isinstance(a, Tensor) else max(a, b)
 
 
 def is_count(value: object, least: int) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from claa_ops.methods.base import is_count
 from claa_ops.methods.fastkv import FastKV
+from claa_ops.methods.padding import gather_kept
 from claa_ops.methods.pruning import Pruning
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Random(Pruning):
             state.notes["numbers"] = numbers
         scores = numbers.expand(key.shape[0], -1)
         if state.positions is not None:
-            scores = scores.gather(1, state.positions[:, : key.shape[2] - self.window])
+            scores = gather_kept(scores, state.positions[:, : key.shape[2] - self.window])
         return scores[:, None].expand(-1, key.shape[1], -1)
 
 

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from claa_ops.methods.budget import Budget
+from claa_ops.methods.budget import Budget, Size, Sizes
 from claa_ops.methods.pruning import Pruning
-
-if TYPE_CHECKING:
-    from claa_ops.prefill.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class FastKV(Pruning):
 
     rates_of: Literal["prompt", "layer"] = "prompt"
 
-    _keep_kv_behind: Budget = field(init=False, repr=False, compare=False)
+    _keep_kv_after: Budget = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,11 +48,11 @@ class FastKV(Pruning):
         if self.rates_of == "layer":
             rates = bool(self._keep_kv.per and last.per and len(self._stages) == 1)
             self.require(rates, "rates_of", "'prompt' unless keep and keep_kv are single rates")
-            object.__setattr__(self, "_keep_kv_behind", self._keep_kv.within(last))
+            object.__setattr__(self, "_keep_kv_after", self._keep_kv.within(last))
 
-    def capacity(self, state: PrefillState, layer: int) -> int:
+    def capacity(self, sizes: Sizes[Size], layer: int) -> Size:
         """How many entries the cache of this layer may keep."""
         if self.rates_of == "prompt" or self.equal_cache:
-            return super().capacity(state, layer)
-        budget = self._keep_kv if layer <= max(self._stages) else self._keep_kv_behind
-        return budget.tokens(state.length, self.window)
+            return super().capacity(sizes, layer)
+        budget = self._keep_kv if layer <= max(self._stages) else self._keep_kv_after
+        return budget.tokens(sizes.seen, self.window)

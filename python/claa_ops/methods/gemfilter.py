@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from claa_ops.methods.base import Method
-from claa_ops.methods.budget import Budget, is_count
+from claa_ops.methods.budget import Budget, Size, Sizes, is_count
 from claa_ops.methods.padding import mask_padding
 from claa_ops.ops.pool_heads import pool_heads
-from claa_ops.ops.select_topk import select_topk
 
 if TYPE_CHECKING:
     from claa_ops.prefill.state import PrefillState
@@ -76,7 +75,7 @@ class GemFilter(Method):
 
     def needs_scores(self, state: PrefillState, layer: int) -> bool:
         """Whether this is the filter layer of a prompt that is longer than the budget."""
-        return layer == self.layer and state.length > self._tokens(state)
+        return layer == self.layer and state.length > self._tokens(state.sizes)
 
     def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
         """Pooled inner products with the last query, summed over heads: ``[B, 1, N]``."""
@@ -95,7 +94,7 @@ class GemFilter(Method):
         if not self.needs_scores(state, layer):
             return None
         assert state.importance is not None  # the filter layer was observed
-        return select_topk(state.importance, self._tokens(state), start=state.start)
+        return self.keep_best(state, state.importance, self._tokens)
 
-    def _tokens(self, state: PrefillState) -> int:
-        return self._keep.tokens(state.prompt_length, 1)
+    def _tokens(self, sizes: Sizes[Size]) -> Size:
+        return self._keep.tokens(sizes.prompt, 1)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from claa_ops.methods.base import Preparation, is_count
+from claa_ops.methods.padding import gather_kept
 from claa_ops.methods.pruning import Pruning
 
 if TYPE_CHECKING:
@@ -67,6 +68,6 @@ class Oracle(Pruning):
         ranking = state.ranking
         assert ranking is not None  # a prefill that needs one does not begin without
         if state.positions is not None:
-            ranking = ranking.gather(1, state.positions)
+            ranking = gather_kept(ranking, state.positions)
         context = max(0, state.length - self.window)
         return ranking[:, None, :context].expand(-1, key.shape[1], -1)

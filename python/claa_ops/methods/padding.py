@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 
+def gather_kept(x: Tensor, index: Tensor) -> Tensor:
+    """Entries of ``[B, ..., n]`` at the kept tokens ``[B, k]``; 0 where that is -1, padding."""
+    at = index.view(index.shape[0], *[1] * (x.dim() - 2), -1).expand(*x.shape[:-1], -1)
+    return x.gather(-1, at.clamp_min(0)).masked_fill(at < 0, 0)
+
+
 def mask_padding(scores: Tensor, start: Tensor | None, fill: float) -> Tensor:
     """Scores ``[B, ..., M]`` with ``fill`` before ``start`` ``[B]``, the first valid tokens."""
     if start is None:

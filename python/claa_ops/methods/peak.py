@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from claa_ops.methods.padding import gather_kept
 from claa_ops.methods.pruning import Pruning
 from claa_ops.ops.peak_attention import peak_attention
 from claa_ops.ops.pool_heads import pool_heads
@@ -87,7 +88,5 @@ class Peak(Pruning):
         """At a selection layer, the most important tokens, ``[B, k]``, and the window."""
         index = super().select(state, layer)
         if index is not None:  # the peaks of the tokens that go on
-            peaks = state.notes["peaks"]
-            wanted = index[:, None].expand(-1, peaks.shape[1], -1)
-            state.notes["peaks"] = peaks.gather(2, wanted)
+            state.notes["peaks"] = gather_kept(state.notes["peaks"], index)
         return index

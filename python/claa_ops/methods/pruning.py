@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from claa_ops.methods.base import Method
-from claa_ops.methods.budget import Budget, equal_share, is_count
-from claa_ops.ops.select_topk import select_topk
+from claa_ops.methods.budget import Budget, Size, Sizes, equal_share, is_count, smaller
 
 if TYPE_CHECKING:
     from claa_ops.prefill.state import PrefillState
@@ -38,9 +39,10 @@ class Pruning(Method):
             ``first_full=0``.
         window, kernel_size, pooling: see :class:`Method`.
 
-    Budgets are of the whole (padded) prompt at every layer, and never below the window: a prompt
-    that is not longer than the window is kept whole. A prompt shorter than ``keep_kv`` is left
-    alone and nothing is selected.
+    Budgets are of the whole prompt at every layer, and never below the window: a prompt that is
+    not longer than the window is kept whole. A prompt shorter than ``keep_kv`` is left alone and
+    nothing is selected. In a padded batch each row keeps what it keeps alone; only that last rule
+    is decided by the longest row.
 
     Raises:
         ValueError: a setting is out of its range; or, when a prefill begins, ``equal_cache``
@@ -93,9 +95,19 @@ class Pruning(Method):
         self.require(max(self._stages) <= num_layers - 2, "layer", allowed)
 
     def begin(self, state: PrefillState) -> None:
-        """Share the entries of the cache out, if they are to be equal."""
-        if self.equal_cache:
-            state.notes["capacity"] = self._equal_capacity(state)
+        """Refuse equal caches where the whole ones leave the others too little."""
+        sizes = state.sizes
+        if not self.equal_cache or sizes.prompt <= self.window:
+            return
+        if self.capacity(sizes, 0) < self.window:
+            nominal = self._keep_kv.tokens(sizes.prompt, self.window)
+            whole = sum(self._seen(sizes)[: self.first_full])
+            raise ValueError(
+                f"{type(self).__name__}: equal_cache must leave each layer its window of "
+                f"{self.window}: {nominal} of {sizes.prompt} tokens in {sizes.num_layers} "
+                f"layers are {nominal * sizes.num_layers} entries, and the first "
+                f"{self.first_full} layers alone hold {whole}"
+            )
 
     def ranks(self, layer: int) -> bool:
         """The layers that see the whole prompt."""
@@ -123,60 +135,59 @@ class Pruning(Method):
         """The tokens with this layer's best scores, ``[B, G, k]``, and the window."""
         if not self._compresses(state, layer):
             return None
-        return self.best(state, state.layer_scores, self.capacity(state, layer))
+        return self._best(state, state.layer_scores, partial(self.capacity, layer=layer))
 
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
         """At a selection layer, the most important tokens, ``[B, k]``, and the window."""
         if layer not in self._stages or not self._drops(state, layer):
             return None
+        return self._best_at(state, layer)
+
+    def _best_at(self, state: PrefillState, stage: int) -> Tensor:
+        """The most important tokens, as many as go on after a selection layer."""
         assert state.importance is not None  # a layer that selects needs scores
-        return self.best(state, state.importance, self._tokens(state, layer))
+        return self._best(state, state.importance, partial(self._tokens, stage=stage))
 
-    def best(self, state: PrefillState, scores: Tensor, kept: int) -> Tensor:
+    def _best(
+        self, state: PrefillState, scores: Tensor, tokens: Callable[[Sizes[Any]], Any]
+    ) -> Tensor:
         """The sinks, the window and the tokens of best score."""
-        return select_topk(scores, kept, window=self.window, sink=self.sink, start=state.start)
+        return self.keep_best(state, scores, tokens, window=self.window, sink=self.sink)
 
-    def capacity(self, state: PrefillState, layer: int) -> int:
+    def capacity(self, sizes: Sizes[Size], layer: int) -> Size:
         """How many entries the cache of this layer may keep."""
-        if self.equal_cache:
-            return state.notes["capacity"]
-        return self._keep_kv.tokens(state.prompt_length, self.window)
+        nominal = self._keep_kv.tokens(sizes.prompt, self.window)
+        if not self.equal_cache:
+            return nominal
+        # All caches together hold as much as if each held the nominal number.
+        seen = self._seen(sizes)
+        total = nominal * sizes.num_layers - sum(seen[: self.first_full])
+        return equal_share(total, seen[self.first_full :])
 
     def compressible(self, state: PrefillState, layer: int) -> bool:
         """Whether the cache of this layer may be compressed at all."""
         return layer >= self.first_full
 
     def _compresses(self, state: PrefillState, layer: int) -> bool:
-        return self.compressible(state, layer) and state.length > self.capacity(state, layer)
+        fits = state.length <= self.capacity(state.sizes, layer)
+        return self.compressible(state, layer) and not fits
 
-    def _tokens(self, state: PrefillState, layer: int) -> int:
-        return self._stages[layer].tokens(state.prompt_length, self.window)
+    def _tokens(self, sizes: Sizes[Size], stage: int) -> Size:
+        return self._stages[stage].tokens(sizes.prompt, self.window)
 
-    def _drops(self, state: PrefillState, layer: int) -> bool:
+    def _drops(self, state: PrefillState, stage: int) -> bool:
         """Whether the selection layer drops tokens; a prompt below the capacity is untouched."""
         capacity = self._keep_kv.tokens(state.prompt_length, self.window)
-        return state.prompt_length >= capacity and state.length > self._tokens(state, layer)
+        drops = state.length > self._tokens(state.sizes, stage)
+        return state.prompt_length >= capacity and drops
 
     def _next_stage(self, layer: int) -> int:
         return min(stage for stage in self._stages if stage >= layer)
 
-    def _equal_capacity(self, state: PrefillState) -> int:
-        """The capacity with which all caches together hold ``keep_kv`` of the full ones."""
-        length, lengths = state.prompt_length, []
-        nominal = self._keep_kv.tokens(length, self.window)
-        if length <= nominal:
-            return nominal
-        for layer in range(state.num_layers):
-            lengths.append(length)
-            if layer in self._stages:
-                length = min(length, self._tokens(state, layer))
-        total, whole = nominal * state.num_layers, sum(lengths[: self.first_full])
-        share = equal_share(total - whole, lengths[self.first_full :])
-        if share < self.window:
-            raise ValueError(
-                f"{type(self).__name__}: equal_cache must leave each layer its window of "
-                f"{self.window}: {nominal} of {state.prompt_length} tokens in {state.num_layers} "
-                f"layers are {total} entries, and the first {self.first_full} layers alone hold "
-                f"{whole}"
-            )
-        return share
+    def _seen(self, sizes: Sizes[Size]) -> list[Size]:
+        """How many tokens each layer sees."""
+        seen = [sizes.prompt]
+        for layer in range(sizes.num_layers - 1):
+            selects = layer in self._stages
+            seen.append(smaller(seen[-1], self._tokens(sizes, layer)) if selects else seen[-1])
+        return seen

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from math import cos, pi
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from claa_ops.methods.base import Method
-from claa_ops.methods.budget import is_count
+from claa_ops.methods.budget import Size, Sizes, is_count
 from claa_ops.ops.score_window import score_window
-from claa_ops.ops.select_topk import select_topk
 
 if TYPE_CHECKING:
     from claa_ops.prefill.state import PrefillState
@@ -63,27 +64,33 @@ class PyramidInfer(Method):
 
     def rows(self, state: PrefillState) -> int:
         """The recent tokens, and the last one."""
-        return 1 + int(state.prompt_length * self.recent)
+        return self._recent(state.prompt_length)
 
     def needs_scores(self, state: PrefillState, layer: int) -> bool:
-        """Whether this layer drops tokens."""
-        return self._context(state, layer) < state.length - self.rows(state)
+        """Whether this layer drops tokens, or may drop some of a row."""
+        return state.row_sizes is not None or self._tokens(state.sizes, layer) < state.length
 
     def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
-        """The weighted mean attention, ``[B, 1, M]``."""
-        rows, context = query.shape[2], key.shape[2] - query.shape[2]
+        """The weighted mean attention, ``[B, 1, n - 1]``; infinite for recent tokens."""
+        rows, total = query.shape[2], key.shape[2]
+        sizes = state.row_sizes
+        recent = key.new_tensor([rows]) if sizes is None else self._recent(sizes.prompt)
         lse = attention.pop("lse")
-        total = key.new_zeros(key.shape[0], query.shape[1], context).float()
+        scores = torch.zeros(key.shape[0], total - 1, device=key.device)
         for row in range(rows):
-            ramp = row / (rows - 1) if rows > 1 else 0.0
+            context = total - rows + row
             seen = score_window(
                 query[:, :, row : row + 1],
-                key[:, :, : context + row + 1],
+                key[:, :, : context + 1],
                 lse=None if lse is None else lse[:, :, row : row + 1],
                 **attention,
             )
-            total += (1 + (self.distance_weight - 1) * ramp) * seen[..., :context]
-        return total.mean(dim=1, keepdim=True) / rows
+            ramp = (row - rows + recent) / (recent - 1).clamp_min(1)  # below 0: not recent
+            weight = (1 + (self.distance_weight - 1) * ramp) * (ramp >= 0)
+            scores[:, :context] += weight[:, None] * seen.mean(dim=1)
+        places = torch.arange(total - 1, device=key.device)
+        scores = scores / recent[:, None]
+        return scores.masked_fill(places >= total - recent[:, None], torch.inf)[:, None]
 
     def observe(self, state: PrefillState, layer: int) -> None:
         """The scores of one layer are the ranking."""
@@ -94,13 +101,26 @@ class PyramidInfer(Method):
         if not self.needs_scores(state, layer):
             return None
         assert state.importance is not None  # a layer that selects needs scores
-        recent = self.rows(state)
-        kept = self._context(state, layer) + recent
-        return select_topk(state.importance, kept, window=recent, sink=self.sink, start=state.start)
+        tokens = partial(self._tokens, layer=layer)
+        return self.keep_best(
+            state, state.importance, tokens, window=1, sink=self.sink, grows=False
+        )
 
-    def _context(self, state: PrefillState, layer: int) -> int:
-        """How many context tokens go on after this layer."""
-        context = state.length - self.rows(state)
-        wave = (1 + cos(pi * layer / state.num_layers)) / 2
-        kept = int(context * (self.rho + (1 - self.rho) * wave))
-        return kept if kept > self.least else context
+    def _recent(self, prompt: Size) -> Size:
+        """How many tokens are recent."""
+        return 1 + _part(prompt, self.recent)
+
+    def _tokens(self, sizes: Sizes[Size], layer: int) -> Size:
+        """How many tokens go on after this layer."""
+        recent = self._recent(sizes.prompt)
+        context = sizes.seen - recent
+        wave = (1 + cos(pi * layer / sizes.num_layers)) / 2
+        kept = _part(context, self.rho + (1 - self.rho) * wave)
+        if isinstance(kept, Tensor):
+            return recent + torch.where(kept > self.least, kept, context)
+        return recent + (kept if kept > self.least else context)
+
+
+def _part(length: Size, share: float) -> Size:
+    """The share of a length, cut to an integer."""
+    return (length.double() * share).long() if isinstance(length, Tensor) else int(length * share)

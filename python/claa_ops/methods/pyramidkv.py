@@ -1,8 +1,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from claa_ops.methods.budget import Size, Sizes, smaller
 from claa_ops.methods.snapkv import SnapKV
 
 if TYPE_CHECKING:
@@ -39,14 +44,31 @@ class PyramidKV(SnapKV):
         number = isinstance(self.beta, int | float) and not isinstance(self.beta, bool)
         self.require(number and self.beta >= 1, "beta", "a number of at least 1")
 
-    def capacity(self, state: PrefillState, layer: int) -> int:
+    def needs_scores(self, state: PrefillState, layer: int) -> bool:
+        """Whether the layer sees more tokens than its cache may keep, or a row of it may."""
+        return state.row_sizes is not None or super().needs_scores(state, layer)
+
+    def compress(self, state: PrefillState, layer: int) -> Tensor | None:
+        """The tokens with this layer's best scores, ``[B, G, k]``, and the window."""
+        if not self.needs_scores(state, layer):
+            return None
+        tokens = partial(self.capacity, layer=layer)
+        return self.keep_best(state, state.layer_scores, tokens, window=self.window, grows=False)
+
+    def capacity(self, sizes: Sizes[Size], layer: int) -> Size:
         """How many entries the cache of this layer may keep."""
-        average = super().capacity(state, layer) - self.window
-        context = state.prompt_length - self.window
+        average = super().capacity(sizes, layer) - self.window
+        context = sizes.prompt - self.window
+        if isinstance(average, Tensor):
+            share = self._share(average.double(), context.double(), layer / (sizes.num_layers - 1))
+            return torch.where(average < context, self.window + share.round().long(), sizes.prompt)
         if average >= context:
-            return state.prompt_length
+            return sizes.prompt
+        return self.window + round(self._share(average, context, layer / (sizes.num_layers - 1)))
+
+    def _share(self, average: Any, context: Any, depth: float) -> Any:
+        """Context tokens of the layer at a depth of 0 to 1."""
         last = average / self.beta
-        first = min(2 * average - last, context)
+        first = smaller(2 * average - last, context)
         last = 2 * average - first
-        step = (first - last) / max(1, state.num_layers - 1)
-        return self.window + round(first - layer * step)
+        return first - depth * (first - last)

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from claa_ops.methods.base import Method
-from claa_ops.methods.budget import Budget
-from claa_ops.ops.select_topk import select_topk
+from claa_ops.methods.budget import Budget, Size, Sizes
 
 if TYPE_CHECKING:
     from claa_ops.prefill.state import PrefillState
@@ -51,15 +51,15 @@ class SnapKV(Method):
 
     def needs_scores(self, state: PrefillState, layer: int) -> bool:
         """Whether the layer sees more tokens than its cache may keep."""
-        return state.length > self.capacity(state, layer)
+        return state.length > self.capacity(state.sizes, layer)
 
     def compress(self, state: PrefillState, layer: int) -> Tensor | None:
         """The tokens with this layer's best scores, ``[B, G, k]``, and the window."""
         if not self.needs_scores(state, layer):
             return None
-        kept = self.capacity(state, layer)
-        return select_topk(state.layer_scores, kept, window=self.window, start=state.start)
+        tokens = partial(self.capacity, layer=layer)
+        return self.keep_best(state, state.layer_scores, tokens, window=self.window)
 
-    def capacity(self, state: PrefillState, layer: int) -> int:
+    def capacity(self, sizes: Sizes[Size], layer: int) -> Size:
         """How many entries the cache of this layer may keep."""
-        return self._keep.tokens(state.prompt_length, self.window)
+        return self._keep.tokens(sizes.prompt, self.window)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from claa_ops.methods.base import Method, Preparation
-from claa_ops.methods.budget import Budget, is_count
+from claa_ops.methods.budget import Budget, Size, is_count, smaller
 from claa_ops.ops.aggregate_scores import aggregate_scores
 from claa_ops.ops.peak_attention import peak_attention
 from claa_ops.ops.pool_heads import pool_heads
@@ -110,8 +110,9 @@ class SpeculativePrefill(Method):
         ranking = state.ranking
         assert ranking is not None  # a prefill that needs one does not begin without
         if self.chunk is None:
-            kept = self._count(ranking.shape[1], 1)
-            return select_topk(ranking, kept, start=state.start) if kept < state.length else None
+            if self._units(state.length, 1) >= state.length:
+                return None
+            return self.keep_best(state, ranking, lambda sizes: self._units(sizes.prompt, 1))
         if ranking.shape[0] > 1:
             raise ValueError(
                 "SpeculativePrefill: a batch must be one prompt unless chunk is None, "
@@ -119,7 +120,7 @@ class SpeculativePrefill(Method):
             )
         first = 0 if state.start is None else int(state.start)
         chunks = ranking[:, first:].split(self.chunk, dim=1)  # the last may be short
-        kept = self._count(len(chunks), self.chunk)
+        kept = self._units(len(chunks), self.chunk)
         if kept >= len(chunks):
             return None
         means = torch.cat([chunk.mean(dim=1, keepdim=True) for chunk in chunks], dim=1)
@@ -127,11 +128,11 @@ class SpeculativePrefill(Method):
         tokens = torch.arange(ranking.shape[1] - first, device=ranking.device)
         return (first + tokens[torch.isin(tokens // self.chunk, best)])[None]
 
-    def _count(self, units: int, size: int) -> int:
+    def _units(self, units: Size, size: int) -> Size:
         """How many of the units, of ``size`` tokens each, the budget pays; at least one."""
         if self._keep.per:
             return -(-units * self._keep.count // self._keep.per)
-        return min(units, -(-self._keep.count // size))
+        return smaller(units, units * 0 + -(-self._keep.count // size))
 
     def rank_prompt(self, answer: Answer) -> Tensor:
         """``[B, N]``: each head's attention pooled, its peak over layers and heads, the mean."""

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from claa_ops.methods.base import Method
-from claa_ops.methods.budget import Budget, is_count
-from claa_ops.ops.select_topk import select_topk
+from claa_ops.methods.budget import Budget, Size, Sizes, is_count
 
 if TYPE_CHECKING:
     from claa_ops.prefill.state import PrefillState
@@ -51,25 +50,18 @@ class StreamingLLM(Method):
 
     def needs_scores(self, state: PrefillState, layer: int) -> bool:
         """Whether the layer sees more tokens than its cache may keep."""
-        return state.length > self._capacity(state)
+        return state.length > self._capacity(state.sizes)
 
     def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
-        """Zeros for all but the last tokens."""
-        context = state.length - (self._capacity(state) - self.sink)
-        return torch.zeros(key.shape[0], 1, context, device=key.device)
+        """The later, the better."""
+        places = torch.arange(state.length, device=key.device, dtype=torch.float32)
+        return places.expand(key.shape[0], 1, -1)
 
     def compress(self, state: PrefillState, layer: int) -> Tensor | None:
         """The first tokens and the last, ``[B, k]``."""
         if not self.needs_scores(state, layer):
             return None
-        kept = self._capacity(state)
-        return select_topk(
-            state.layer_scores[:, 0],
-            kept,
-            window=kept - self.sink,
-            sink=self.sink,
-            start=state.start,
-        )
+        return self.keep_best(state, state.layer_scores[:, 0], self._capacity, sink=self.sink)
 
-    def _capacity(self, state: PrefillState) -> int:
-        return self._keep.tokens(state.prompt_length, self.sink + 1)
+    def _capacity(self, sizes: Sizes[Size]) -> Size:
+        return self._keep.tokens(sizes.prompt, self.sink + 1)

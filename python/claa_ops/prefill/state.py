@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from claa_ops.methods.base import Method
+from claa_ops.methods.budget import Sizes
 from claa_ops.ops.gather_kv import gather_kv
 
 _CALLS = ("observe", "compress", "select")
@@ -79,13 +81,15 @@ class PrefillState:
         layer: the layer that was observed last, -1 before the first.
         length: n, how many tokens the current layer sees: N until some are selected.
         start: ``[B]`` or None: the first of these n that is not left padding.
-        positions: ``[B, n]``, int64, ascending: where these n stood in the prompt; None while
-            they are the whole prompt.
+        positions: ``[B, n]``, int64, ascending: where these n stood in the prompt, -1 for
+            padding that stood nowhere; None while they are the whole prompt.
         ranking: ``[B, N]``, float32: a ranking of the prompt that was there before; or None.
         importance: ``[B, M]``, float32: the method's ranking so far, or None. The next layer may
             update it in place.
         notes: whatever else the method has to remember.
         lengths: for each observed layer, how many tokens it saw.
+        cache_start: ``[B]`` or None: the first entry of what :meth:`compress` returned last that
+            is not padding.
         scores: with ``keep_scores``, for each layer its token scores, ``[B, M]``: the maximum
             over key/value heads.
     """
@@ -104,6 +108,8 @@ class PrefillState:
         self.prompt_length = prompt_length
         self.length = prompt_length
         self.start = start
+        self.cache_start: Tensor | None = None
+        self.row_lengths = None if start is None else prompt_length - start.long()
         self.positions: Tensor | None = None
         self.ranking = ranking
         self.importance: Tensor | None = None
@@ -113,6 +119,18 @@ class PrefillState:
         self._keep_scores = keep_scores
         self._layer_scores: Tensor | None = None
         self.layer, self._call = -1, "select"
+
+    @property
+    def sizes(self) -> Sizes[int]:
+        """How many tokens the prompt has and the current layer sees, padding included."""
+        return Sizes(self.prompt_length, self.length, self.num_layers)
+
+    @property
+    def row_sizes(self) -> Sizes[Tensor] | None:
+        """The same of each row, ``[B]``, without padding; None if there is none."""
+        if self.start is None or self.row_lengths is None:
+            return None
+        return Sizes(self.row_lengths, self.length - self.start, self.num_layers)
 
     @property
     def layer_scores(self) -> Tensor:
@@ -193,7 +211,7 @@ class PrefillState:
         Returns:
             The kept rows, ``[B, G, k, D]`` and ``[B, G, k, Dv]``; the arguments themselves if
             the layer keeps all. Heads may keep different tokens; each head's are in ascending
-            order.
+            order. Where rows are padded, those before ``cache_start`` are padding.
 
         Raises:
             RuntimeError: the layer was not observed just before.
@@ -202,6 +220,7 @@ class PrefillState:
         if self.method.two_pass:  # its first pass only chooses tokens
             return key[:, :, :0].clone(), value[:, :, :0].clone()
         index = self.method.compress(self, layer)
+        self.cache_start = self._padding(index)
         return (key, value) if index is None else gather_kv(key, value, index)
 
     def select(self, layer: int) -> Tensor | None:
@@ -210,7 +229,9 @@ class PrefillState:
         Returns:
             ``[B, k]``, int64, ascending, into the n tokens of this layer; None if all go on.
             The caller gathers hidden states, position embeddings and ids with
-            :func:`claa_ops.gather_tokens`.
+            :func:`claa_ops.gather_tokens`, which gives zeros where the index is -1: there a row
+            of a padded batch keeps less than others. Attention must not see what lies before
+            the new ``start``.
 
         Raises:
             RuntimeError: the layer was not observed just before, or selects a second time.
@@ -226,13 +247,23 @@ class PrefillState:
         """Go on with the tokens at ``index`` of the current ones."""
         if index is None:
             return None
-        kept = index.shape[-1]
-        if self.start is not None:
-            # Padding is kept only when nothing else is left, so dropping spends it first.
-            self.start = (self.start - (self.length - kept)).clamp_min(0)
-        self.positions = index if self.positions is None else self.positions.gather(1, index)
-        self.length = kept
+        self.start = self._padding(index)
+        if self.positions is None:
+            self.positions = index
+        elif self.start is None:
+            self.positions = self.positions.gather(1, index)
+        else:
+            positions = self.positions.gather(1, index.clamp_min(0))
+            self.positions = torch.where(index < 0, index, positions)
+        self.length = index.shape[-1]
         return index
+
+    def _padding(self, index: Tensor | None) -> Tensor | None:
+        """``[B]``: how many of the tokens at ``[B, k]`` or ``[B, G, k]`` are padding, the first."""
+        if self.start is None or index is None:
+            return self.start
+        head = index if index.dim() == 2 else index[:, 0]  # all heads keep as many
+        return (head < self.start[:, None]).sum(dim=1)
 
     def _advance(self, layer: int, call: str) -> None:
         """Check that calls come in order: layers ascend; observe, then compress, then select."""
