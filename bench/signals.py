@@ -25,7 +25,7 @@ from claa_ops.methods.base import Preparation
 from claa_ops.prefill import Prefilled, attach, run
 from claa_ops.prefill.answer import Answer, record_answer
 from claa_ops.prefill.cache import first_valid
-from claa_ops.prefill.huggingface import decoder_of
+from claa_ops.prefill.transformers_api import decoder_of
 from claa_ops.prefill.work import Work, count_work
 
 KEEPS = (0.1, 0.2)

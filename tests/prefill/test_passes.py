@@ -17,6 +17,7 @@ from claa_ops.methods import (
 )
 from claa_ops.methods.speculative import require_same_tokenizer
 from claa_ops.prefill import ClaaCache, attach, begin, decode, generate, run
+from claa_ops.prefill.transformers_api import cache_of
 
 from . import slow_methods
 from .slow_methods import Llama
@@ -128,7 +129,7 @@ def test_the_first_pass_runs_no_layer_behind_the_filter_and_keeps_no_cache(model
     method, calls, held, blocks = GemFilter(keep=30, layer=3), [], [], list(model.model.layers)
 
     def note(module, args, kwargs, output):
-        cache = kwargs["past_key_values"]
+        cache = cache_of(kwargs)
         calls.append((blocks.index(module), output.shape[1]))
         held.append(cache.nbytes())
 

@@ -199,7 +199,7 @@ class _Bar:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[_Bar]:
-    from transformers.utils import logging
+    from transformers import logging
 
     logging.disable_progress_bar()  # ours stands in its place
     columns = (

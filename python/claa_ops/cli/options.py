@@ -126,7 +126,7 @@ def expand(
 @contextlib.contextmanager
 def step_progress() -> Iterator[Callable[[str], None]]:
     """Show on standard error what is being done, and for how long."""
-    from transformers.utils import logging
+    from transformers import logging
 
     logging.disable_progress_bar()  # ours stands in its place
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from claa_ops.prefill import Prefilled
 from claa_ops.prefill.passes import end_tokens, greedy
+from claa_ops.prefill.transformers_api import cache_argument
 
 
 @torch.no_grad()
@@ -27,8 +28,8 @@ def force(model: PreTrainedModel, prefilled: Prefilled, target: Tensor) -> tuple
         more = model(
             input_ids=given,
             position_ids=prefilled.next_position[:, None] + steps,
-            past_key_values=prefilled.cache,
             use_cache=True,
+            **cache_argument(model, prefilled.cache),
         ).logits[0]
         logits = torch.cat([logits, more])
     target = target.to(logits.device)

@@ -19,6 +19,7 @@ from claa_ops.models import InputError
 from claa_ops.prefill import Prefilled, PrefillState, attach
 from claa_ops.prefill import run as prefill
 from claa_ops.prefill.passes import end_tokens, greedy
+from claa_ops.prefill.transformers_api import cache_argument
 from claa_ops.prefill.work import Work
 
 
@@ -178,8 +179,8 @@ def _prefill(model: PreTrainedModel, ids: Tensor, method: Method, **options: Any
 @torch.inference_mode()
 def _plain_prefill(model: PreTrainedModel, ids: Tensor) -> None:
     cache = DynamicCache(config=model.config)
-    logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    logits[:, -1].argmax(dim=-1)
+    output = model(ids, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
+    output.logits[:, -1].argmax(dim=-1)
 
 
 def _timed(model: PreTrainedModel, work: Callable[[], object]) -> float:

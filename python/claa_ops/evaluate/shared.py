@@ -16,8 +16,8 @@ from claa_ops.methods import FullKV, Method
 from claa_ops.methods.base import Preparation
 from claa_ops.methods.pruning import Pruning
 from claa_ops.prefill import ClaaCache, Prefilled, PrefillState, begin, run
-from claa_ops.prefill.huggingface import decoder_of
 from claa_ops.prefill.passes import count_positions
+from claa_ops.prefill.transformers_api import cache_argument, cache_of, decoder_of
 
 _ROWS = 64  # of the queries, the last: a method that reads more is computed as a whole
 
@@ -77,9 +77,9 @@ class SharedPrefill:
                     self.input_ids,
                     attention_mask=self.attention_mask,
                     position_ids=count_positions(self.input_ids, self.attention_mask),
-                    past_key_values=recorder,
                     use_cache=True,
                     logits_to_keep=1,
+                    **cache_argument(model, recorder),
                 )
         finally:
             for handle in handles:
@@ -181,7 +181,7 @@ class SharedPrefill:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             arguments = signature.bind(*args, **kwargs).arguments
-            cache: Any = arguments.get("past_key_values")
+            cache = cache_of(arguments)
             if layer == 0:
                 self._replays = self._is_recorded(_given(arguments), cache)
             if not self._replays:

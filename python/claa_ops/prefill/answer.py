@@ -18,6 +18,7 @@ from claa_ops.prefill.cache import ClaaCache, first_valid
 from claa_ops.prefill.huggingface import attach
 from claa_ops.prefill.passes import count_positions, end_tokens, greedy
 from claa_ops.prefill.state import PrefillState
+from claa_ops.prefill.transformers_api import cache_argument
 from claa_ops.prefill.work import Work, count_work
 
 _ROWS = 128  # queries at a time, so that what is held of [T, N] stays small
@@ -101,9 +102,9 @@ def record_answer(
         input_ids=input_ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **cache_argument(model, cache),
     ).logits[:, -1]
     ends = end_tokens(model, eos_token_id)
     steps = greedy(model, logits, cache, positions[:, -1] + 1, mask, ends)

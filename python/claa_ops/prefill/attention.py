@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from claa_ops.prefill.cache import ClaaCache, SlidingLayer
 from claa_ops.prefill.logsumexp import attention_and_logsumexp
-
-AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+from claa_ops.prefill.transformers_api import (
+    AttentionFunction,
+    mask_function,
+    register_attention_function,
+    sdpa_mask,
+)
 
 
 def register_attention(base_name: str, base: AttentionFunction, family: str) -> str:
@@ -22,10 +23,8 @@ def register_attention(base_name: str, base: AttentionFunction, family: str) -> 
     # the name in the configuration, so that one has to keep its name; without a ClaaCache the
     # function that takes its place only calls it.
     name = {"sdpa": "claa_sdpa", "eager": f"claa_eager_{family}"}.get(base_name, base_name)
-    AttentionInterface.register(name, _with_prefill(base, base_name))
-    # Without this twin the model would find no mask for the name, and ignore padding.
-    mask = _sdpa_mask if base_name == "sdpa" else ALL_MASK_ATTENTION_FUNCTIONS[base_name]
-    AttentionMaskInterface.register(name, mask)
+    mask = _sdpa_mask if base_name == "sdpa" else mask_function(base_name)
+    register_attention_function(name, _with_prefill(base, base_name), mask)
     return name
 
 

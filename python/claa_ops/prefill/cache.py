@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer, get_layer_types_and_kwargs
 
 from claa_ops.methods.base import Method
 from claa_ops.prefill.state import PrefillState, begin
+from claa_ops.prefill.transformers_api import Cache, DynamicLayer, PreTrainedConfig, cache_layers
 
 
 class ClaaCache(Cache):
@@ -63,13 +62,13 @@ class ClaaCache(Cache):
                 f"ClaaCache: the method must prefill once, got {type(method).__name__}, which "
                 "prefills twice: call claa_ops.prefill.generate(model, input_ids, method) instead"
             )
-        config = config.get_text_config(decoder=True)
-        self.layer_types: list[str] = get_layer_types_and_kwargs(config)[0]
-        method.check(len(self.layer_types))
+        kinds = cache_layers(config)
+        self.layer_types = [kind for kind, _ in kinds]
+        method.check(len(kinds))
         layers: list[Any] = []
-        for layer, kind in enumerate(self.layer_types):
-            if kind == "sliding_attention":
-                layers.append(SlidingLayer(config.sliding_window))
+        for layer, (kind, window) in enumerate(kinds):
+            if kind == "sliding_attention" and window is not None:
+                layers.append(SlidingLayer(window))
             elif kind == "full_attention":
                 layers.append(FullLayer())
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from claa_ops.ops.gather_tokens import gather_tokens
 from claa_ops.prefill.cache import ClaaCache
-
-Arguments = dict[str, Any]
+from claa_ops.prefill.transformers_api import Arguments, bind, cache_of, parameters
 
 
 class FirstPassDone(Exception):
@@ -45,8 +43,8 @@ def _refuse_labels(model: nn.Module) -> Callable[..., None]:
     names = parameters(model)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
-        arguments = _bind(names, args, kwargs)
-        cache = arguments.get("past_key_values")
+        arguments = bind(names, args, kwargs)
+        cache = cache_of(arguments)
         if isinstance(cache, ClaaCache) and arguments.get("labels") is not None:
             raise ValueError("ClaaCache: labels must be None: logits are of selected tokens only")
 
@@ -57,8 +55,8 @@ def _begin_forward(decoder: nn.Module) -> Callable[..., None]:
     names = parameters(decoder)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
-        arguments = _bind(names, args, kwargs)
-        cache = arguments.get("past_key_values")
+        arguments = bind(names, args, kwargs)
+        cache = cache_of(arguments)
         if not isinstance(cache, ClaaCache):
             return
         if module.training:
@@ -75,7 +73,7 @@ def _end_forward(decoder: nn.Module) -> Callable[..., None]:
     names = parameters(decoder)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any) -> None:
-        cache = _bind(names, args, kwargs).get("past_key_values")
+        cache = cache_of(bind(names, args, kwargs))
         if isinstance(cache, ClaaCache):
             cache.end_forward()
 
@@ -87,8 +85,8 @@ def _continue_with_selected(layer: nn.Module, index: int) -> Callable[..., Any]:
     names = parameters(layer)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
-        arguments = _bind(names, args, kwargs)
-        cache = arguments.get("past_key_values")
+        arguments = bind(names, args, kwargs)
+        cache = cache_of(arguments)
         if not isinstance(cache, ClaaCache) or not cache.prefilling:
             return None
         hidden = arguments.pop("hidden_states")
@@ -121,7 +119,7 @@ def _pass_cache(attention: nn.Module) -> Callable[..., Any]:
     names = parameters(attention)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
-        cache = _bind(names, args, kwargs).get("past_key_values")
+        cache = cache_of(bind(names, args, kwargs))
         return (args, {**kwargs, "claa_cache": cache}) if isinstance(cache, ClaaCache) else None
 
     return hook
@@ -146,13 +144,3 @@ def _gather(arguments: Arguments, positions: Tensor) -> Arguments:
         kept = mask[row, :, positions[:, :, None], positions[:, None, :]]  # [B, k, k, heads]
         selected["attention_mask"] = kept.movedim(-1, 1)
     return selected
-
-
-def parameters(module: nn.Module) -> list[str]:
-    """The names of what a module's forward takes."""
-    return list(inspect.signature(module.forward).parameters)
-
-
-def _bind(names: list[str], args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
-    """All arguments by name: models differ in what they pass by position."""
-    return {**dict(zip(names, args, strict=False)), **kwargs}

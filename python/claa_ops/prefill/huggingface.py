@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from claa_ops.methods.claa import CLAA
-from claa_ops.prefill.attention import AttentionFunction, register_attention, unwrapped
+from claa_ops.prefill.attention import register_attention, unwrapped
 from claa_ops.prefill.cache import ClaaCache
-from claa_ops.prefill.hooks import install_hooks, parameters
+from claa_ops.prefill.hooks import install_hooks
+from claa_ops.prefill.transformers_api import (
+    AttentionFunction,
+    PreTrainedModel,
+    attention_function,
+    attention_name,
+    cache_argument,
+    cache_name,
+    decoder_of,
+    parameters,
+    set_attention,
+)
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
@@ -45,7 +53,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     if getattr(decoder, "claa_attached", False):
         return model
     layers, attentions = _layers(model, decoder)
-    configured = model.config._attn_implementation
+    configured = attention_name(decoder)
     base_name, base = _base_attention(configured, attentions[0])
     plain = _tiny_forward(model, None)
 
@@ -53,22 +61,15 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     handles = install_hooks(model, decoder, layers, attentions)
     try:
         name = register_attention(base_name, base, family)
-        if name != configured:
-            model.set_attn_implementation(name)
+        set_attention(decoder, name)
         _self_test(model, plain)
     except Exception as error:
         for handle in handles:
             handle.remove()
-        model.set_attn_implementation(configured)
+        set_attention(decoder, configured)
         raise ValueError(f"attach: {type(model).__name__} failed the self-test: {error}") from error
     decoder.claa_attached = True
     return model
-
-
-def decoder_of(model: PreTrainedModel) -> Any:
-    """The module that runs the layers."""
-    decoder = model.get_decoder()
-    return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
 
 
 def _layers(model: PreTrainedModel, decoder: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -79,12 +80,12 @@ def _layers(model: PreTrainedModel, decoder: nn.Module) -> tuple[list[nn.Module]
         raise TypeError(
             f"attach: the decoder must have two or more `layers`, got {len(layers)} in {name}"
         )
-    for needed in ("past_key_values", "position_embeddings"):
-        if needed not in parameters(layers[0]):
-            raise TypeError(
-                f"attach: layers must take `{needed}`, got {type(layers[0]).__name__}, "
-                f"which takes {', '.join(parameters(layers[0]))}"
-            )
+    taken = parameters(layers[0])
+    if cache_name(taken) is None or "position_embeddings" not in taken:
+        raise TypeError(
+            f"attach: layers must take a cache and `position_embeddings`, got "
+            f"{type(layers[0]).__name__}, which takes {', '.join(taken)}"
+        )
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1 or (getattr(model, "tp_size", None) or 1) > 1:
         raise ValueError(
@@ -98,7 +99,7 @@ def _layers(model: PreTrainedModel, decoder: nn.Module) -> tuple[list[nn.Module]
         for layer in layers
         for module in layer.modules()
         if hasattr(module, "layer_idx")
-        and "past_key_values" in parameters(module)
+        and cache_name(parameters(module)) is not None
         and module is not layer
     ]
     if len(attentions) != len(layers):
@@ -117,7 +118,7 @@ def _base_attention(name: str, attention: nn.Module) -> tuple[str, AttentionFunc
     if name == "eager" and hasattr(family, "eager_attention_forward"):
         return name, family.eager_attention_forward
     if name == "sdpa" or "flash" in name:
-        return name, unwrapped(ALL_ATTENTION_FUNCTIONS[name])
+        return name, unwrapped(attention_function(name))
     raise ValueError(f"attach: attention must be sdpa, eager or flash attention, got {name}")
 
 
@@ -138,7 +139,9 @@ def _tiny_forward(model: PreTrainedModel, cache: ClaaCache | None) -> Tensor:
     training = model.training
     model.eval()
     try:
-        output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        output = model(
+            input_ids=ids, attention_mask=mask, use_cache=True, **cache_argument(model, cache)
+        )
     finally:
         model.train(training)
     return output[0]

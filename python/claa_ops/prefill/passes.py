@@ -14,8 +14,9 @@ from claa_ops.methods.base import Method, Preparation
 from claa_ops.methods.full import FullKV
 from claa_ops.prefill.cache import ClaaCache, first_valid
 from claa_ops.prefill.hooks import FirstPassDone
-from claa_ops.prefill.huggingface import attach, decoder_of
+from claa_ops.prefill.huggingface import attach
 from claa_ops.prefill.state import PrefillState, begin
+from claa_ops.prefill.transformers_api import cache_argument, decoder_of
 from claa_ops.prefill.work import Work, count_work
 
 
@@ -109,9 +110,9 @@ def run(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=position_ids,
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **cache_argument(model, cache),
     )
     assert cache.state is not None  # the forward made it
     computed += count_work(model, cache.state.lengths)
@@ -190,8 +191,8 @@ def greedy(
             input_ids=token,
             attention_mask=attention_mask,
             position_ids=position,
-            past_key_values=cache,
             use_cache=True,
+            **cache_argument(model, cache),
         )
         token = torch.where(ended, token, output.logits[:, -1].argmax(dim=-1, keepdim=True))
         ended, position = ended | torch.isin(token, end), position + 1
@@ -259,12 +260,13 @@ def _first_pass(
     if chosen is not None or not any(method.needs_scores(state, layer) for layer in range(layers)):
         return state
     try:
-        decoder_of(model)(
+        decoder = decoder_of(model)
+        decoder(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **cache_argument(decoder, cache),
         )
     except FirstPassDone:
         pass

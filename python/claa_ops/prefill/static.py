@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, StaticLayer
 
 from claa_ops.prefill.cache import ClaaCache
+from claa_ops.prefill.transformers_api import Cache, StaticLayer
 
 
 class StaticClaaCache(Cache):

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
-from claa_ops.prefill.huggingface import decoder_of
+from claa_ops.prefill.transformers_api import (
+    Dimensions,
+    PreTrainedModel,
+    decoder_of,
+    dimensions,
+)
 
 
 @dataclass(frozen=True)
@@ -48,30 +52,22 @@ def count_work(model: PreTrainedModel, tokens: Sequence[int], logits: int = 1) -
         tokens: of each layer that ran, from the first on.
         logits: of how many tokens the head is computed.
     """
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    sizes = dimensions(model.config)
     linear = attention = 0
-    for layer, (seen, block) in enumerate(zip(tokens, decoder_of(model).layers, strict=False)):
-        linear += seen * _weights_per_token(block, config)
-        attention += 2 * heads * head_dim * _visible_pairs(seen, _sliding_window(config, layer))
-    return Work(linear, attention, logits * config.hidden_size * config.vocab_size)
+    layers = zip(tokens, decoder_of(model).layers, sizes.windows, strict=False)
+    for seen, block, window in layers:
+        linear += seen * _weights_per_token(block, sizes)
+        attention += 2 * sizes.heads * sizes.head_dim * _visible_pairs(seen, window)
+    return Work(linear, attention, logits * sizes.hidden_size * sizes.vocab_size)
 
 
-def _weights_per_token(block: nn.Module, config: PreTrainedConfig) -> int:
+def _weights_per_token(block: nn.Module, sizes: Dimensions) -> int:
     """Matrix entries that one token meets; stacked experts (3-d) count as far as they are used."""
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    used = getattr(config, "num_experts_per_tok", None)
+    experts, used = sizes.experts, sizes.experts_used
     shapes = [weight.shape for weight in block.parameters()]
     dense = sum(shape.numel() for shape in shapes if len(shape) == 2)
     stacked = sum(shape.numel() for shape in shapes if len(shape) == 3)
     return dense + (stacked * used // experts if used and experts else stacked)
-
-
-def _sliding_window(config: PreTrainedConfig, layer: int) -> int | None:
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    return window if kinds and kinds[layer] == "sliding_attention" else None
 
 
 def _visible_pairs(tokens: int, window: int | None) -> int:

@@ -1,0 +1,191 @@
+"""All that the adapter knows of transformers' inside: its names, its attention and its caches.
+
+Releases rename what they do not document: 5.24 calls ``cache`` what was ``past_key_values``. So
+signatures are looked at instead of assumed, and nothing else in the package reaches inside.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import transformers
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+Arguments = dict[str, Any]
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+
+
+def tested_versions() -> SpecifierSet:
+    """The releases of transformers that this package declares; any, if it is not installed."""
+    try:
+        declared = map(Requirement, metadata.requires("claa-ops") or ())
+    except metadata.PackageNotFoundError:
+        return SpecifierSet()
+    return next(
+        (each.specifier for each in declared if each.name == "transformers"), SpecifierSet()
+    )
+
+
+def untested() -> str | None:
+    """A sentence if the installed transformers is not one that the tests ran with."""
+    found, tested = transformers.__version__, tested_versions()
+    if tested.contains(found, prereleases=True):
+        return None
+    return (
+        f"claa_ops is tested with transformers{tested}, found {found}: "
+        f"pip install 'transformers{tested}'"
+    )
+
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.cache_utils import (
+        Cache,
+        DynamicLayer,
+        StaticLayer,
+        get_layer_types_and_kwargs,
+    )
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+except ImportError as _error:
+    raise ImportError(f"{untested() or 'transformers is incomplete'} ({_error})") from _error
+
+__all__ = [
+    "AttentionFunction",
+    "Cache",
+    "DynamicLayer",
+    "PreTrainedConfig",
+    "PreTrainedModel",
+    "StaticLayer",
+    "sdpa_mask",
+]
+
+
+# What a module's forward takes.
+
+
+def parameters(module: nn.Module) -> list[str]:
+    """The names of what a module's forward takes."""
+    return list(inspect.signature(module.forward).parameters)
+
+
+def bind(names: list[str], args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
+    """All arguments by name: models differ in what they pass by position."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def cache_name(names: Iterable[str]) -> str | None:
+    """What these parameters call the cache; None if there is none among them."""
+    names = set(names)
+    return next((name for name in CACHE_NAMES if name in names), None)
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a forward, by whichever name; None if there is none."""
+    found = (arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None)
+    return next(found, None)
+
+
+def cache_argument(module: nn.Module, cache: Any) -> Arguments:
+    """The keyword argument, by its name, that hands a cache to a module."""
+    return {cache_name(parameters(module)) or CACHE_NAMES[0]: cache}
+
+
+# What a model is made of.
+
+
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The module that runs the layers."""
+    decoder = model.get_decoder()
+    return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
+
+
+def cache_layers(config: PreTrainedConfig) -> list[tuple[str, int | None]]:
+    """Of each layer of the text model: the kind of its attention, and its sliding window."""
+    config = config.get_text_config(decoder=True)
+    kinds, settings = get_layer_types_and_kwargs(config)
+    # 5.17 has one setting for all layers.
+    each = [settings] * len(kinds) if isinstance(settings, dict) else settings
+    return [
+        (kind, setting.get("sliding_window")) for kind, setting in zip(kinds, each, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The sizes of a text model, as its configuration has them.
+
+    Attributes:
+        hidden_size, vocab_size, heads, head_dim: what they are called elsewhere.
+        windows: of each layer, the sliding window; None for full attention.
+        experts, experts_used: how many experts a layer has, and how many a token meets; None
+            for dense layers.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    heads: int
+    head_dim: int
+    windows: list[int | None]
+    experts: int | None
+    experts_used: int | None
+
+
+def dimensions(config: PreTrainedConfig) -> Dimensions:
+    """Read the sizes of a text model from its configuration."""
+    config = config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    experts = (getattr(config, name, None) for name in ("num_local_experts", "num_experts"))
+    return Dimensions(
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        heads=heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        windows=[window if kind == "sliding_attention" else None for kind in kinds],
+        experts=next(filter(None, experts), None),
+        experts_used=getattr(config, "num_experts_per_tok", None),
+    )
+
+
+# Attention is a function that the configuration names.
+
+
+def attention_name(module: Any) -> str:
+    """The name of the attention that a model or decoder is configured to compute."""
+    return module.config._attn_implementation
+
+
+def set_attention(module: Any, name: str) -> None:
+    """Have a model or decoder compute the attention of this name."""
+    if attention_name(module) != name:
+        module.set_attn_implementation(name)
+
+
+def attention_function(name: str) -> AttentionFunction:
+    """The attention function of this name."""
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def mask_function(name: str) -> Callable[..., Any]:
+    """What makes the mask for the attention function of this name."""
+    return ALL_MASK_ATTENTION_FUNCTIONS[name]
+
+
+def register_attention_function(
+    name: str, attention: AttentionFunction, mask: Callable[..., Any]
+) -> None:
+    """Give a name to an attention function and to what makes its mask, for this process."""
+    AttentionInterface.register(name, attention)
+    # Without this twin the model would find no mask for the name, and ignore padding.
+    AttentionMaskInterface.register(name, mask)
