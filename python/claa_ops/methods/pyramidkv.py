@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from claa_ops.methods.budget import is_number
 from claa_ops.methods.snapkv import SnapKV
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class PyramidKV(SnapKV):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number = isinstance(self.beta, int | float) and not isinstance(self.beta, bool)
-        self.require(number and self.beta >= 1, "beta", "a number of at least 1")
+        valid = is_number(self.beta) and self.beta >= 1
+        self.require(valid, "beta", "a number of at least 1")
 
     def capacity(self, state: PrefillState, layer: int) -> int:
         """How many entries the cache of this layer may keep."""
