@@ -73,12 +73,13 @@ def is_number(value: object) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """A setting with numbers of Python's own in place of numpy's, and tuples in place of lists.
+    """A setting with Python's own numbers in place of numpy's, and a tuple in place of a list of them.
 
     A float becomes what its digits spell: ``float32(0.7)`` is 0.7, not 0.699999988.
     """
     if isinstance(value, list | tuple):
-        return tuple(map(plain, value))
+        numbers = bool(value) and all(isinstance(item, Real) for item in value)
+        return tuple(map(plain, value)) if numbers else value
     if isinstance(value, bool):
         return value
     if isinstance(value, Integral):
