@@ -7,6 +7,7 @@ import inspect
 import pickle
 import pkgutil
 
+import numpy as np
 import pytest
 
 from claa_ops import methods, prefill
@@ -88,6 +89,11 @@ def test_settings_are_passed_on_where_there_are_any():
         ("fastkv", {"equal_cache": 1}, "FastKV: equal_cache must be True or False, got 1"),
         ("fastkv", {"rates_of": "all"}, "FastKV: rates_of must be 'prompt' or 'layer', got 'all'"),
         ("fastkv", {"rates_of": "layer", "keep": 9}, "FastKV: rates_of must be 'prompt' unless ke"),
+        ("claa", {"layer": (1, 3), "keep": (0.1, 0.5)}, "CLAA: keep must be no larger at a later"),
+        ("claa", {"layer": (1, 3), "keep": (30, 31)}, "CLAA: keep must be no larger at a later la"),
+        ("claa", {"sink": 4, "keep": 11}, "CLAA: keep must be at least window + sink = 12 tokens"),
+        ("peak", {"keep": 0.1, "keep_kv": 19}, "Peak: keep_kv must be at least window + sink = 20"),
+        ("streaming", {"keep": 4}, "StreamingLLM: keep must be more than the sink of 4 tokens, go"),
         ("snapkv", {"keep": 1.5}, "SnapKV: keep must be a rate in (0, 1] or a number of tokens"),
         ("gemfilter", {"keep": 0.0}, "GemFilter: keep must be a rate in (0, 1] or a number"),
         ("gemfilter", {"layer": 8}, "GemFilter: layer must be in [0, 7], got 8"),
@@ -97,6 +103,7 @@ def test_settings_are_passed_on_where_there_are_any():
         ("asl", {"last_n": 4}, "ASL: last_n must be at most layer + 1 = 3, got 4"),
         ("asl", {"last_n": 0}, "ASL: last_n must be a positive integer, got 0"),
         ("asl", {"tau": 0.0}, "ASL: tau must be above 0, or None, got 0.0"),
+        ("asl", {"tau": "0.3"}, "ASL: tau must be above 0, or None, got '0.3'"),
         ("asl", {"passes": 3}, "ASL: passes must be 1 or 2, got 3"),
         ("asl", {"full_before": None}, "ASL: full_before must be True or False, got None"),
         ("asl", {"equal_cache": True}, "ASL: equal_cache must be False, got True"),
@@ -110,6 +117,7 @@ def test_settings_are_passed_on_where_there_are_any():
         ("streaming", {"keep": 0}, "StreamingLLM: keep must be a rate in (0, 1] or a number"),
         ("pyramidkv", {"beta": 0.5}, "PyramidKV: beta must be a number of at least 1, got 0.5"),
         ("pyramidinfer", {"rho": 0}, "PyramidInfer: rho must be in (0, 1], got 0"),
+        ("pyramidinfer", {"rho": "0.3"}, "PyramidInfer: rho must be in (0, 1], got '0.3'"),
         ("pyramidinfer", {"recent": 1.0}, "PyramidInfer: recent must be in [0, 1), got 1.0"),
         ("pyramidinfer", {"distance_weight": 0}, "PyramidInfer: distance_weight must be above 0"),
         ("pyramidinfer", {"sink": -1}, "PyramidInfer: sink must be an integer of at least 0"),
@@ -121,3 +129,30 @@ def test_what_is_wrong_is_said(name, settings, message):
     with pytest.raises(ValueError) as error:
         make_method(name, num_layers=8, **settings)
     assert str(error.value).startswith(message)
+
+
+NUMPY = {int: [np.int8, np.int32, np.int64, np.uint16], float: [np.float16, np.float32, np.float64]}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_numpys_numbers_are_the_numbers(name):
+    plain = make_method(name, num_layers=8, keep=0.7)
+    settings = [field.name for field in dataclasses.fields(plain) if field.init]
+    for setting in settings:
+        value = getattr(plain, setting)
+        for kind in NUMPY.get(type(value), []):
+            same = dataclasses.replace(plain, **{setting: kind(value)})
+            assert same == plain and repr(same) == repr(plain)
+            assert type(getattr(same, setting)) is type(value)
+
+
+def test_numpys_rates_keep_as_many_tokens_as_their_digits_say():
+    for rate in np.arange(1, 100, dtype=np.float32) / 100:
+        assert methods.SnapKV(keep=rate)._keep == methods.SnapKV(keep=float(str(rate)))._keep
+
+
+def test_lists_are_tuples():
+    listed = methods.CLAA(layer=[0, np.int64(1)], keep=[np.float32(0.5), 0.3])
+    assert listed == methods.CLAA(layer=(0, 1), keep=(0.5, 0.3)) and hash(listed)
+    mixed = methods.CLAA(layer=[0, 1], keep=[0.1, 500])  # which is larger depends on the prompt
+    assert mixed.keep == (0.1, 500)

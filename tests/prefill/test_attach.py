@@ -83,7 +83,7 @@ def test_masks_other_than_left_padding_are_refused(model):
     with pytest.raises(ValueError, match="prompts must be padded on the left"):
         model(ids, attention_mask=mask, past_key_values=ClaaCache(model.config, METHOD))
     full = torch.ones(1, 1, 20, 20, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"must have shape \[batch, 20\], got \[1, 1, 20, 20\]"):
+    with pytest.raises(ValueError, match=r"must have shape \[1, 20\], got \[1, 1, 20, 20\]"):
         model(ids, attention_mask=full, past_key_values=ClaaCache(model.config, METHOD))
 
 

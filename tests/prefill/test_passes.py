@@ -104,7 +104,7 @@ def test_answers_end_row_by_row(model):
     assert torch.equal(ended[0], free[0, : ended.shape[1]])
     alone = generate(model, ids[1:, LENGTH - SHORT :], FullKV(), max_new_tokens=8, eos_token_id=end)
     assert alone[0].tolist() == free[1, :3].tolist()
-    with pytest.raises(ValueError, match="decode: max_new_tokens must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="generate: max_new_tokens must be at least 1, got 0"):
         generate(model, ids, FullKV(), max_new_tokens=0)
 
 

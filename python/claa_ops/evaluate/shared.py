@@ -143,6 +143,7 @@ class SharedPrefill:
             prompt_length=self.input_ids.shape[1],
             start=self._start,
             ranking=ranking,
+            first_pass=method.two_pass,
         )
         for index in range(layer + 1):
             call = self._calls[index]
@@ -234,9 +235,11 @@ class _Recorder(ClaaCache):
         super().__init__(model.config, FullKV())
         self.calls: list[_Call] = []
 
-    def begin_forward(self, num_tokens: int, attention_mask: Tensor | None) -> None:
+    def begin_forward(
+        self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> None:
         """Have the state of the prefill tell what it observes."""
-        super().begin_forward(num_tokens, attention_mask)
+        super().begin_forward(tokens, attention_mask, position_ids)
         assert self.state is not None
         self.state.observe = self._observe  # type: ignore[method-assign]
 

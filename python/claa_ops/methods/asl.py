@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from claa_ops.methods.base import is_count
+from claa_ops.methods.budget import is_count, is_number
 from claa_ops.methods.padding import mask_padding
 from claa_ops.methods.pruning import Pruning
 from claa_ops.ops.rank_variance import rank_variance
@@ -66,7 +66,7 @@ class ASL(Pruning):
         self.require(is_count(self.last_n, 1), "last_n", "a positive integer")
         if self.tau is not None:
             self.require(self.last_n <= first + 1, "last_n", f"at most layer + 1 = {first + 1}")
-            self.require(self.tau > 0, "tau", "above 0, or None")
+            self.require(is_number(self.tau) and self.tau > 0, "tau", "above 0, or None")
         self.require(self.passes in (1, 2), "passes", "1 or 2")
         self.require(isinstance(self.full_before, bool), "full_before", "True or False")
 

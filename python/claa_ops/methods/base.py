@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from claa_ops.methods.budget import Budget, Sizes, is_count
+from claa_ops.methods.budget import Budget, Sizes, is_count, plain
 from claa_ops.ops._pool_mode import PoolMode
 from claa_ops.ops.score_tokens import score_tokens
 from claa_ops.ops.select_topk import select_topk
@@ -50,6 +50,9 @@ class Method:
     pooling: PoolMode = "avg"
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.init:
+                object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         self.require(is_count(self.window, 1), "window", "a positive integer")
         odd = is_count(self.kernel_size, 1) and self.kernel_size % 2 == 1
         self.require(odd, "kernel_size", "a positive odd integer")

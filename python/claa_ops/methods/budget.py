@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Generic, TypeVar
+from numbers import Integral, Rational, Real
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -64,6 +65,12 @@ class Budget:
         rate = min(Fraction(1), Fraction(self.count * other.per, self.per * other.count))
         return Budget(rate.numerator, rate.denominator)
 
+    def exceeds(self, other: Budget) -> bool:
+        """Whether this keeps more than the other of any prompt: two rates, or two numbers."""
+        if bool(self.per) != bool(other.per):
+            return False
+        return self.count * (other.per or 1) > other.count * (self.per or 1)
+
 
 def equal_share(total: Size, lengths: Sequence[Size]) -> Size:
     """The largest capacity with which layers of these lengths hold at most ``total`` entries.
@@ -91,3 +98,25 @@ def larger(a: Size, b: Size) -> Size:
 def is_count(value: object, least: int) -> bool:
     """Whether the value is an integer of at least ``least``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: object) -> bool:
+    """Whether the value is a number, and not True or False."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def plain(value: Any) -> Any:
+    """A setting with Python's own numbers in place of numpy's, and tuples in place of lists.
+
+    A float becomes what its digits spell: ``float32(0.7)`` is 0.7, not 0.699999988.
+    """
+    if isinstance(value, list | tuple):
+        numbers = bool(value) and all(isinstance(item, Real) for item in value)
+        return tuple(map(plain, value)) if numbers else value
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, Rational):
+        return float(str(value))
+    return value

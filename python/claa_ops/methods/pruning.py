@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -27,12 +28,14 @@ class Pruning(Method):
 
     Args:
         keep: tokens that go on after the selection layer: a rate of the prompt in (0, 1], or a
-            number. The window counts. A tuple for staged selection, all of the whole prompt.
+            number. The window counts. A tuple for staged selection, all of the whole prompt, none
+            larger than the one before it.
         layer: the selection layer, from 0; it still sees every token. A tuple, ascending, of
             the length of ``keep``, selects once after each of these layers.
         keep_kv: tokens that a layer's cache keeps, likewise; the last ``keep`` if not given.
         first_full: the first layers, whose caches stay whole.
-        sink: first tokens of the prompt that are always kept.
+        sink: first tokens of the prompt that are always kept; a number of tokens has room for
+            them and the window.
         equal_cache: choose the capacity of the compressed caches so that the caches of all
             layers together hold ``keep_kv`` of the entries of full prefill, whole caches
             included: what a method needs to be compared at equal bytes with one that has
@@ -66,23 +69,32 @@ class Pruning(Method):
         integers = all(is_count(layer, 0) for layer in layers)
         self.require(integers, "layer", "an integer of at least 0")
         self.require(layers == sorted(set(layers)), "layer", "in ascending order")
-        budgets = [Budget.of(keep) for keep in keeps]
-        if None in budgets:
-            raise self.refusal("keep", "a rate in (0, 1] or a number of tokens")
+        budgets = [budget for budget in map(Budget.of, keeps) if budget is not None]
+        valid = len(budgets) == len(keeps)
+        self.require(valid, "keep", "a rate in (0, 1] or a number of tokens")
         stages = f"one for each selection layer of {self.layer!r}"
         self.require(len(keeps) == len(layers), "keep", stages)
+        rises = any(later.exceeds(earlier) for earlier, later in pairwise(budgets))
+        self.require(not rises, "keep", "no larger at a later layer")
         self.require(is_count(self.first_full, 0), "first_full", "an integer of at least 0")
         self.require(is_count(self.sink, 0), "sink", "an integer of at least 0")
         self.require(isinstance(self.equal_cache, bool), "equal_cache", "True or False")
         object.__setattr__(self, "_stages", dict(zip(layers, budgets, strict=True)))
         cached = budgets[-1] if self.keep_kv is None else self.budget("keep_kv")
         object.__setattr__(self, "_keep_kv", cached)
+        self._require_room_for_sinks("keep", budgets)
+        self._require_room_for_sinks("keep_kv", [cached])
 
     def _each(self, name: str) -> list[Any]:
         value = getattr(self, name)
         values = list(value) if isinstance(value, tuple) else [value]
         self.require(len(values) > 0, name, "one value or more")
         return values
+
+    def _require_room_for_sinks(self, name: str, budgets: list[Budget]) -> None:
+        least = self.window + self.sink
+        room = all(budget.per or budget.count >= least for budget in budgets)
+        self.require(self.sink == 0 or room, name, f"at least window + sink = {least} tokens")
 
     @classmethod
     def defaults(cls, num_layers: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from claa_ops.methods.base import Method
-from claa_ops.methods.budget import Size, Sizes, is_count
+from claa_ops.methods.budget import Size, Sizes, is_count, is_number
 from claa_ops.ops.score_window import score_window
 
 if TYPE_CHECKING:
@@ -56,9 +56,10 @@ class PyramidInfer(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(0 < self.rho <= 1, "rho", "in (0, 1]")
-        self.require(0 <= self.recent < 1, "recent", "in [0, 1)")
-        self.require(self.distance_weight > 0, "distance_weight", "above 0")
+        self.require(is_number(self.rho) and 0 < self.rho <= 1, "rho", "in (0, 1]")
+        self.require(is_number(self.recent) and 0 <= self.recent < 1, "recent", "in [0, 1)")
+        weight = is_number(self.distance_weight) and self.distance_weight > 0
+        self.require(weight, "distance_weight", "above 0")
         self.require(is_count(self.sink, 0), "sink", "an integer of at least 0")
         self.require(is_count(self.least, 0), "least", "an integer of at least 0")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from claa_ops.methods.budget import Size, Sizes, smaller
+from claa_ops.methods.budget import Size, Sizes, is_number, smaller
 from claa_ops.methods.snapkv import SnapKV
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class PyramidKV(SnapKV):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number = isinstance(self.beta, int | float) and not isinstance(self.beta, bool)
-        self.require(number and self.beta >= 1, "beta", "a number of at least 1")
+        valid = is_number(self.beta) and self.beta >= 1
+        self.require(valid, "beta", "a number of at least 1")
 
     def needs_scores(self, state: PrefillState, layer: int) -> bool:
         """Whether the layer sees more tokens than its cache may keep, or a row of it may."""

@@ -42,7 +42,10 @@ class StreamingLLM(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(is_count(self.sink, 0), "sink", "an integer of at least 0")
-        object.__setattr__(self, "_keep", self.budget("keep"))
+        budget = self.budget("keep")
+        more = bool(budget.per) or budget.count > self.sink
+        self.require(more, "keep", f"more than the sink of {self.sink} tokens")
+        object.__setattr__(self, "_keep", budget)
 
     def ranks(self, layer: int) -> bool:
         """None: there are no scores."""

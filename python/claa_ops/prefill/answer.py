@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from claa_ops.methods.full import FullKV
 from claa_ops.ops.peak_attention import peak_attention
 from claa_ops.ops.pool_heads import pool_heads
-from claa_ops.prefill.cache import ClaaCache, first_valid
+from claa_ops.prefill.cache import ClaaCache
 from claa_ops.prefill.huggingface import attach
 from claa_ops.prefill.passes import count_positions, end_tokens, greedy
+from claa_ops.prefill.prompt import check_prompt, check_room, first_valid
 from claa_ops.prefill.state import PrefillState
 from claa_ops.prefill.transformers_api import cache_argument
 from claa_ops.prefill.work import Work, count_work
@@ -84,14 +85,17 @@ def record_answer(
         attention_mask: ``[B, N]``, 0 where there is padding.
 
     Raises:
-        ValueError: all layers have sliding windows, ``max_new_tokens`` is below 1, or the padding
-            is not on the left.
+        ValueError: all layers have sliding windows, ``max_new_tokens`` is below 1, the padding is
+            not on the left, a token is not in the model's vocabulary, or prompt and answer do not
+            fit into its context.
     """
     if max_new_tokens < 1:
         raise ValueError(f"record_answer: max_new_tokens must be at least 1, got {max_new_tokens}")
+    check_prompt("record_answer", model, input_ids)
+    batch, length = input_ids.shape
+    check_room("record_answer", model, length, max_new_tokens)
+    start = first_valid(attention_mask, batch, length)
     attach(model)
-    length = input_ids.shape[1]
-    start = first_valid(attention_mask, length)
     mask = None if start is None else attention_mask
     positions = count_positions(input_ids, mask)
     cache = _RecordingCache(model.config, FullKV())
@@ -180,7 +184,9 @@ class _RecordingCache(ClaaCache):
         self.queries: list[list[Tensor]] = [[] for _ in self.layers]
         self.scales: list[float | None] = [None for _ in self.layers]
 
-    def begin_forward(self, num_tokens: int, attention_mask: Tensor | None) -> None:
+    def begin_forward(
+        self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> None:
         # Observed like a prefill, whatever forward it is.
         self.in_forward = self.prefilling = True
         self.state = _Recording(self)

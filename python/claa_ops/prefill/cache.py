@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from claa_ops.methods.base import Method
-from claa_ops.prefill.state import PrefillState, begin
-from claa_ops.prefill.transformers_api import Cache, DynamicLayer, PreTrainedConfig, cache_layers
+from claa_ops.prefill.attached import AttachedCache, Request
+from claa_ops.prefill.prompt import check_positions, first_valid
+from claa_ops.prefill.state import PrefillState, begin, require_one_pass
+from claa_ops.prefill.transformers_api import DynamicLayer, PreTrainedConfig, cache_layers
 
 
-class ClaaCache(Cache):
+class ClaaCache(AttachedCache):
     """Key/value cache of one request, whose prompt is prefilled by a ranking system.
 
     Pass it to an attached model: ``model.generate(ids, past_key_values=ClaaCache(...))``. Its
@@ -57,11 +59,7 @@ class ClaaCache(Cache):
         ranking: Tensor | None = None,
         keep_scores: bool = False,
     ) -> None:
-        if method.two_pass and not self.first_pass:
-            raise ValueError(
-                f"ClaaCache: the method must prefill once, got {type(method).__name__}, which "
-                "prefills twice: call claa_ops.prefill.generate(model, input_ids, method) instead"
-            )
+        require_one_pass("ClaaCache", method, self.first_pass)
         kinds = cache_layers(config)
         self.layer_types = [kind for kind, _ in kinds]
         method.check(len(kinds))
@@ -86,6 +84,8 @@ class ClaaCache(Cache):
         self.state: PrefillState | None = None
         self.prefilling = False
         self.in_forward = False
+        # What the last `generate` left, [B, T]: prompt and answer; None if not known.
+        self.tokens: Tensor | None = None
         # The number of tokens seen is the length of an empty tensor: torch.compile keeps sizes
         # symbolic, but compiles anew for every value of an int that it finds on an object.
         self._seen = torch.empty(0, 0)
@@ -111,18 +111,43 @@ class ClaaCache(Cache):
         """Whether the layers so far have dropped tokens of the prompt."""
         return self.state is not None and self.state.positions is not None
 
-    def begin_forward(self, num_tokens: int, attention_mask: Tensor | None) -> None:
+    def begin_forward(
+        self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> None:
         """Called by an attached model before its layers: the first forward is the prefill."""
-        self.in_forward = True
-        self.prefilling = self.get_seq_length() == 0
-        if self.prefilling:
+        if self.in_forward:
+            raise RuntimeError(
+                "ClaaCache: the forward before this one did not end, and left the layers of the "
+                "cache with different tokens: call reset() and prefill again"
+            )
+        batch, new = tokens.shape[:2]
+        seen = self.get_seq_length()
+        if seen == 0:
             self.state = begin(
                 self.method,
                 num_layers=len(self.layers),
-                prompt_length=num_tokens,
-                start=first_valid(attention_mask, num_tokens),
+                prompt_length=new,
+                start=first_valid(attention_mask, batch, new),
                 ranking=self.ranking,
                 keep_scores=self.keep_scores,
+                first_pass=self.first_pass,
+            )
+        else:
+            self._check_turn(batch, new, attention_mask)
+        if position_ids is not None and position_ids.dim() == 2 and (seen == 0 or new > 1):
+            mask = None if attention_mask is None else attention_mask[:, seen:]
+            check_positions(position_ids, mask, seen)
+        self.prefilling, self.in_forward = seen == 0, True
+
+    def _check_turn(self, batch: int, new: int, attention_mask: Tensor | None) -> None:
+        rows, seen = self.layers[0].keys.shape[0], self.get_seq_length()
+        if batch != rows:
+            raise ValueError(f"ClaaCache: the batch must have its {rows} rows, got {batch}")
+        if attention_mask is not None and tuple(attention_mask.shape) != (batch, seen + new):
+            raise ValueError(
+                f"ClaaCache: attention_mask must have shape [{batch}, {seen + new}], of the {seen} "
+                f"tokens that the cache has seen and {new} new ones, "
+                f"got {list(attention_mask.shape)}; for another prompt call reset() first"
             )
 
     def end_forward(self) -> None:
@@ -130,16 +155,45 @@ class ClaaCache(Cache):
         self.selected.clear()
         self.in_forward = self.prefilling = False
 
+    def begin_generate(self, request: Request) -> None:
+        """Refuse chunks of a prompt, and a prompt that does not go on from what was seen."""
+        if request.setting("prefill_chunk_size") is not None:
+            raise ValueError(
+                "ClaaCache: prefill_chunk_size must be None, because the prompt must be one "
+                f"forward, got {request.setting('prefill_chunk_size')}"
+            )
+        ids, mask, seen = request.input_ids, request.attention_mask, self.get_seq_length()
+        if seen == 0 or ids is None:
+            return
+        if mask is not None and mask.shape[1] != ids.shape[1]:
+            return  # a turn without what came before it
+        if ids.shape[1] <= seen or not self._has_seen(ids):
+            raise ValueError(
+                f"ClaaCache: input_ids must begin with the {seen} tokens that the cache has seen "
+                f"and have more, got another prompt, of {ids.shape[1]}: call reset() first"
+            )
+
+    def _has_seen(self, ids: Tensor) -> bool:
+        """Whether these may be a longer form of the tokens seen."""
+        if self.tokens is None:
+            return True
+        known = self.tokens[:, : self.get_seq_length()]
+        copies, rest = divmod(known.shape[0], ids.shape[0])  # several answers to each prompt
+        begins = ids[:, : known.shape[1]].to(known.device).repeat_interleave(copies, dim=0)
+        return rest == 0 and torch.equal(begins, known)
+
+    def end_generate(self, request: Request, output: Any) -> None:
+        """Remember the tokens, to know the next turn by them."""
+        tokens = output if isinstance(output, Tensor) else output.sequences
+        # Only the last new token was not fed. Beams are not what the rows of the cache are.
+        whole = tokens.shape[1] == self.get_seq_length() + 1
+        self.tokens = tokens if whole and (request.setting("num_beams") or 1) == 1 else None
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append the keys and values of a layer; return all that its attention should see."""
-        if not self.in_forward:
-            raise RuntimeError(
-                "ClaaCache: the model must be attached, call claa_ops.prefill.attach(model) first; "
-                "got a forward of a model that is not"
-            )
-        if layer_idx == 0:
+        if layer_idx == 0 and self.in_forward:
             seen = self.get_seq_length() + key_states.shape[2]
             self._seen = self._seen.new_empty(seen, 0)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -167,6 +221,21 @@ class ClaaCache(Cache):
             layer.is_initialized = False
             layer.reset()
         self._clear()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the batch for beam search."""
+        super().reorder_cache(beam_idx)
+        self.tokens = None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
+        super().batch_repeat_interleave(repeats)
+        self.tokens = None
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        super().batch_select_indices(indices)
+        self.tokens = None
 
     @property
     def is_croppable(self) -> bool:
@@ -270,21 +339,3 @@ class SlidingLayer(FullLayer):
         super().batch_select_indices(indices)
         if self.positions is not None:
             self.positions = self.positions[indices]
-
-
-def first_valid(attention_mask: Tensor | None, num_tokens: int) -> Tensor | None:
-    """[B]: the first token of each row that is not left padding; None where there is no padding."""
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2 or attention_mask.shape[1] != num_tokens:
-        raise ValueError(
-            f"ClaaCache: attention_mask of the prompt must have shape [batch, {num_tokens}], "
-            f"got {list(attention_mask.shape)}"
-        )
-    valid = attention_mask.bool()
-    if not torch.compiler.is_compiling():  # a compiled graph cannot look at the values
-        if valid.all():
-            return None
-        if (valid[:, :-1] & ~valid[:, 1:]).any():
-            raise ValueError("ClaaCache: prompts must be padded on the left, got other padding")
-    return num_tokens - valid.sum(dim=1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from claa_ops.ops.gather_tokens import gather_tokens
+from claa_ops.prefill.attached import AttachedCache
 from claa_ops.prefill.cache import ClaaCache
 from claa_ops.prefill.transformers_api import Arguments, bind, cache_of, parameters
 
@@ -57,14 +58,22 @@ def _begin_forward(decoder: nn.Module) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
         arguments = bind(names, args, kwargs)
         cache = cache_of(arguments)
-        if not isinstance(cache, ClaaCache):
+        if not isinstance(cache, AttachedCache):
             return
+        name, layers = type(cache).__name__, len(cast(Any, module).layers)
         if module.training:
-            raise ValueError("ClaaCache: the model must be in eval mode, call model.eval()")
+            raise ValueError(f"{name}: the model must be in eval mode, call model.eval()")
+        if arguments.get("use_cache") is False:
+            raise ValueError(f"{name}: use_cache must not be False, because the cache is filled")
+        if len(cache.layers) != layers:
+            raise ValueError(
+                f"{name}: the cache must be one of this model, which has {layers} layers, "
+                f"got one of {len(cache.layers)}"
+            )
         tokens = arguments.get("input_ids")
         if tokens is None:
             tokens = arguments["inputs_embeds"]
-        cache.begin_forward(tokens.shape[1], arguments.get("attention_mask"))
+        cache.begin_forward(tokens, arguments.get("attention_mask"), arguments.get("position_ids"))
 
     return hook
 
@@ -74,7 +83,7 @@ def _end_forward(decoder: nn.Module) -> Callable[..., None]:
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any) -> None:
         cache = cache_of(bind(names, args, kwargs))
-        if isinstance(cache, ClaaCache):
+        if isinstance(cache, AttachedCache):
             cache.end_forward()
 
     return hook

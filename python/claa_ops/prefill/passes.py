@@ -12,9 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from claa_ops.methods.base import Method, Preparation
 from claa_ops.methods.full import FullKV
-from claa_ops.prefill.cache import ClaaCache, first_valid
+from claa_ops.prefill.cache import ClaaCache
 from claa_ops.prefill.hooks import FirstPassDone
 from claa_ops.prefill.huggingface import attach
+from claa_ops.prefill.prompt import check_prompt, check_room, first_valid
 from claa_ops.prefill.state import PrefillState, begin
 from claa_ops.prefill.transformers_api import cache_argument, decoder_of
 from claa_ops.prefill.work import Work, count_work
@@ -70,20 +71,23 @@ def run(
 
     Raises:
         TypeError: the model is not of the form that ``attach`` needs.
-        ValueError: the method does not fit the model, or not this batch; or the padding is not
-            on the left.
+        ValueError: the method does not fit the model, or not this batch; the padding is not on
+            the left, a token is not in the model's vocabulary, or the prompt does not fit into
+            its context.
 
     Example::
 
         prefilled = run(model, input_ids, GemFilter(keep=0.1))
         token = prefilled.logits.argmax(dim=-1)
     """
+    # Before anything slow: what is wrong with the prompt, or does not fit the model.
+    check_prompt("run", model, input_ids)
+    batch, length = input_ids.shape
+    start = first_valid(attention_mask, batch, length)
     attach(model)
-    # Before anything slow: it refuses a method that does not fit the model.
     kind = _FirstPassCache if method.two_pass else ClaaCache
     cache: ClaaCache = kind(model.config, method, keep_scores=keep_scores)
-    length = input_ids.shape[1]
-    if first_valid(attention_mask, length) is None:
+    if start is None:
         attention_mask = None
     if prepared is None:
         prepared = method.prepare(model, input_ids, attention_mask)
@@ -93,7 +97,7 @@ def run(
 
     first = None
     if method.two_pass:
-        first = _first_pass(model, input_ids, position_ids, attention_mask, cache)
+        first = _first_pass(model, input_ids, position_ids, attention_mask, start, cache)
         computed += count_work(model, first.lengths, logits=0)
         if first.positions is not None:
             input_ids = input_ids.gather(1, first.positions)
@@ -152,10 +156,10 @@ def decode(
         one that ends the answer; shorter rows are filled up with that token.
 
     Raises:
-        ValueError: ``max_new_tokens`` is below 1.
+        ValueError: ``max_new_tokens`` is below 1, or more than the model's context has room for.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"decode: max_new_tokens must be at least 1, got {max_new_tokens}")
+    _check_new_tokens("decode", max_new_tokens)
+    check_room("decode", model, int(prefilled.next_position.max()), max_new_tokens)
     tokens = greedy(
         model,
         prefilled.logits,
@@ -210,12 +214,24 @@ def generate(
 ) -> Tensor:
     """Greedy answers after a prefill with any method: :func:`run`, then :func:`decode`.
 
+    Raises:
+        TypeError, ValueError: as these raise, before anything is computed.
+
     Example::
 
         answer = generate(model, input_ids, GemFilter(keep=0.1), max_new_tokens=64)
     """
+    _check_new_tokens("generate", max_new_tokens)
+    check_prompt("generate", model, input_ids)
+    if not method.two_pass or method.keeps_positions:  # else the answer comes after fewer tokens
+        check_room("generate", model, input_ids.shape[1], max_new_tokens)
     prefilled = run(model, input_ids, method, attention_mask)
     return decode(model, prefilled, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id)
+
+
+def _check_new_tokens(caller: str, max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"{caller}: max_new_tokens must be at least 1, got {max_new_tokens}")
 
 
 def end_tokens(
@@ -245,6 +261,7 @@ def _first_pass(
     input_ids: Tensor,
     position_ids: Tensor,
     attention_mask: Tensor | None,
+    start: Tensor | None,
     cache: ClaaCache,
 ) -> PrefillState:
     """The state after the tokens of the second pass are chosen; no layer runs needlessly."""
@@ -253,8 +270,9 @@ def _first_pass(
         method,
         num_layers=layers,
         prompt_length=input_ids.shape[1],
-        start=first_valid(attention_mask, input_ids.shape[1]),
+        start=start,
         ranking=cache.ranking,
+        first_pass=True,
     )
     chosen = state.choose()
     if chosen is not None or not any(method.needs_scores(state, layer) for layer in range(layers)):

@@ -22,6 +22,7 @@ def begin(
     start: Tensor | None = None,
     ranking: Tensor | None = None,
     keep_scores: bool = False,
+    first_pass: bool = False,
 ) -> PrefillState:
     """Start the prefill of one batch of prompts.
 
@@ -45,14 +46,17 @@ def begin(
             methods that need it.
         keep_scores: record ``state.scores`` for plots, which scores all layers that the method
             ranks.
+        first_pass: this is the first of the two passes of a method that prefills twice: it ends
+            with the selection, and what it keeps in caches is nothing.
 
     Returns:
         The state of this prefill. It belongs to this request alone; drop it when the prefill is
         over, or keep it to read what was selected.
 
     Raises:
-        ValueError: ``prompt_length`` is below 1, the method does not fit the model, or it needs
-            a ranking and got none.
+        ValueError: ``prompt_length`` is below 1, the method does not fit the model, prefills
+            twice, or needs a ranking and got none; or ``start`` or ``ranking`` is of another
+            shape.
 
     Example:
         >>> from claa_ops.methods import CLAA
@@ -60,7 +64,14 @@ def begin(
     """
     if prompt_length < 1:
         raise ValueError(f"begin: prompt_length must be at least 1, got {prompt_length}")
+    require_one_pass("begin", method, first_pass)
     method.check(num_layers)
+    if start is not None and start.dim() != 1:
+        raise ValueError(f"begin: start must have shape [batch], got {list(start.shape)}")
+    if ranking is not None and (ranking.dim() != 2 or ranking.shape[1] != prompt_length):
+        raise ValueError(
+            f"begin: ranking must have shape [batch, {prompt_length}], got {list(ranking.shape)}"
+        )
     if method.needs_ranking and ranking is None:
         raise ValueError(
             f"begin: {type(method).__name__} needs a ranking of the prompt, which "
@@ -69,6 +80,15 @@ def begin(
     state = PrefillState(method, num_layers, prompt_length, start, ranking, keep_scores)
     method.begin(state)
     return state
+
+
+def require_one_pass(door: str, method: Method, first_pass: bool) -> None:
+    """Raise ValueError if the method prefills twice, unless this is the first of the two."""
+    if method.two_pass and not first_pass:
+        raise ValueError(
+            f"{door}: the method must prefill once, got {type(method).__name__}, which prefills "
+            "twice: call claa_ops.prefill.generate(model, input_ids, method) or .run instead"
+        )
 
 
 class PrefillState:

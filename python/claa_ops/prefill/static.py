@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from claa_ops.prefill.attached import AttachedCache, Request
 from claa_ops.prefill.cache import ClaaCache
-from claa_ops.prefill.transformers_api import Cache, StaticLayer
+from claa_ops.prefill.transformers_api import StaticLayer
 
 
-class StaticClaaCache(Cache):
+class StaticClaaCache(AttachedCache):
     """Copy of a prefilled :class:`ClaaCache` with room for a fixed number of new tokens.
 
     Every step of decoding then has the same shapes and addresses, so ``generate`` compiles it,
@@ -22,7 +24,9 @@ class StaticClaaCache(Cache):
         max_new_tokens: how many more tokens there is room for.
 
     Raises:
-        ValueError: nothing has been prefilled, or a layer has a sliding window.
+        TypeError: it is not a :class:`ClaaCache` that is to be copied.
+        ValueError: nothing has been prefilled, a layer has a sliding window, or there is to be
+            room for less than one token; later, more tokens come than there is room for.
 
     Example::
 
@@ -38,6 +42,14 @@ class StaticClaaCache(Cache):
     layers: list[Any]
 
     def __init__(self, cache: ClaaCache, max_new_tokens: int) -> None:
+        if not isinstance(cache, ClaaCache):
+            raise TypeError(
+                f"StaticClaaCache: cache must be a ClaaCache, got {type(cache).__name__}"
+            )
+        if max_new_tokens < 1:
+            raise ValueError(
+                f"StaticClaaCache: max_new_tokens must be at least 1, got {max_new_tokens}"
+            )
         if cache.get_seq_length() == 0:
             raise ValueError("StaticClaaCache: a prompt must have been prefilled, got none")
         if any(layer.is_sliding for layer in cache.layers):
@@ -50,6 +62,36 @@ class StaticClaaCache(Cache):
         self._dropped = torch.tensor(seen - first.get_seq_length(), device=first.keys.device)
         longest = max(cache.lengths)
         self._mask_sizes = (longest + max_new_tokens, seen - longest)
+
+    def begin_generate(self, request: Request) -> None:
+        """Refuse more tokens than there is room for."""
+        new, longest, ids = (
+            request.setting("max_new_tokens"),
+            request.setting("max_length"),
+            request.input_ids,
+        )
+        if ids is None or (new is None and longest is None):
+            return
+        total = longest if new is None else ids.shape[1] + new
+        self._require_room(total - 1 - int(self.get_seq_length()))  # the last one is not fed
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of a layer; return its whole buffers."""
+        # A graph cannot look, and a GPU is not waited for: its own check of indices stops it.
+        if layer_idx == 0 and not key_states.is_cuda and not torch.compiler.is_compiling():
+            self._require_room(key_states.shape[2])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _require_room(self, tokens: int) -> None:
+        layer = self.layers[0]
+        room = layer.max_cache_len - int(layer.get_seq_length())
+        if tokens > room:
+            raise ValueError(
+                f"StaticClaaCache: new tokens must fit into the room for {room} that is left, "
+                f"got {tokens}"
+            )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many tokens the model has seen, as a tensor, whether or not they are still held."""

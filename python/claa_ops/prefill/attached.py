@@ -1,0 +1,95 @@
+"""What the caches of attached models share: they know when a forward and a `generate` begin."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationMixin
+
+from claa_ops.prefill.prompt import check_vocabulary
+from claa_ops.prefill.transformers_api import Cache
+
+
+class AttachedCache(Cache):
+    """A cache that only an attached model may fill."""
+
+    in_forward = False
+
+    def begin_forward(
+        self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> None:
+        """Called by an attached model before its layers.
+
+        Args:
+            tokens: ``[B, n]``, ids, or ``[B, n, width]``, embeddings.
+            attention_mask: ``[B, seen + n]``, 0 where there is padding.
+            position_ids: ``[B, n]``, if given.
+        """
+        self.in_forward = True
+
+    def end_forward(self) -> None:
+        """Called by an attached model after its layers."""
+        self.in_forward = False
+
+    def begin_generate(self, request: Request) -> None:
+        """Called by ``generate`` before it does anything: raise what no forward can see."""
+
+    def end_generate(self, request: Request, output: Any) -> None:
+        """Called by ``generate`` with what it returns."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of a layer; return all that its attention should see."""
+        if not self.in_forward:
+            raise RuntimeError(
+                f"{type(self).__name__}: the model must be attached, call "
+                "claa_ops.prefill.attach(model) first; got a forward of a model that is not"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+class Request:
+    """The arguments of one ``generate``."""
+
+    def __init__(self, model: Any, arguments: dict[str, Any]) -> None:
+        self.model = model
+        self._arguments = {**arguments, **arguments.get("kwargs", {})}
+        ids = self._arguments.get("inputs")
+        self.input_ids: Tensor | None = self._arguments.get("input_ids") if ids is None else ids
+        self.attention_mask: Tensor | None = self._arguments.get("attention_mask")
+
+    def setting(self, name: str) -> Any:
+        """A setting of generation, from where ``generate`` takes it; None if it is nowhere."""
+        configs = self._arguments.get("generation_config"), self.model.generation_config
+        values = self._arguments.get(name), *(getattr(config, name, None) for config in configs)
+        return next((value for value in values if value is not None), None)
+
+
+def _watch(generate: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(generate)
+
+    @functools.wraps(generate)
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, AttachedCache):
+            return generate(self, *args, **kwargs)
+        request = Request(self, dict(signature.bind(self, *args, **kwargs).arguments))
+        if request.input_ids is not None:
+            check_vocabulary("generate", self, request.input_ids)
+        cache.begin_generate(request)
+        output = generate(self, *args, **kwargs)
+        cache.end_generate(request, output)
+        return output
+
+    return watched
+
+
+# No forward sees whether its tokens are the whole prompt or a part that `generate` cut off, nor
+# what came before them. `generate` knows, and without such a cache it is as before. In the class,
+# not in each attached model: an attribute that refers to its model would keep it alive.
+GenerationMixin.generate = _watch(GenerationMixin.generate)  # type: ignore[method-assign]
