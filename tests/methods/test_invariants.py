@@ -90,6 +90,9 @@ PADDED = {  # what rates, and other numbers that follow the length, each method 
     "claa-equal": lambda a, b: CLAA(
         keep=max(a, 0.5), layer=3, first_full=1, equal_cache=True, window=2
     ),
+    "claa-equal-count": lambda a, b: CLAA(
+        keep=30, layer=3, first_full=1, equal_cache=True, window=2
+    ),
     "peak": lambda a, b: Peak(keep=(max(a, b), min(a, b)), layer=(1, 3), window=5),
     "random": lambda a, b: Random(keep=(max(a, b), min(a, b)), layer=(1, 3), window=5),
     "sinks-random": lambda a, b: SinksRandom(keep=a, keep_kv=b, layer=2, window=5),
@@ -108,7 +111,7 @@ PADDED = {  # what rates, and other numbers that follow the length, each method 
 )
 def test_a_padded_row_keeps_what_it_keeps_alone(name, first, second, length, padding):
     method = dataclasses.replace(PADDED[name](first, second), kernel_size=3)
-    shortest = 10 if name == "claa-equal" else 1  # shorter ones are refused alone
+    shortest = 10 if name.startswith("claa-equal") else 1  # shorter ones are refused alone
     start = torch.tensor([min(n, length - shortest) for n in padding])
     generator = torch.Generator().manual_seed(length)
     query, key = (

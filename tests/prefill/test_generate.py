@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from claa_ops import select_topk
-from claa_ops.methods import CLAA, FullKV, Method
+from claa_ops.methods import (
+    CLAA,
+    FastKV,
+    FullKV,
+    Method,
+    Peak,
+    PyramidInfer,
+    PyramidKV,
+    StreamingLLM,
+)
 from claa_ops.prefill import ClaaCache, attach
 
 from . import hand_loop
@@ -220,9 +229,21 @@ def test_a_method_may_select_more_than_once():
 # Batches, turns, requests.
 
 
-@pytest.mark.parametrize("zscore", [False, True])
-def test_a_padded_row_is_the_row_alone(model, zscore):
-    method = CLAA(keep=24, keep_kv=16, layer=2, last_n=2, first_full=1, zscore=zscore)
+@pytest.mark.parametrize(
+    "method",
+    [
+        CLAA(keep=24, keep_kv=16, layer=2, last_n=2, first_full=1),
+        CLAA(keep=24, keep_kv=16, layer=2, last_n=2, first_full=1, zscore=True),
+        CLAA(keep=0.4, keep_kv=0.27, layer=2, last_n=2, first_full=1),
+        FastKV(keep=(0.63, 0.3), keep_kv=0.3, layer=(0, 2), sink=2),
+        Peak(keep=0.3, keep_kv=1.0, layer=1, window=4),
+        PyramidKV(keep=0.4, window=4),
+        PyramidInfer(rho=0.3, recent=0.2, least=6),
+        StreamingLLM(keep=0.3),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_a_padded_row_is_the_row_alone(model, method):
     lengths = (60, 41, 18, 9)
     ids, mask = prompt(*lengths)
     tokens, logits = generate(model, ids, ClaaCache(model.config, method), mask)
@@ -319,7 +340,7 @@ def test_rows_of_a_cache_can_be_repeated_chosen_and_reordered(family):
     model = attach(build(family))
     ids, mask = prompt(LENGTH, 41)
     turn, _ = prompt(5, 5, seed=1)
-    cache = ClaaCache(model.config, CLAA(keep=14, layer=0))
+    cache = ClaaCache(model.config, CLAA(keep=0.3, layer=0, first_full=1))
     with torch.no_grad():
         model(ids, attention_mask=mask, past_key_values=cache)
         chosen, reordered = copy.deepcopy(cache), copy.deepcopy(cache)

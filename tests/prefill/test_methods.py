@@ -213,7 +213,8 @@ def slow_gemfilter(kept, layer, kernel=5):
         def select(seen):
             if seen.layer == layer:
                 scores = slow_methods.gemfilter_scores(seen, kernel)
-                found.extend(llama.best(scores, tokens(kept, len(ids)), 0, seen))
+                best = llama.best(scores, tokens(kept, len(ids)), 0, seen)
+                found.extend(range(len(ids)) if best is None else best)
 
         first = llama.run(ids, 1, select=select, last_layer=layer)
         return second_pass(llama, ids, found, contiguous=True, work=first.work)

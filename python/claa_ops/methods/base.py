@@ -162,7 +162,10 @@ class Method:
             stands before it.
         """
         counts = None if state.row_sizes is None else tokens(state.row_sizes)
-        kept = tokens(state.sizes) if counts is None or grows else int(counts.max())
+        if counts is None or grows:
+            kept = tokens(state.sizes)
+        else:
+            kept = min(state.length, int(counts.max()))
         return select_topk(scores, kept, window=window, sink=sink, start=state.start, counts=counts)
 
     # For the settings of a system.

@@ -147,7 +147,8 @@ class Pruning(Method):
         """The tokens with this layer's best scores, ``[B, G, k]``, and the window."""
         if not self._compresses(state, layer):
             return None
-        return self._best(state, state.layer_scores, partial(self.capacity, layer=layer))
+        tokens = partial(self.capacity, layer=layer)
+        return self._best(state, state.layer_scores, tokens, grows=not self.equal_cache)
 
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
         """At a selection layer, the most important tokens, ``[B, k]``, and the window."""
@@ -161,10 +162,16 @@ class Pruning(Method):
         return self._best(state, state.importance, partial(self._tokens, stage=stage))
 
     def _best(
-        self, state: PrefillState, scores: Tensor, tokens: Callable[[Sizes[Any]], Any]
+        self,
+        state: PrefillState,
+        scores: Tensor,
+        tokens: Callable[[Sizes[Any]], Any],
+        grows: bool = True,
     ) -> Tensor:
         """The sinks, the window and the tokens of best score."""
-        return self.keep_best(state, scores, tokens, window=self.window, sink=self.sink)
+        return self.keep_best(
+            state, scores, tokens, window=self.window, sink=self.sink, grows=grows
+        )
 
     def capacity(self, sizes: Sizes[Size], layer: int) -> Size:
         """How many entries the cache of this layer may keep."""

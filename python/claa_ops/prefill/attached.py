@@ -18,6 +18,7 @@ class AttachedCache(Cache):
     """A cache that only an attached model may fill."""
 
     in_forward = False
+    prefilling = False  # whether this forward is that of the prompt
 
     def begin_forward(
         self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
@@ -34,6 +35,11 @@ class AttachedCache(Cache):
     def end_forward(self) -> None:
         """Called by an attached model after its layers."""
         self.in_forward = False
+
+    @property
+    def has_selected(self) -> bool:
+        """Whether the layers so far have dropped tokens of the prompt."""
+        return False
 
     def begin_generate(self, request: Request) -> None:
         """Called by ``generate`` before it does anything: raise what no forward can see."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from claa_ops.prefill.attached import AttachedCache
 from claa_ops.prefill.cache import ClaaCache, SlidingLayer
 from claa_ops.prefill.logsumexp import attention_and_logsumexp
 from claa_ops.prefill.transformers_api import (
@@ -48,20 +49,17 @@ def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        claa_cache: ClaaCache | None = None,
+        claa_cache: AttachedCache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if claa_cache is None:
-            if attention_mask is not None and attention_mask.dim() == 4:
-                # A StaticClaaCache has one mask for layers of different lengths.
-                attention_mask = attention_mask[..., -key.shape[2] :]
             return base(module, query, key, value, attention_mask, **kwargs)
         layer: Any = module.layer_idx
         held = claa_cache.layers[layer]
         if not claa_cache.prefilling and held.is_sliding and held.positions is not None:
             attention_mask = _window_mask(claa_cache, held, query, additive=base_name == "eager")
         elif attention_mask is not None:
-            attention_mask = attention_mask[..., -key.shape[2] :]
+            attention_mask = held.columns(attention_mask, key.shape[2])
         if "flash" in base_name:
             if claa_cache.prefilling and held.is_sliding and claa_cache.has_selected:
                 raise ValueError(
@@ -77,7 +75,7 @@ def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
             output, lse = base(module, query, key, value, attention_mask, **kwargs), None
         else:
             output, lse = (fused[0].transpose(1, 2).contiguous(), None), fused[1]
-        if claa_cache.prefilling:
+        if isinstance(claa_cache, ClaaCache) and claa_cache.prefilling:
             _observe_and_compress(claa_cache, layer, query, key, lse, kwargs)
         return output
 
@@ -128,11 +126,14 @@ def _observe_and_compress(
                 f"got {held.keys.shape[1]} in layer {layer} (latent attention)"
             )
         held.keys, held.values = state.compress(layer, held.keys, held.values)
+        held.start = state.cache_start
     elif state.positions is not None:
         held.place(state.positions, state.start)
 
 
-def _window_mask(cache: ClaaCache, held: SlidingLayer, query: Tensor, *, additive: bool) -> Tensor:
+def _window_mask(
+    cache: AttachedCache, held: SlidingLayer, query: Tensor, *, additive: bool
+) -> Tensor:
     """The sliding window of later tokens over selected entries: by position, not by index."""
     seen = cache.get_seq_length()
     visible = held.visible(torch.arange(seen - query.shape[2], seen, device=query.device))[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -205,9 +206,8 @@ class ClaaCache(AttachedCache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the mask for the layers of one type.
 
-        A layer that dropped entries takes the last columns of the mask. That is exact, because
-        entries are in ascending order and padding is dropped first: an entry is padding if and
-        only if its column is.
+        A layer that dropped entries takes the last columns of the mask, for as many tokens, less
+        those of its own padding: see :meth:`PaddedLayer.columns`.
         """
         seen, layer = self.get_seq_length(), self.layers[layer_idx]
         held = layer.get_seq_length() if layer.is_sliding else seen
@@ -254,8 +254,38 @@ class ClaaCache(AttachedCache):
         self.crop(0)
 
 
-class FullLayer(DynamicLayer):
+class PaddedLayer:
+    """A layer whose entries begin with padding.
+
+    Attributes:
+        start: ``[B]``: the first entry of each row that is not padding; None without padding.
+    """
+
+    start: Tensor | None = None
+
+    def columns(self, mask: Tensor, entries: int) -> Tensor:
+        """What later tokens see of the layer's entries.
+
+        Args:
+            mask: ``[B, ..., n]``, of as many entries or more, of which the last are taken.
+            entries: how many there are.
+        """
+        mask = mask[..., -entries:]
+        return mask if self.start is None else hide_before(mask, self.start)
+
+
+def hide_before(mask: Tensor, start: Tensor) -> Tensor:
+    """The mask ``[B, ..., n]``, for adding or of truth, with what lies before ``[B]`` hidden."""
+    first = start.view(-1, *[1] * (mask.dim() - 1))
+    hidden = torch.arange(mask.shape[-1], device=mask.device) < first
+    fill = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
+    return torch.where(hidden, torch.full_like(mask[..., :1], fill), mask)
+
+
+class FullLayer(PaddedLayer, DynamicLayer):
     """All entries. Those of the prompt are held as they come; appending to nothing would copy."""
+
+    of_rows: tuple[str, ...] = ("start",)  # attributes with an entry for each row of the batch
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -268,6 +298,32 @@ class FullLayer(DynamicLayer):
         self.lazy_initialization(key_states, value_states)
         self.keys, self.values = _owned(key_states), _owned(value_states)
         return self.keys, self.values
+
+    def reset(self) -> None:
+        """Forget the request."""
+        super().reset()
+        for name in self.of_rows:
+            setattr(self, name, None)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the batch for beam search."""
+        super().reorder_cache(beam_idx)
+        self._each_row(lambda x: x[beam_idx.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
+        super().batch_repeat_interleave(repeats)
+        self._each_row(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        super().batch_select_indices(indices)
+        self._each_row(lambda x: x[indices])
+
+    def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name in self.of_rows:
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, change(value))
 
 
 def _owned(x: Tensor) -> Tensor:
@@ -285,6 +341,7 @@ class SlidingLayer(FullLayer):
     """
 
     is_sliding = True
+    of_rows = ("start", "positions")
 
     def __init__(self, sliding_window: int) -> None:
         super().__init__()
@@ -316,26 +373,3 @@ class SlidingLayer(FullLayer):
         self.positions = held[:, 1 - self.sliding_window :].clone()
         distance = new[:, None] - held[:, None]
         return (distance >= 0) & (distance < self.sliding_window)
-
-    def reset(self) -> None:
-        """Forget the request."""
-        super().reset()
-        self.positions = None
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorder the batch for beam search."""
-        super().reorder_cache(beam_idx)
-        if self.positions is not None:
-            self.positions = self.positions[beam_idx.to(self.positions.device)]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row of the batch."""
-        super().batch_repeat_interleave(repeats)
-        if self.positions is not None:
-            self.positions = self.positions.repeat_interleave(repeats, dim=0)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows of the batch."""
-        super().batch_select_indices(indices)
-        if self.positions is not None:
-            self.positions = self.positions[indices]

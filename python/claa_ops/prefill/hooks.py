@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from claa_ops.ops.gather_tokens import gather_tokens
 from claa_ops.prefill.attached import AttachedCache
-from claa_ops.prefill.cache import ClaaCache
+from claa_ops.prefill.cache import ClaaCache, hide_before
 from claa_ops.prefill.transformers_api import Arguments, bind, cache_of, parameters
 
 
@@ -116,7 +116,7 @@ def _continue_with_selected(layer: nn.Module, index: int) -> Callable[..., Any]:
             # The model hands the same tensors to all layers of a type, so gather them once.
             kind = cache.layer_types[index]
             if kind not in cache.selected:
-                cache.selected[kind] = _gather(arguments, state.positions)
+                cache.selected[kind] = _gather(arguments, state.positions, state.start)
             arguments.update(cache.selected[kind])
         return (hidden,), arguments
 
@@ -129,27 +129,38 @@ def _pass_cache(attention: nn.Module) -> Callable[..., Any]:
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
         cache = cache_of(bind(names, args, kwargs))
-        return (args, {**kwargs, "claa_cache": cache}) if isinstance(cache, ClaaCache) else None
+        attached = isinstance(cache, AttachedCache)
+        return (args, {**kwargs, "claa_cache": cache}) if attached else None
 
     return hook
 
 
-def _gather(arguments: Arguments, positions: Tensor) -> Arguments:
-    """What goes with the tokens, for the selected positions; these keep their rotary angles."""
+def _gather(arguments: Arguments, positions: Tensor, start: Tensor | None) -> Arguments:
+    """What goes with the tokens, for the selected positions; these keep their rotary angles.
+
+    Args:
+        arguments: of a layer.
+        positions: ``[B, k]``, -1 for padding.
+        start: ``[B]``: the first of these that is not padding; None without padding.
+    """
     embeddings = arguments["position_embeddings"]
     if not isinstance(embeddings, tuple) or any(x.dim() != 3 for x in embeddings):
         raise TypeError("attach: position_embeddings must be cosines and sines [batch, tokens, D]")
     # Some models transpose theirs, and rows are moved whole.
     rows = (gather_tokens(x.contiguous(), positions) for x in embeddings)
     selected: Arguments = {"position_embeddings": tuple(rows)}
+    if start is not None:
+        positions = positions.clamp_min(0)
     ids, mask = arguments.get("position_ids"), arguments.get("attention_mask")
     if ids is not None:
         selected["position_ids"] = ids.expand(positions.shape[0], -1).gather(1, positions)
     if mask is not None and mask.dim() == 2:
-        selected["attention_mask"] = mask.gather(1, positions)
+        mask = mask.gather(1, positions)
     elif mask is not None:
         row = torch.arange(positions.shape[0], device=positions.device)[:, None, None]
         mask = mask.expand(positions.shape[0], -1, -1, -1)
         kept = mask[row, :, positions[:, :, None], positions[:, None, :]]  # [B, k, k, heads]
-        selected["attention_mask"] = kept.movedim(-1, 1)
+        mask = kept.movedim(-1, 1)
+    if mask is not None:
+        selected["attention_mask"] = mask if start is None else hide_before(mask, start)
     return selected

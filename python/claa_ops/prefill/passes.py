@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from claa_ops.methods.base import Method, Preparation
 from claa_ops.methods.full import FullKV
-from claa_ops.prefill.cache import ClaaCache
+from claa_ops.prefill.cache import ClaaCache, hide_before
 from claa_ops.prefill.hooks import FirstPassDone
 from claa_ops.prefill.huggingface import attach
 from claa_ops.prefill.prompt import check_prompt, check_room, first_valid
@@ -30,7 +30,7 @@ class Prefilled:
         cache: the keys and values.
         next_position: ``[B]``, int64: the position at which decoding goes on.
         positions: ``[B, k]``, int64, ascending: the tokens of the (padded) prompt that reached
-            the last layer; None if all did.
+            the last layer, after -1 where a row has fewer; None if all did.
         attention_mask: ``[B, n]``, of the n tokens that the cache has seen; None without padding.
         computed: the multiplications of all forwards, those of drafts, first passes and an
             oracle's answer included.
@@ -100,11 +100,12 @@ def run(
         first = _first_pass(model, input_ids, position_ids, attention_mask, start, cache)
         computed += count_work(model, first.lengths, logits=0)
         if first.positions is not None:
-            input_ids = input_ids.gather(1, first.positions)
-            if attention_mask is not None:
-                attention_mask = attention_mask.gather(1, first.positions)
+            chosen = first.positions.clamp_min(0)  # padding is hidden
+            input_ids = input_ids.gather(1, chosen)
+            if attention_mask is not None and first.start is not None:
+                attention_mask = hide_before(attention_mask.gather(1, chosen), first.start)
             if method.keeps_positions:
-                position_ids = position_ids.gather(1, first.positions)
+                position_ids = position_ids.gather(1, chosen)
             else:
                 position_ids = count_positions(input_ids, attention_mask)
                 next_position = position_ids[:, -1] + 1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from claa_ops.prefill.attached import AttachedCache, Request
-from claa_ops.prefill.cache import ClaaCache
+from claa_ops.prefill.cache import ClaaCache, PaddedLayer
 from claa_ops.prefill.transformers_api import StaticLayer
 
 
@@ -54,9 +54,10 @@ class StaticClaaCache(AttachedCache):
             raise ValueError("StaticClaaCache: a prompt must have been prefilled, got none")
         if any(layer.is_sliding for layer in cache.layers):
             raise ValueError("StaticClaaCache: all layers must have full attention, got a window")
-        super().__init__(layers=[StaticLayer(kept + max_new_tokens) for kept in cache.lengths])
+        super().__init__(layers=[_Layer(kept + max_new_tokens) for kept in cache.lengths])
         for layer, held in zip(self.layers, cache.layers, strict=True):
             layer.update(held.keys, held.values)
+            layer.start = held.start
         first, seen = cache.layers[0], cache.get_seq_length()
         # A tensor, like the lengths of the layers: torch.compile compiles anew for another int.
         self._dropped = torch.tensor(seen - first.get_seq_length(), device=first.keys.device)
@@ -100,6 +101,10 @@ class StaticClaaCache(AttachedCache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the mask: that of the longest layer; others take its last columns.
 
-        The mask is exact for the reason that :meth:`ClaaCache.get_mask_sizes` gives.
+        It is exact for the reason that :meth:`ClaaCache.get_mask_sizes` gives.
         """
         return self._mask_sizes
+
+
+class _Layer(PaddedLayer, StaticLayer):
+    pass
