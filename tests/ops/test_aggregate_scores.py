@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import claa_ops
 from claa_ops import reference
 
+from .fakes import assert_refuses
 from .inputs import (
     AWKWARD,
     NANS,
@@ -159,8 +160,7 @@ def test_runs_and_threads_agree_bit_for_bit(device):
 def test_rejects(changes, message, device):
     call = {"running": torch.zeros(2, 5), "scores": torch.zeros(2, 3, 5)} | changes
     call = {name: x.to(device) for name, x in call.items()}
-    with pytest.raises(RuntimeError, match=f"aggregate_scores: {message}"):
-        aggregate_scores(**call)
+    assert_refuses("aggregate_scores", call, message)
 
 
 def test_rejects_a_mix_of_devices(device):

@@ -9,6 +9,7 @@ from torch import Tensor
 import claa_ops
 from claa_ops import reference
 
+from .fakes import assert_refuses
 from .inputs import INDEX_TYPES, normal, threads
 from .row_types import ROW_TYPES, as_integers, random_bytes
 
@@ -186,12 +187,12 @@ def test_backward_of_keys_alone(device):
         pytest.param({"value": torch.zeros(2, 3, 15, 4)}, "value must .*15", id="value-length"),
         pytest.param(
             {"key": torch.zeros(2, 3, 16, 4, dtype=torch.complex128)},
-            "key must .*dtype.*, got (complex128|ComplexDouble)",
+            "key must .*dtype.*, got complex128",
             id="key-of-16-bytes",
         ),
         pytest.param(
             {"value": torch.zeros(2, 3, 16, 4, dtype=torch.complex128)},
-            "value must .*dtype.*, got (complex128|ComplexDouble)",
+            "value must .*dtype.*, got complex128",
             id="value-of-16-bytes",
         ),
         pytest.param(
@@ -214,7 +215,7 @@ def test_backward_of_keys_alone(device):
         ),
         pytest.param(
             {"index": torch.zeros(2, 4).short()},
-            "index must .*dtype.*, got (int16|Short)",
+            "index must .*dtype.*, got int16",
             id="index-int16",
         ),
         pytest.param(
@@ -227,8 +228,7 @@ def test_backward_of_keys_alone(device):
 def test_rejects(changes, message, device):
     call = {"key": torch.zeros(2, 3, 16, 4), "value": torch.zeros(2, 3, 16, 8)}
     call |= {"index": torch.zeros(2, 5).long()} | changes
-    with pytest.raises(RuntimeError, match=f"gather_kv: {message}"):
-        gather_kv(**{name: x.to(device) for name, x in call.items()})
+    assert_refuses("gather_kv", {name: x.to(device) for name, x in call.items()}, message)
 
 
 @pytest.mark.parametrize("index_type", INDEX_TYPES)

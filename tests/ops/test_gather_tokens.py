@@ -9,6 +9,7 @@ from torch import Tensor
 import claa_ops
 from claa_ops import reference
 
+from .fakes import assert_refuses
 from .inputs import INDEX_TYPES, normal, threads
 from .row_types import ROW_TYPES, ROW_TYPES_OF_8_BYTES, as_integers, random_bytes
 
@@ -157,7 +158,7 @@ def test_gradient_is_the_numerical_one(rows, device):
         pytest.param({"x": torch.zeros(3, 16, 4)}, "x must .*3|index must .*2", id="batch"),
         pytest.param(
             {"x": torch.zeros(2, 16, 4, dtype=torch.complex128)},
-            "x must .*dtype.*, got (complex128|ComplexDouble)",
+            "x must .*dtype.*, got complex128",
             id="16-bytes",
         ),
         pytest.param(
@@ -180,8 +181,9 @@ def test_gradient_is_the_numerical_one(rows, device):
 )
 def test_rejects(changes, message, device):
     call = {"x": torch.zeros(2, 16, 4), "index": torch.zeros(2, 5).long()} | changes
-    with pytest.raises(RuntimeError, match=f"gather_tokens: (?:{message})"):
-        gather_tokens(**{name: x.to(device) for name, x in call.items()})
+    assert_refuses(
+        "gather_tokens", {name: x.to(device) for name, x in call.items()}, f"(?:{message})"
+    )
 
 
 @pytest.mark.parametrize("index_type", INDEX_TYPES)

@@ -3,6 +3,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from claa_ops.ops._checks import (
+    check,
+    check_device_like,
+    check_indices,
+    check_item_bytes,
+    check_last_dim_contiguous,
+    check_rank,
+    check_size,
+    shape_of,
+)
+
 _op = torch.ops.claa.gather_kv.default
 
 
@@ -41,7 +52,30 @@ def gather_kv(key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor
 
 @torch.library.register_fake("claa::gather_kv")
 def _gather_kv_fake(key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    batch, kv_heads, _, dim = key.shape
+    op = "gather_kv"
+    check_rank(op, "key", key, 4, "[B, G, N, D]")
+    check_rank(op, "value", value, 4, "[B, G, N, Dv]")
+    batch, kv_heads, total, dim = key.shape
+    check_size(op, "value", value, 0, "B", batch, "key")
+    check_size(op, "value", value, 1, "G", kv_heads, "key")
+    check_size(op, "value", value, 2, "N", total, "key")
+    check_device_like(op, "value", value, key, "key")
+    check_last_dim_contiguous(op, "key", key)
+    check_last_dim_contiguous(op, "value", value)
+
+    has_heads = index.dim() == 3
+    check(
+        op,
+        has_heads or index.dim() == 2,
+        lambda: f"index must have shape [B, G, k] or [B, k], got {shape_of(index)}",
+    )
+    check_size(op, "index", index, 0, "B", batch, "key")
+    if has_heads:
+        check_size(op, "index", index, 1, "G", kv_heads, "key")
+    check_device_like(op, "index", index, key, "key")
+    check_indices(op, "index", index)
+    check_item_bytes(op, "key", key)
+    check_item_bytes(op, "value", value)
     kept = index.shape[-1]
     return (
         key.new_empty((batch, kv_heads, kept, dim)),

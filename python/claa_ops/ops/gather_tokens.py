@@ -3,6 +3,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from claa_ops.ops._checks import (
+    at_hand,
+    check,
+    check_device_like,
+    check_indices,
+    check_item_bytes,
+    check_last_dim_contiguous,
+    check_rank,
+    shape_of,
+)
+
 _op = torch.ops.claa.gather_tokens.default
 
 
@@ -39,7 +50,23 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 @torch.library.register_fake("claa::gather_tokens")
 def _gather_tokens_fake(x: Tensor, index: Tensor) -> Tensor:
-    return x.new_empty((index.shape[0], index.shape[1], x.shape[-1]))
+    op = "gather_tokens"
+    check_rank(op, "x", x, 3, "[B, N, C] or [1, N, C]")
+    check_rank(op, "index", index, 2, "[B, k]")
+    batch, kept = index.shape
+    check(
+        op,
+        (x.shape[0] == 1) | (x.shape[0] == batch),
+        lambda: (
+            f"x must have B = 1 or B = {at_hand(batch)} like index, "
+            f"got {at_hand(x.shape[0])} in {shape_of(x)}"
+        ),
+    )
+    check_device_like(op, "index", index, x, "x")
+    check_last_dim_contiguous(op, "x", x)
+    check_indices(op, "index", index)
+    check_item_bytes(op, "x", x)
+    return x.new_empty((batch, kept, x.shape[-1]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -1,6 +1,19 @@
 import torch
 from torch import Tensor
 
+from claa_ops.ops._autograd import without_gradient
+from claa_ops.ops._checks import (
+    check,
+    check_device_like,
+    check_dtype,
+    check_last_dim_contiguous,
+    check_query_key,
+    check_rank,
+    check_size,
+    check_start,
+    shape_of,
+)
+
 _op = torch.ops.claa.peak_attention.default
 
 
@@ -48,7 +61,8 @@ def peak_attention(
         >>> peak_attention(torch.zeros(1, 2, 1, 8), torch.zeros(1, 1, 4, 8))
         tensor([[[0.2500, 0.2500, 0.2500, 0.2500]]])
     """
-    return _op(query, key, scale=scale, running=running, start=start)
+    peak = _op(query, key, scale=scale, running=running, start=start)
+    return without_gradient("peak_attention", peak)
 
 
 @torch.library.register_fake("claa::peak_attention")
@@ -60,5 +74,18 @@ def _peak_attention_fake(
     running: Tensor | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    batch, _, queries, _ = query.shape
-    return query.new_empty((batch, queries, key.shape[2]), dtype=torch.float32)
+    op = "peak_attention"
+    check_query_key(op, query, key, "[B, H, T, D]")
+    batch, heads, queries, _ = query.shape
+    total = key.shape[2]
+    check(op, heads > 0, lambda: f"query must have at least one head, got {shape_of(query)}")
+    if running is not None:
+        check_rank(op, "running", running, 3, "[B, T, N]")
+        check_size(op, "running", running, 0, "B", batch, "query")
+        check_size(op, "running", running, 1, "T", queries, "query")
+        check_size(op, "running", running, 2, "N", total, "key")
+        check_dtype(op, "running", running, torch.float32)
+        check_device_like(op, "running", running, query, "query")
+        check_last_dim_contiguous(op, "running", running)
+    check_start(op, start, batch, query, "query")
+    return query.new_empty((batch, queries, total), dtype=torch.float32)

@@ -1,6 +1,15 @@
 import torch
 from torch import Tensor
 
+from claa_ops.ops._autograd import without_gradient
+from claa_ops.ops._checks import (
+    check_divides,
+    check_dtype,
+    check_kernel_size,
+    check_last_dim_contiguous,
+    check_pool_mode,
+    check_rank,
+)
 from claa_ops.ops._pool_mode import PoolMode, pool_mode_code
 
 _op = torch.ops.claa.pool_heads.default
@@ -37,12 +46,20 @@ def pool_heads(
         >>> pool_heads(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, 6.0]]]), 1, kernel_size=3)
         tensor([[[1., 3., 2.]]])
     """
-    return _op(scores, num_kv_heads, kernel_size=kernel_size, mode=pool_mode_code(mode))
+    pooled = _op(scores, num_kv_heads, kernel_size=kernel_size, mode=pool_mode_code(mode))
+    return without_gradient("pool_heads", pooled)
 
 
 @torch.library.register_fake("claa::pool_heads")
 def _pool_heads_fake(
     scores: Tensor, num_kv_heads: int, *, kernel_size: int = 7, mode: int = 0
 ) -> Tensor:
-    batch, _, context = scores.shape
+    op = "pool_heads"
+    check_rank(op, "scores", scores, 3, "[B, H, M]")
+    check_dtype(op, "scores", scores, torch.float32)
+    check_last_dim_contiguous(op, "scores", scores)
+    batch, heads, context = scores.shape
+    check_divides(op, "num_kv_heads", heads, num_kv_heads)
+    check_kernel_size(op, kernel_size)
+    check_pool_mode(op, mode)
     return scores.new_empty((batch, num_kv_heads, context))

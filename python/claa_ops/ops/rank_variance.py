@@ -1,6 +1,16 @@
 import torch
 from torch import Tensor
 
+from claa_ops.ops._autograd import without_gradient
+from claa_ops.ops._checks import (
+    check,
+    check_dtype,
+    check_in_range,
+    check_last_dim_contiguous,
+    check_rank,
+    shape_of,
+)
+
 _op = torch.ops.claa.rank_variance.default
 
 
@@ -33,9 +43,16 @@ def rank_variance(scores: Tensor, k: int) -> Tensor:
         >>> rank_variance(torch.tensor([[[9.0, 5.0, 4.0]], [[9.0, 4.0, 5.0]]]), 2)
         tensor([0.1667])
     """
-    return _op(scores, k)
+    return without_gradient("rank_variance", _op(scores, k))
 
 
 @torch.library.register_fake("claa::rank_variance")
 def _rank_variance_fake(scores: Tensor, k: int) -> Tensor:
-    return scores.new_empty((scores.shape[1],))
+    op = "rank_variance"
+    check_rank(op, "scores", scores, 3, "[L, B, M]")
+    check_dtype(op, "scores", scores, torch.float32)
+    check_last_dim_contiguous(op, "scores", scores)
+    layers, batch, context = scores.shape
+    check(op, layers > 0, lambda: f"scores must have at least one layer, got {shape_of(scores)}")
+    check_in_range(op, "k", k, "M", context)
+    return scores.new_empty((batch,))

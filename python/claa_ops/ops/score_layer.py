@@ -1,6 +1,19 @@
 import torch
 from torch import Tensor
 
+from claa_ops.ops._autograd import without_gradient
+from claa_ops.ops._checks import (
+    check,
+    check_device_like,
+    check_dtype,
+    check_kernel_size,
+    check_last_dim_contiguous,
+    check_pool_mode,
+    check_rank,
+    check_size,
+    check_window_attention,
+    strides_of,
+)
 from claa_ops.ops._pool_mode import PoolMode, pool_mode_code
 
 _op = torch.ops.claa.score_layer.default
@@ -59,7 +72,7 @@ def score_layer(
         >>> running
         tensor([[2.0000, 1.1667]])
     """
-    return _op(
+    scores = _op(
         running,
         query,
         key,
@@ -72,6 +85,7 @@ def score_layer(
         softcap=softcap,
         sinks=sinks,
     )
+    return without_gradient("score_layer", scores)
 
 
 @torch.library.register_fake("claa::score_layer")
@@ -89,6 +103,21 @@ def _score_layer_fake(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
+    op = "score_layer"
+    check_window_attention(op, query, key, lse, start, sliding_window, softcap, sinks)
+    check_kernel_size(op, kernel_size)
+    check_pool_mode(op, pool_mode)
     batch, kv_heads, total, _ = key.shape
     context = total - query.shape[2]
+    check_rank(op, "running", running, 2, "[B, M]")
+    check_size(op, "running", running, 0, "B", batch, "query")
+    check_size(op, "running", running, 1, "M", context, "the context of key")
+    check_dtype(op, "running", running, torch.float32)
+    check_device_like(op, "running", running, query, "query")
+    check_last_dim_contiguous(op, "running", running)
+    check(
+        op,
+        (batch <= 1) | (running.stride(0) >= context),
+        lambda: f"running must have rows that do not overlap, got strides {strides_of(running)}",
+    )
     return query.new_empty((batch, kv_heads, context), dtype=torch.float32)

@@ -1,6 +1,8 @@
 import torch
 from torch import Tensor
 
+from claa_ops.ops._autograd import without_gradient
+from claa_ops.ops._checks import check_kernel_size, check_pool_mode, check_window_attention
 from claa_ops.ops._pool_mode import PoolMode, pool_mode_code
 
 _op = torch.ops.claa.score_tokens.default
@@ -54,7 +56,7 @@ def score_tokens(
         >>> score_tokens(query, key, kernel_size=3)
         tensor([[[0.7778, 0.7778]]])
     """
-    return _op(
+    scores = _op(
         query,
         key,
         kernel_size=kernel_size,
@@ -66,6 +68,7 @@ def score_tokens(
         softcap=softcap,
         sinks=sinks,
     )
+    return without_gradient("score_tokens", scores)
 
 
 @torch.library.register_fake("claa::score_tokens")
@@ -82,6 +85,10 @@ def _score_tokens_fake(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
+    op = "score_tokens"
+    check_window_attention(op, query, key, lse, start, sliding_window, softcap, sinks)
+    check_kernel_size(op, kernel_size)
+    check_pool_mode(op, mode)
     batch, kv_heads, total, _ = key.shape
     context = total - query.shape[2]
     return query.new_empty((batch, kv_heads, context), dtype=torch.float32)

@@ -1,6 +1,9 @@
 import torch
 from torch import Tensor
 
+from claa_ops.ops._autograd import without_gradient
+from claa_ops.ops._checks import check_window_attention
+
 _op = torch.ops.claa.score_window.default
 
 
@@ -57,7 +60,7 @@ def score_window(
         >>> score_window(query, key)
         tensor([[[0.5833, 0.5833]]])
     """
-    return _op(
+    scores = _op(
         query,
         key,
         scale=scale,
@@ -67,6 +70,7 @@ def score_window(
         softcap=softcap,
         sinks=sinks,
     )
+    return without_gradient("score_window", scores)
 
 
 @torch.library.register_fake("claa::score_window")
@@ -81,5 +85,7 @@ def _score_window_fake(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
+    op = "score_window"
+    check_window_attention(op, query, key, lse, start, sliding_window, softcap, sinks)
     batch, heads, window, _ = query.shape
     return query.new_empty((batch, heads, key.shape[2] - window), dtype=torch.float32)

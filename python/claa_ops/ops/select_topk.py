@@ -1,6 +1,17 @@
 import torch
 from torch import Tensor
 
+from claa_ops.ops._checks import (
+    check,
+    check_dtype,
+    check_in_range,
+    check_last_dim_contiguous,
+    check_not_negative,
+    check_start,
+    shape_of,
+    strides_of,
+)
+
 _op = torch.ops.claa.select_topk.default
 
 
@@ -66,5 +77,29 @@ def _select_topk_fake(
     counts: Tensor | None = None,
     int32: bool = False,
 ) -> Tensor:
+    op = "select_topk"
+    rank = scores.dim()
+    check(op, rank >= 1, lambda: f"scores must have shape [..., M], got {shape_of(scores)}")
+    check_dtype(op, "scores", scores, torch.float32)
+    check_last_dim_contiguous(op, "scores", scores)
+    check_not_negative(op, "window", window)
+    check_not_negative(op, "sink", sink)
+    check_in_range(op, "k", k, "M + window", scores.shape[-1] + window)
+    check(
+        op,
+        start is None or rank > 1,
+        lambda: f"start needs scores of shape [B, ..., M], got {shape_of(scores)}",
+    )
+    for dim in range(2, rank - 1):  # one stride must lead through the rows of a batch entry
+        check(
+            op,
+            (scores.shape[dim - 1] <= 1)
+            | (scores.stride(dim - 1) == scores.shape[dim] * scores.stride(dim)),
+            lambda: (
+                "scores must be contiguous between its first and its last dimension, "
+                f"got strides {strides_of(scores)}"
+            ),
+        )
+    check_start(op, start, scores.shape[0], scores, "scores")
     dtype = torch.int32 if int32 else torch.int64
     return scores.new_empty((*scores.shape[:-1], k), dtype=dtype)

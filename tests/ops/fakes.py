@@ -1,0 +1,62 @@
+"""Fakes of an op's call: the same sizes, dtypes and strides, and no values."""
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+
+import claa_ops
+
+Replace = Callable[[Tensor], Tensor]
+
+
+def on_meta(x: Tensor) -> Tensor:
+    """Without memory, as under `torch.device("meta")`."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+class Symbols:
+    """Every size and stride a symbol, as in `torch.compile(dynamic=True)`."""
+
+    def __init__(self) -> None:
+        self.shapes = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.shapes)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * x.dim())
+        return self.mode.from_tensor(x, symbolic_context=sizes)
+
+
+def kinds_of_fake() -> dict[str, tuple[contextlib.AbstractContextManager, Replace]]:
+    """The three ways to trace: what to enter, and what to make of each tensor before."""
+    numbers, symbols = FakeTensorMode(), Symbols()
+    return {
+        "meta": (contextlib.nullcontext(), on_meta),
+        "fake": (numbers, numbers.from_tensor),
+        "symbolic": (symbols.mode, symbols),
+    }
+
+
+def call_fake(op: str, arguments: dict, kind: str) -> object:
+    mode, replace = kinds_of_fake()[kind]
+    faked = {n: replace(x) if isinstance(x, Tensor) else x for n, x in arguments.items()}
+    with mode:
+        return getattr(claa_ops, op)(**faked)
+
+
+def assert_refuses(op: str, arguments: dict, message: str) -> None:
+    """The op refuses with this message, and each fake of it with the same to the letter."""
+    with pytest.raises(RuntimeError, match=f"^{op}: {message}") as refusal:
+        getattr(claa_ops, op)(**arguments)
+    for kind in kinds_of_fake():
+        with pytest.raises(RuntimeError) as of_fake:
+            call_fake(op, arguments, kind)
+        assert str(of_fake.value) == str(refusal.value), kind
