@@ -18,6 +18,9 @@ import claa_ops
 Replace = Callable[[Tensor], Tensor]
 
 
+KINDS = ["meta", "fake", "symbolic"]
+
+
 def on_meta(x: Tensor) -> Tensor:
     """Without memory, as under `torch.device("meta")`."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
@@ -35,28 +38,33 @@ class Symbols:
         return self.mode.from_tensor(x, symbolic_context=sizes)
 
 
-def kinds_of_fake() -> dict[str, tuple[contextlib.AbstractContextManager, Replace]]:
-    """The three ways to trace: what to enter, and what to make of each tensor before."""
-    numbers, symbols = FakeTensorMode(), Symbols()
-    return {
-        "meta": (contextlib.nullcontext(), on_meta),
-        "fake": (numbers, numbers.from_tensor),
-        "symbolic": (symbols.mode, symbols),
-    }
+def way_to_trace(kind: str) -> tuple[contextlib.AbstractContextManager, Replace]:
+    """What to enter, and what to make of each tensor before."""
+    if kind == "meta":
+        return contextlib.nullcontext(), on_meta
+    if kind == "fake":
+        numbers = FakeTensorMode()
+        return numbers, numbers.from_tensor
+    symbols = Symbols()
+    return symbols.mode, symbols
 
 
-def call_fake(op: str, arguments: dict, kind: str) -> object:
-    mode, replace = kinds_of_fake()[kind]
-    faked = {n: replace(x) if isinstance(x, Tensor) else x for n, x in arguments.items()}
+def call_fake(op: str, args: tuple, options: dict, kind: str) -> object:
+    mode, replace = way_to_trace(kind)
+
+    def faked(x: object) -> object:
+        return replace(x) if isinstance(x, Tensor) else x
+
+    args, options = tuple(map(faked, args)), {n: faked(x) for n, x in options.items()}
     with mode:
-        return getattr(claa_ops, op)(**faked)
+        return getattr(claa_ops, op)(*args, **options)
 
 
 def assert_refuses(op: str, arguments: dict, message: str) -> None:
     """The op refuses with this message, and each fake of it with the same to the letter."""
     with pytest.raises(RuntimeError, match=f"^{op}: {message}") as refusal:
         getattr(claa_ops, op)(**arguments)
-    for kind in kinds_of_fake():
+    for kind in KINDS:
         with pytest.raises(RuntimeError) as of_fake:
-            call_fake(op, arguments, kind)
+            call_fake(op, (), arguments, kind)
         assert str(of_fake.value) == str(refusal.value), kind

@@ -115,13 +115,15 @@ def check_indices(op: str, name: str, t: Tensor) -> None:
     check_last_dim_contiguous(op, name, t)
 
 
-def check_start(op: str, start: Tensor | None, batch: int, like: Tensor, source: str) -> None:
-    if start is None:
+def check_row_integers(
+    op: str, name: str, t: Tensor | None, batch: int, like: Tensor, source: str
+) -> None:
+    if t is None:
         return
-    check_rank(op, "start", start, 1, "[B]")
-    check_size(op, "start", start, 0, "B", batch, source)
-    check_device_like(op, "start", start, like, source)
-    check_indices(op, "start", start)
+    check_rank(op, name, t, 1, "[B]")
+    check_size(op, name, t, 0, "B", batch, source)
+    check_device_like(op, name, t, like, source)
+    check_indices(op, name, t)
 
 
 def check_pool_mode(op: str, mode: int) -> None:
@@ -214,4 +216,4 @@ def check_window_attention(
         )
         check_device_like(op, "sinks", sinks, query, "query")
         check_last_dim_contiguous(op, "sinks", sinks)
-    check_start(op, start, batch, query, "query")
+    check_row_integers(op, "start", start, batch, query, "query")

@@ -9,8 +9,8 @@ from claa_ops.ops._checks import (
     check_last_dim_contiguous,
     check_query_key,
     check_rank,
+    check_row_integers,
     check_size,
-    check_start,
     shape_of,
 )
 
@@ -87,5 +87,5 @@ def _peak_attention_fake(
         check_dtype(op, "running", running, torch.float32)
         check_device_like(op, "running", running, query, "query")
         check_last_dim_contiguous(op, "running", running)
-    check_start(op, start, batch, query, "query")
+    check_row_integers(op, "start", start, batch, query, "query")
     return query.new_empty((batch, queries, total), dtype=torch.float32)

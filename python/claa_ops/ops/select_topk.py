@@ -7,7 +7,7 @@ from claa_ops.ops._checks import (
     check_in_range,
     check_last_dim_contiguous,
     check_not_negative,
-    check_start,
+    check_row_integers,
     shape_of,
     strides_of,
 )
@@ -90,6 +90,11 @@ def _select_topk_fake(
         start is None or rank > 1,
         lambda: f"start needs scores of shape [B, ..., M], got {shape_of(scores)}",
     )
+    check(
+        op,
+        counts is None or rank > 1,
+        lambda: f"counts needs scores of shape [B, ..., M], got {shape_of(scores)}",
+    )
     for dim in range(2, rank - 1):  # one stride must lead through the rows of a batch entry
         check(
             op,
@@ -100,6 +105,7 @@ def _select_topk_fake(
                 f"got strides {strides_of(scores)}"
             ),
         )
-    check_start(op, start, scores.shape[0], scores, "scores")
+    check_row_integers(op, "start", start, scores.shape[0], scores, "scores")
+    check_row_integers(op, "counts", counts, scores.shape[0], scores, "scores")
     dtype = torch.int32 if int32 else torch.int64
     return scores.new_empty((*scores.shape[:-1], k), dtype=dtype)
