@@ -184,25 +184,60 @@ def test_one_graph_serves_every_size(op, number, device):
     assert graphs.count == 1
 
 
-@pytest.mark.parametrize(("op", "number"), CASES)
-def test_gradients_pass_through_the_gathers_alone(op, number, device):
-    """Scores are for ranking: their outputs carry no graph, even for inputs that do."""
+SCORES = sorted(set(claa_ops.__all__) - {"gather_kv", "gather_tokens", "select_topk"})
+
+
+def scoring_call(op: str, device: str) -> Sample:
+    """With arguments that want gradients, but for what the op updates in place."""
+    args, options = SAMPLES[op](2, 30, device)[0]
+    updated = args[:1] if op == "score_layer" else ()
+    others = (
+        x.detach().clone().requires_grad_() if isinstance(x, Tensor) else x
+        for x in args[len(updated) :]
+    )
+    return Sample((*updated, *others), options)
+
+
+@pytest.mark.parametrize(("op", "number"), [p.values for p in CASES if "gather" in p.values[0]])
+def test_gradients_pass_through_the_gathers(op, number, device):
     args, options = SAMPLES[op](2, 30, device)[number]
-    if "gather" not in op:
-        args = tuple(
-            x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
-            for x in args
-        )
-    trained = any(isinstance(x, Tensor) and x.requires_grad for x in args)
+    trained = any(x.requires_grad for x in args)
     outputs = getattr(claa_ops, op)(*args, **options)
     for output in outputs if isinstance(outputs, tuple) else (outputs,):
-        if "gather" in op:
-            assert output.requires_grad == trained
-        elif output.requires_grad:
-            # Without a formula autograd only warns, and gives no gradient.
-            with pytest.warns(UserWarning, match="autograd kernel was not registered"):
-                output.sum().backward()
-            assert all(x.grad is None for x in args if isinstance(x, Tensor))
+        assert output.requires_grad == trained
+
+
+@pytest.mark.parametrize("op", SCORES)
+def test_a_backward_pass_through_a_score_is_told_what_to_do(op, device):
+    args, _ = scoring_call(op, device)
+    scores = getattr(claa_ops, op)(*args)
+    beside = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
+    message = rf"^{op}: must not be differentiated, .*detach its arguments, or .*reference"
+    with pytest.raises(RuntimeError, match=message):
+        (scores.sum() + beside[0].sum()).backward()
+    (scores.detach().sum() + beside[0].sum()).backward()  # where none goes, nothing is said
+    assert torch.equal(beside[0].grad, torch.ones_like(beside[0]))
+    with torch.no_grad():
+        assert not getattr(claa_ops, op)(*args).requires_grad
+
+
+@pytest.mark.parametrize("op", sorted(set(SCORES) - {"rank_variance"}))
+def test_the_reference_can_be_trained(op, device):
+    """As the sentence promises; ranks alone have no gradient there either."""
+    args, _ = scoring_call(op, device)
+    getattr(claa_ops.reference, op)(*args).sum().backward()
+    assert any(isinstance(x, Tensor) and x.is_leaf and x.grad is not None for x in args)
+
+
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+@pytest.mark.parametrize("op", SCORES)
+def test_a_graph_serves_arguments_that_want_gradients(op, device):
+    """A model that is compiled without `no_grad`, and never asks for a gradient of its scores."""
+    torch._dynamo.reset()
+    args, _ = scoring_call(op, device)
+    function = getattr(claa_ops, op)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_equal(compiled(*args).detach(), function(*args).detach())
 
 
 def test_modes_are_refused_by_number(device):

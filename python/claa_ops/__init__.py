@@ -1,11 +1,15 @@
 """Fused ops that rank prompt tokens, keep the important ones and prefill the rest on those alone.
 
 Importing the package loads ``torch.ops.claa.*``; the functions here are the same ops with their
-manual pages. ``claa_ops.methods`` has the ranking systems, ``claa_ops.prefill`` puts them into a
-model.
+manual pages. In both, whatever has a default is given by name. A ``mode`` is a number in
+``torch.ops.claa``: 0 avg, 1 max (``pool_mode`` of ``score_layer``).
+
+``claa_ops.reference`` has each op in plain PyTorch, ``claa_ops.methods`` has the ranking systems,
+``claa_ops.prefill`` puts them into a model.
 """
 
 from claa_ops import _library as _library  # loads the ops; the modules below need them
+from claa_ops import reference as reference
 from claa_ops._build_info import version
 from claa_ops.ops.aggregate_scores import aggregate_scores
 from claa_ops.ops.gather_kv import gather_kv

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import claa_ops
 
@@ -124,3 +125,55 @@ def test_a_fake_leaves_no_guard(make, device):
         getattr(claa_ops, call.op)(*args, **options)
     # PyTorch itself asks that the size N - W of a result is not negative.
     assert len(symbols.shapes.guards) <= call.op.startswith("score_")
+
+
+def test_a_mix_of_devices_is_refused_where_there_is_one_device():
+    with FakeTensorMode():
+        query, key = torch.empty(1, 2, 3, 8, device="cuda"), torch.empty(1, 2, 9, 8)
+        message = r"^score_tokens: key must be on the device of query \(cuda:0\), got cpu$"
+        with pytest.raises(RuntimeError, match=message):
+            claa_ops.score_tokens(query, key)
+
+
+class Select(torch.nn.Module):
+    """As many tokens as it is told."""
+
+    def forward(self, scores: Tensor, k: int | Tensor) -> Tensor:
+        return claa_ops.select_topk(scores, k.item() if isinstance(k, Tensor) else k)
+
+
+REFUSED = r"select_topk: k must be in \[0, M \+ window\] = \[0, 46\], got 500"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_of_wrong_sizes_is_refused(strict):
+    scores = torch.randn(2, 46)
+    with pytest.raises(Exception, match=REFUSED):
+        torch.export.export(Select(), (scores, 500), strict=strict)
+
+
+def test_a_graph_of_wrong_sizes_is_refused():
+    with pytest.raises(Exception, match=REFUSED):
+        torch.compile(Select(), fullgraph=True, backend="eager")(torch.randn(2, 46), 500)
+
+
+@pytest.mark.parametrize("length", [torch.export.Dim.AUTO, torch.export.Dim("length")])
+def test_an_export_serves_every_length_and_refuses_the_others_when_it_runs(length):
+    select = Select()
+    program = torch.export.export(
+        select, (torch.randn(2, 46), 20), dynamic_shapes={"scores": {1: length}, "k": None}
+    ).module()
+    for tokens in (20, 21, 300):
+        scores = torch.randn(2, tokens)
+        assert torch.equal(program(scores, 20), select(scores, 20))
+    with pytest.raises(RuntimeError, match=r"^select_topk: k must be in .*\[0, 19\], got 20$"):
+        program(torch.randn(2, 19), 20)
+
+
+def test_an_export_takes_a_number_that_is_known_when_it_runs():
+    scores, select = torch.randn(2, 46), Select()
+    program = torch.export.export(select, (scores, torch.tensor(20))).module()
+    for k in (0, 1, 7, 46):
+        assert torch.equal(program(scores, torch.tensor(k)), select(scores, k))
+    with pytest.raises(RuntimeError, match=REFUSED):
+        program(scores, torch.tensor(500))

@@ -33,7 +33,7 @@ def aggregate_scores(running: Tensor, scores: Tensor) -> Tensor:
     Raises:
         RuntimeError: a rank, size, dtype, device or stride is not as above.
 
-    Deterministic. Not differentiable.
+    Deterministic. Not differentiable: a backward pass through the result is an error.
 
     Source: cross-layer attention aggregation, CLAA (arXiv 2602.16054, section 4).
 

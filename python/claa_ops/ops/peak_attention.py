@@ -50,7 +50,8 @@ def peak_attention(
         RuntimeError: a rank, size, dtype, device or stride is not as above.
 
     Accumulates in float32. Deterministic: the bits of a row depend neither on the rest of the
-    batch nor on the number of threads. Not differentiable.
+    batch nor on the number of threads. Not differentiable: a backward pass through the result is
+    an error.
 
     Source: the Answer-Informed Oracle of CLAA (arXiv 2602.16054) and Speculative Prefill
     (arXiv 2502.02789).

@@ -37,7 +37,8 @@ def pool_heads(
         RuntimeError: a rank, size, dtype or stride is not as above, or ``kernel_size`` is even.
         ValueError: ``mode`` is neither ``"avg"`` nor ``"max"``.
 
-    Deterministic; heads are added in index order. Not differentiable.
+    Deterministic; heads are added in index order. Not differentiable: a backward pass through
+    the result is an error.
 
     Source: SnapKV (arXiv 2404.14469, section 4.2) pools; the sum over the group is FastKV's
     (arXiv 2502.01068) and CLAA's (arXiv 2602.16054).

@@ -32,7 +32,7 @@ def rank_variance(scores: Tensor, k: int) -> Tensor:
     Raises:
         RuntimeError: a rank, size, dtype or stride is not as above, or k is out of range.
 
-    Exact ranks, deterministic. Not differentiable.
+    Exact ranks, deterministic. Not differentiable: a backward pass through the result is an error.
 
     Source: adaptive layer selection, ASL (arXiv 2601.07667, section 3).
 

@@ -58,7 +58,8 @@ def score_layer(
         ValueError: ``mode`` is neither ``"avg"`` nor ``"max"``.
 
     Deterministic: neither the rest of the batch nor the number of threads changes a bit. Not
-    differentiable, and autograd does not notice the update.
+    differentiable: a backward pass through the result is an error, and autograd does not notice
+    the update.
 
     Source: cross-layer attention aggregation, CLAA (arXiv 2602.16054, section 4).
 

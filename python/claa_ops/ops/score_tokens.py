@@ -44,7 +44,8 @@ def score_tokens(
         ValueError: ``mode`` is neither ``"avg"`` nor ``"max"``.
 
     Accumulates in float32. Deterministic: the bits of a row depend neither on the rest of the
-    batch nor on the number of threads. Not differentiable.
+    batch nor on the number of threads. Not differentiable: a backward pass through the result is
+    an error.
 
     Source: CLAA (arXiv 2602.16054); steps 1 to 6 of WINDOW-SCORE in its public code.
 

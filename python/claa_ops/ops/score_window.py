@@ -46,7 +46,8 @@ def score_window(
         RuntimeError: a rank, size, dtype, device or stride is not as above.
 
     Accumulates in float32. Deterministic: the bits of a row depend neither on the rest of the
-    batch nor on the number of threads. Not differentiable.
+    batch nor on the number of threads. Not differentiable: a backward pass through the result is
+    an error.
 
     Source: WINDOW-SCORE of SnapKV (arXiv 2404.14469, section 4), as CLAA (arXiv 2602.16054) and
     FastKV (arXiv 2502.01068) use it; they round the probabilities to the model's dtype, this op
