@@ -102,19 +102,6 @@ def test_scores_of_no_queries_are_zeros_that_count(device):
         assert running.nan_to_num(0).ge(0).all()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
-def test_strides_do_not_change_a_bit(layout, dtype, mode, device):
-    query, key = cases.layouts(device, dtype)[layout]
-    memory = normal(4, 300, device=device, seed=5) / 50
-    before = memory.clone()
-    running = memory[1::2, 7 : 7 + key.shape[2] - query.shape[2]]
-    assert_is_both_steps(running, query, key, mode=mode)
-    memory[1::2, 7 : 7 + running.shape[1]] = before[1::2, 7 : 7 + running.shape[1]]
-    assert_same_bits(memory, before)
-
-
 def test_padding_scores_nothing(device):
     query, key = queries_and_keys(3, 4, 2, 5, 60, 16, device=device)
     start = torch.tensor([0, 30, 57], device=device)

@@ -17,7 +17,6 @@ from .inputs import (
     assert_no_further,
     assert_same_bits,
     assert_same_bits_on_any_run,
-    normal,
     queries_and_keys,
     vector_key,
     vector_query,
@@ -115,20 +114,6 @@ def test_start_is_of_either_index_type(index_type, device):
     query, key = queries_and_keys(3, 4, 2, 5, 60, 16, device=device)
     start = torch.tensor([0, 30, 57], device=device, dtype=index_type)
     assert_as_exact_as_eager("score_tokens", query, key, start=start)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
-def test_strides_do_not_change_a_bit(layout, dtype, mode, device):
-    query, key = cases.layouts(device, dtype)[layout]
-    lse = normal(2, 4, 50, device=device)[..., -6:] + 5
-    strided = score_tokens(query, key, mode=mode, lse=lse)
-    packed = score_tokens(query.contiguous(), key.contiguous(), mode=mode, lse=lse.contiguous())
-    if cases.is_read_like_packed(key):
-        assert_same_bits(strided, packed)
-    else:
-        torch.testing.assert_close(strided, packed)
 
 
 def test_check_values(device):

@@ -110,21 +110,6 @@ def test_start_is_of_either_index_type(index_type, device):
     assert_as_exact_as_eager("score_window", query, key, start=start)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
-def test_strides_do_not_change_a_bit(layout, dtype, device):
-    query, key = cases.layouts(device, dtype)[layout]
-    lse = normal(2, 4, 50, device=device)[..., -6:] + 5
-    for given_lse in (None, lse):
-        strided = score_window(query, key, lse=given_lse)
-        packed_lse = None if given_lse is None else given_lse.contiguous()
-        packed = score_window(query.contiguous(), key.contiguous(), lse=packed_lse)
-        if cases.is_read_like_packed(key):
-            assert_same_bits(strided, packed)
-        else:
-            torch.testing.assert_close(strided, packed)
-
-
 def test_last_dimension_of_one_is_contiguous_at_any_stride(device):
     query = normal(1, 2, 3, 8, device=device)[..., ::8]
     key = normal(1, 2, 20, 8, device=device)[..., ::8]

@@ -4,8 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from .inputs import normal
-
 SHAPES = [  # batch, heads, kv_heads, window, total, dim
     pytest.param((1, 1, 1, 1, 2, 1), id="one-element"),
     pytest.param((2, 6, 2, 5, 203, 80), id="odd-sizes"),
@@ -101,29 +99,6 @@ def log_sum_exp(
     return logits.masked_fill(hidden, -torch.inf).logsumexp(-1).float()
 
 
-def layouts(device: str, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
-    """Queries [2, 4, 6, 64] and keys [2, 2, 200, 64] as models and caches hold them."""
-    projected = normal(2, 200, 4, 64, device=device, dtype=dtype, seed=1)
-    keys = normal(2, 200, 2, 64, device=device, dtype=dtype, seed=2)
-    padded = normal(2, 2, 300, 67, device=device, dtype=dtype, seed=3)
-    wide = normal(2, 8, 6, 66, device=device, dtype=dtype, seed=4)
-    return {
-        "last-rows-of-projection": (projected.transpose(1, 2)[:, :, -6:], keys.transpose(1, 2)),
-        "slice-of-static-cache": (wide[:, ::2, :, 1:65], padded[:, :, 50:250, 3:]),
-        "expanded": (
-            wide[:, :1, :, :64].expand(2, 4, 6, 64),
-            padded[:1, :1, :200, :64].expand(2, 2, 200, 64),
-        ),
-        "stepped-rows": (
-            projected.transpose(1, 2)[:, :, 100:112:2],
-            padded[..., :64].repeat(1, 1, 2, 1)[:, :, :400:2],
-        ),
-    }
-
-
-LAYOUTS = list(layouts("cpu", torch.float32))
-
-
 def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
@@ -192,10 +167,3 @@ def rejected_call(changes: dict, device: str) -> dict:
     """Arguments that are right but for `changes`."""
     call = {"query": _zeros(2, 8, 4, 64), "key": _zeros(2, 4, 16, 64)} | changes
     return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in call.items()}
-
-
-def is_read_like_packed(key: Tensor) -> bool:
-    """Whether the kernel that takes packed keys takes these: tensor cores read 16 bytes at once."""
-    if key.device.type == "cpu" or key.dtype == torch.float32:
-        return True
-    return key.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in key.stride()[:3])
