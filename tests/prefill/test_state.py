@@ -216,6 +216,41 @@ def test_it_compiles_into_one_graph_for_all_lengths():
     assert len(graphs) == 1
 
 
+class Prefill(nn.Module):
+    """The hidden states of a prompt in, those of what CLAA keeps out."""
+
+    def __init__(self, keep: float | int) -> None:
+        super().__init__()
+        self.decoder, self.method = Decoder(), CLAA(keep=keep, layer=1, last_n=2, first_full=0)
+
+    def forward(self, hidden: Tensor):
+        return self.decoder(hidden, self.method)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("keep", "length", "deferred"),
+    [
+        pytest.param(0.1, torch.export.Dim.AUTO, False, id="rate-auto"),
+        pytest.param(0.1, torch.export.Dim("n", min=40), True, id="rate-named-and-deferred"),
+        pytest.param(20, torch.export.Dim.AUTO, False, id="number-auto"),
+        pytest.param(20, torch.export.Dim("n", min=40), False, id="number-named"),
+    ],
+)
+def test_it_exports_for_all_lengths(keep, length, deferred):
+    """As the docstring of `begin` says."""
+    model = Prefill(keep)
+    program = torch.export.export(
+        model,
+        (torch.randn(2, 150, WIDTH),),
+        dynamic_shapes={"hidden": {1: length}},
+        prefer_deferred_runtime_asserts_over_guards=deferred,
+    ).module()
+    for tokens in (100, 101, 400):
+        hidden = torch.randn(2, tokens, WIDTH)
+        torch.testing.assert_close(program(hidden), model(hidden))
+
+
 # Misuse is answered with a sentence.
 
 

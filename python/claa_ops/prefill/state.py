@@ -49,6 +49,12 @@ def begin(
         first_pass: this is the first of the two passes of a method that prefills twice: it ends
             with the selection, and what it keeps in caches is nothing.
 
+    Under ``torch.export`` make the length of the prompt ``torch.export.Dim.AUTO``: what is kept
+    depends on comparisons with it, such as ``n > max(window, n // 10)``, which become conditions
+    of the program. A named ``Dim`` asks export to prove them for its whole range. It can for a
+    number of tokens (``Dim("n", min=...)``, as export suggests), and for a rate only with
+    ``prefer_deferred_runtime_asserts_over_guards=True``.
+
     Returns:
         The state of this prefill. It belongs to this request alone; drop it when the prefill is
         over, or keep it to read what was selected.
