@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -126,11 +127,17 @@ def test_settings_of_a_method_and_equal_bytes_are_read_as_by_evaluate(checkpoint
     assert settings("--method", "snapkv")["window"] == 32
 
 
-def test_a_draft_is_loaded(checkpoint):
+def test_a_draft_is_loaded(checkpoint, tmp_path):
     speculative = ("--method", "speculative:chunk=null", "--prompt", PROMPT)
     facts = report(generate(checkpoint, *speculative, "--draft", checkpoint, "--json"))
     assert facts["method"]["draft"] == checkpoint
     assert facts["kept_tokens"] == -(-facts["prompt_tokens"] // 10)
+    short = tmp_path / "draft"
+    shutil.copytree(checkpoint, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
+    message = "the prompt has 243 tokens and 0 may follow, but the draft's context holds 128"
+    refuse(message, generate(checkpoint, *speculative, "--draft", short))
     message = "--draft is for the method speculative, got claa"
     refuse(message, generate(checkpoint, "--prompt", PROMPT, "--draft", checkpoint))
 
@@ -365,6 +372,7 @@ def test_a_number_out_of_range_is_refused(checkpoint):
         result = generate(checkpoint, "--prompt", PROMPT, *option)
         assert result.exit_code == 2 and "Traceback" not in result.stderr
         assert f"Invalid value for '{option[0]}'" in result.stderr
+    assert "Invalid value for '--tokens'" in run("demo", "--tokens", "9999999").stderr
 
 
 def test_info_names_what_the_ops_were_built_with():
