@@ -2,6 +2,10 @@
 
 import importlib.util
 import json
+import os
+import shlex
+import shutil
+import statistics
 import subprocess
 import sys
 
@@ -47,10 +51,15 @@ def test_json_is_all_there_is_on_standard_output(checkpoint):
     assert facts["machine"]["device"] == "cpu" and facts["machine"]["dtype"] == "float32"
     assert set(facts["versions"]) == {"claa_ops", "torch", "transformers", "python"}
     full, pruned = facts["full"], facts["pruned"]
-    assert facts["ttft_ratio"] == pruned["ttft_s"] / full["ttft_s"]
+    pairs = zip(pruned["ttft_runs_s"], full["ttft_runs_s"], strict=True)
+    ratio = statistics.median(own / of_full for own, of_full in pairs)
+    assert facts["ttft_ratio"] in (
+        ratio,
+        None,
+    )  # none where a busy machine gives one that cannot be
     assert (LAYERS - 2) / LAYERS < facts["expected_ttft_ratio"] < 1
     assert pruned["kv_bytes"] < full["kv_bytes"]
-    assert full["new_tokens"] <= 4 and len(full["ttft_runs_s"]) == 1
+    assert full["new_tokens"] <= 4 and len(full["ttft_runs_s"]) >= 1
 
 
 def test_the_report_lays_both_runs_side_by_side(checkpoint):
@@ -60,15 +69,19 @@ def test_the_report_lays_both_runs_side_by_side(checkpoint):
         assert part in result.stdout
 
 
-@pytest.mark.parametrize("source", ["option", "file", "dash", "pipe"])
+@pytest.mark.parametrize("source", ["option", "file", "dash", "pipe", "marked file", "marked pipe"])
 def test_a_prompt_comes_from_an_option_a_file_or_standard_input(checkpoint, tmp_path, source):
     file = tmp_path / "prompt.txt"
     file.write_text(PROMPT, encoding="utf-8")
+    marked = tmp_path / "marked.txt"
+    marked.write_text(PROMPT, encoding="utf-8-sig")
     arguments, piped = {
         "option": (["--prompt", PROMPT], None),
         "file": (["--prompt-file", file], None),
         "dash": (["--prompt-file", "-"], PROMPT),
         "pipe": ([], PROMPT),
+        "marked file": (["--prompt-file", marked], None),
+        "marked pipe": ([], "\ufeff" + PROMPT),
     }[source]
     facts = report(generate(checkpoint, *arguments, "--no-chat", "--json", input=piped))
     assert facts["prompt_tokens"] == len(PROMPT)
@@ -114,11 +127,17 @@ def test_settings_of_a_method_and_equal_bytes_are_read_as_by_evaluate(checkpoint
     assert settings("--method", "snapkv")["window"] == 32
 
 
-def test_a_draft_is_loaded(checkpoint):
+def test_a_draft_is_loaded(checkpoint, tmp_path):
     speculative = ("--method", "speculative:chunk=null", "--prompt", PROMPT)
     facts = report(generate(checkpoint, *speculative, "--draft", checkpoint, "--json"))
     assert facts["method"]["draft"] == checkpoint
     assert facts["kept_tokens"] == -(-facts["prompt_tokens"] // 10)
+    short = tmp_path / "draft"
+    shutil.copytree(checkpoint, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
+    message = "the prompt has 243 tokens and 0 may follow, but the draft's context holds 128"
+    refuse(message, generate(checkpoint, *speculative, "--draft", short))
     message = "--draft is for the method speculative, got claa"
     refuse(message, generate(checkpoint, "--prompt", PROMPT, "--draft", checkpoint))
 
@@ -131,8 +150,13 @@ def test_the_layer_that_was_chosen_is_said(checkpoint):
 
 
 def test_an_option_that_a_method_has_no_use_for_is_said(checkpoint):
+    full = ("--method", "full", "--layer", "3", "--keep", "0.3")
+    shown = generate(checkpoint, "--prompt", PROMPT, *full).stdout
+    assert "full takes no --layer: 3 was not used." in shown
+    assert "full takes no --keep: 0.3 was not used." in shown
     given = ("--method", "snapkv", "--layer", "3", "--keep-kv", "1.0")
     shown = generate(checkpoint, "--prompt", PROMPT, *given).stdout
+    assert "snapkv takes no --keep:" not in shown
     assert "snapkv takes no --layer: 3 was not used." in shown
     assert "snapkv takes no --keep-kv: 1.0 was not used." in shown
 
@@ -170,18 +194,29 @@ def refuse(message: str, result) -> None:
 
 
 def test_bad_prompts_are_refused(checkpoint, tmp_path):
-    missing, latin, empty = (tmp_path / name for name in ("missing", "latin", "empty"))
+    names = ("missing", "latin", "empty", "wide", "zeros", "mark")
+    missing, latin, empty, wide, zeros, mark = (tmp_path / name for name in names)
     latin.write_bytes("Zürich".encode("latin-1"))
     empty.write_text(" \n")
+    wide.write_text("Zürich", encoding="utf-16")
+    zeros.write_text("Zurich", encoding="utf-16-be")
+    mark.write_text("", encoding="utf-8-sig")
     for file, message in [
         (missing, f"cannot read prompt file {missing}: No such file or directory"),
         (tmp_path, f"cannot read prompt file {tmp_path}: Is a directory"),
         (latin, f"prompt file {latin} must be UTF-8 text, got byte 0xfc at offset 1"),
+        (wide, f"prompt file {wide} must be UTF-8 text, got byte 0xff at offset 0"),
+        (zeros, f"prompt file {zeros} must be UTF-8 text, got byte 0x00 at offset 0"),
         (empty, "the prompt is empty"),
+        (mark, "the prompt is empty"),
     ]:
         refuse(message, generate(checkpoint, "--prompt-file", file))
     refuse("the prompt is empty", generate(checkpoint, input=""))
+    for text in ("", " \n"):
+        refuse("the prompt is empty", generate(checkpoint, "--prompt", text))
     refuse("standard input must be UTF-8 text", generate(checkpoint, input=b"\xff"))
+    broken = generate(checkpoint, "--prompt", os.fsdecode(b"Z\xfcrich"))
+    refuse("--prompt must be UTF-8 text, got byte 0xfc at character 1", broken)
     refuse(
         "got both --prompt and --prompt-file",
         generate(checkpoint, "--prompt", "a", "--prompt-file", empty),
@@ -220,6 +255,7 @@ NAMES = f"expected {', '.join(METHODS)}"
         (["--keep", "nan"], "--keep must be a rate in (0, 1]"),
         (["--keep-kv", "200%"], "--keep-kv must be a rate in (0, 1]"),
         (["--layer", str(LAYERS)], f"CLAA: layer must be in [0, {LAYERS - 2}], before the last of"),
+        (["--window", "241"], "--window must be at most the 240 tokens of the prompt, got 241"),
         (["--layer", "-1"], "CLAA: layer must be an integer of at least 0, got -1"),
         (["--dtype", "int8"], "unknown dtype 'int8': expected auto, float32"),
         (["--device", "tpu9"], "unknown device 'tpu9'"),
@@ -229,7 +265,7 @@ NAMES = f"expected {', '.join(METHODS)}"
     ],
 )
 def test_bad_settings_are_refused(checkpoint, arguments, message):
-    refuse(message, generate(checkpoint, "--prompt", PROMPT, *arguments))
+    refuse(message, generate(checkpoint, "--prompt", PROMPT, "--no-chat", *arguments))
 
 
 def test_bad_models_are_refused(tmp_path):
@@ -244,6 +280,44 @@ def test_bad_models_are_refused(tmp_path):
         "got b'Dear'",
         generate(str(text), "--prompt", PROMPT),
     )
+
+
+def test_what_a_terminal_cannot_show_is_escaped(checkpoint):
+    """An answer of random weights is no ASCII."""
+    arguments = ("generate", "--model", checkpoint, "--runs", "1", "--prompt", PROMPT)
+    result = CliRunner(charset="ascii").invoke(app, [*arguments, "--max-new-tokens", "30"])
+    assert result.exit_code == 0, result.output
+    assert "\\u" in result.stdout or "\\x" in result.stdout
+
+
+STARTED = [sys.executable, "-c", "from claa_ops.cli import app; app()"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["generate", "--help"]])
+def test_a_full_disk_is_one_line(arguments):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*STARTED, *arguments], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    message = "cannot read or write standard output or a file: No space left on device"
+    assert done.stderr == f"claa-ops: {message}\n"
+
+
+def test_a_reader_who_has_enough_ends_the_command_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*STARTED, "info"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 1 and done.stderr == ""
+
+
+def test_standard_input_that_is_closed_is_one_line(checkpoint):
+    command = " ".join(map(shlex.quote, [*STARTED, "generate", "--model", checkpoint]))
+    done = subprocess.run(f"{command} <&-", shell=True, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "claa-ops: cannot read standard input: it is closed\n"
 
 
 def test_a_plot_is_refused_before_the_model_is_loaded(tmp_path, checkpoint, monkeypatch):
@@ -293,9 +367,12 @@ def test_bad_input_is_refused_before_transformers_is_loaded(checkpoint, tmp_path
 
 
 def test_a_number_out_of_range_is_refused(checkpoint):
-    for option in ("--runs", "--max-new-tokens", "--window", "--threads"):
-        result = generate(checkpoint, "--prompt", PROMPT, option, "0")
+    options = [(name, "0") for name in ("--runs", "--max-new-tokens", "--window", "--threads")]
+    for option in [*options, ("--threads", "100000")]:
+        result = generate(checkpoint, "--prompt", PROMPT, *option)
         assert result.exit_code == 2 and "Traceback" not in result.stderr
+        assert f"Invalid value for '{option[0]}'" in result.stderr
+    assert "Invalid value for '--tokens'" in run("demo", "--tokens", "9999999").stderr
 
 
 def test_info_names_what_the_ops_were_built_with():

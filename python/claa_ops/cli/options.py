@@ -6,13 +6,16 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import io
+import sys
 from collections.abc import Callable, Collection, Iterator
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
+from typer.core import TyperGroup
 
 from claa_ops.models import InputError
 
@@ -73,7 +76,9 @@ Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, float16 or auto: float32 on the CPU, else bfloat16.")
 ]
 Device = Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda or cuda:N.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")]
+Threads = Annotated[  # torch ends without a word where there are many more
+    int | None, typer.Option(min=1, max=1024, help="CPU threads. Default: torch's choice.")
+]
 Runs = Annotated[int, typer.Option(min=1, help="Timed prefills of each way; the median counts.")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object with everything measured.")
@@ -135,11 +140,37 @@ def step_progress() -> Iterator[Callable[[str], None]]:
         yield lambda text: progress.reset(current, description=text)
 
 
+class Commands(TyperGroup):
+    """The commands, with `input_errors` around each of them and around their help."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command that the arguments name."""
+        with input_errors():
+            return super().main(*args, **options)
+
+
 @contextlib.contextmanager
 def input_errors() -> Iterator[None]:
-    """Turn an InputError into one line on standard error and exit code 2."""
+    """Turn an InputError, and what the system refuses, into one line and exit code 2.
+
+    The line goes to standard error. Standard output escapes what its encoding cannot say.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except InputError as error:
-        Console(stderr=True).print(Text(f"claa-ops: {error}"), soft_wrap=True)
-        raise typer.Exit(2) from None
+        _refuse(str(error))
+    except BrokenPipeError:
+        raise  # whoever reads has enough: typer ends quietly
+    except OSError as error:
+        if error.filename is None:
+            sys.stdout = None  # it would fail again, when Python ends and flushes it
+        place = "standard output or a file" if error.filename is None else error.filename
+        _refuse(f"cannot read or write {place}: {error.strerror or error}")
+
+
+def _refuse(message: str) -> NoReturn:
+    with contextlib.suppress(OSError):
+        Console(stderr=True).print(Text(f"claa-ops: {message}"), soft_wrap=True)
+    raise SystemExit(2)

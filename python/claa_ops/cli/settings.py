@@ -118,7 +118,13 @@ class Settings:
             InputError: they do not fit the model, or the draft does not.
         """
         spec = MethodSpec.parse(self.method)
-        given = {"layer": self.layer, "keep_kv": self.keep_kv, "window": self.window}
+        keep = None if self.keep == Settings.keep else self.keep
+        given = {
+            "keep": keep,
+            "layer": self.layer,
+            "keep_kv": self.keep_kv,
+            "window": self.window,
+        }
         remarks = [
             f"{spec.label} takes no --{name.replace('_', '-')}: {value} was not used."
             for name, value in given.items()
@@ -145,6 +151,13 @@ class Settings:
             keep_kv=None if self.keep_kv is None else parse_budget("--keep-kv", self.keep_kv),
         )
         return cells[-1].method, remarks
+
+    def check_window(self, tokens: int) -> None:
+        """Refuse a window that is longer than a prompt of so many tokens, if it was asked for."""
+        if self.window is not None and self.window > tokens:
+            raise InputError(
+                f"--window must be at most the {tokens:,} tokens of the prompt, got {self.window:,}"
+            )
 
     def as_json(self) -> dict[str, Any]:
         """The settings as JSON has them."""

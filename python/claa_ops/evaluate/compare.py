@@ -22,6 +22,13 @@ from claa_ops.prefill.passes import end_tokens, greedy
 from claa_ops.prefill.transformers_api import cache_argument
 from claa_ops.prefill.work import Work
 
+# A method is not this much faster than the multiplications it leaves allow; other work, such as
+# softmax, shrinks about as much as they do.
+_LEAST_OF_EXPECTED = 0.8
+
+# Further timed prefills of each way, at most, while the ratio is one that cannot be.
+_MORE_RUNS = 10
+
 
 @dataclass(frozen=True)
 class Run:
@@ -58,8 +65,12 @@ class Comparison:
     @property
     def ttft_ratio(self) -> float:
         """Time to first token, method to full: the median over neighbouring timed prefills."""
-        pairs = zip(self.pruned.ttft_s, self.full.ttft_s, strict=True)
-        return statistics.median(pruned / full for pruned, full in pairs)
+        return _median_ratio(self.pruned.ttft_s, self.full.ttft_s)
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether `ttft_ratio` is far below what the operations left allow, so no result."""
+        return _is_noise(self.ttft_ratio, self.expected_ratio)
 
     def finds(self, answer: str) -> bool:
         """Whether both answers contain `answer`."""
@@ -68,6 +79,17 @@ class Comparison:
     @property
     def note(self) -> str | None:
         """What the reader should know before comparing the two, if anything."""
+        noise = (
+            f"the times are noise: of {len(self.full.ttft_s)} pairs the median ratio is "
+            f"{self.ttft_ratio:.3f}, less than the operations left allow; a longer prompt, more "
+            "--runs or a quieter machine gives one to believe"
+        )
+        return (
+            "; ".join(filter(None, [self._pruning_note, noise if self.is_noise else None])) or None
+        )
+
+    @property
+    def _pruning_note(self) -> str | None:
         if self.kept.numel() < self.prompt_tokens:
             return None
         if self.prompt_tokens <= self.method.window:
@@ -96,15 +118,16 @@ def compare(
     Each way first answers once, untimed, which also warms it up and tells its memory. Then
     follow `runs` timed prefills of each: all that the method does until the argmax of the last
     logits, drafts and first passes included. They alternate, and the ratio is that of neighbours,
-    so that a machine whose speed drifts does not favour one of them. The opponent is the plain
-    model with transformers' own cache.
+    so that a machine whose speed drifts does not favour one of them. While the ratio is one that
+    cannot be (`Comparison.is_noise`), up to 10 more follow. The opponent is the plain model with
+    transformers' own cache.
 
     With `keep_scores` the untimed full prefill records how the method scores the tokens in every
     layer, undisturbed by any selection; there are none from a method that does not score.
 
     Raises:
-        InputError: the model is of a kind that cannot be pruned, or the method does not fit it
-            or the prompt.
+        InputError: the model is of a kind that cannot be pruned, its logits are no numbers, or
+            the method does not fit it or the prompt.
     """
     ids = ids.to(model.device)
     layers = range(model.config.get_text_config().num_hidden_layers)
@@ -121,12 +144,15 @@ def compare(
     if keep_scores and answer.state.ranking is not None:  # made beforehand, for all layers
         scores = {layer: answer.state.ranking[0].cpu() for layer in layers}
 
+    expected = answer.computed.total / full.computed.total
     full_times: list[float] = []
     times: list[float] = []
-    for run in range(1, runs + 1):
-        on_step(f"full prefill: timed run {run} of {runs}")
+    while (done := len(times)) < runs or (
+        done < runs + _MORE_RUNS and _is_noise(_median_ratio(times, full_times), expected)
+    ):
+        on_step(f"full prefill: timed run {done + 1} of {max(runs, done + 1)}")
         full_times.append(_timed(model, lambda: _plain_prefill(model, ids)))
-        on_step(f"method: timed run {run} of {runs}")
+        on_step(f"method: timed run {done + 1} of {max(runs, done + 1)}")
         times.append(_timed(model, lambda: _prefill(model, ids, method)))
 
     tokens, positions = ids.shape[1], answer.state.positions
@@ -140,8 +166,17 @@ def compare(
         kept=torch.arange(tokens) if positions is None else positions[0].cpu(),
         selections=_selections(answer.state),
         scores=scores,
-        expected_ratio=answer.computed.total / full.computed.total,
+        expected_ratio=expected,
     )
+
+
+def _median_ratio(times: list[float], full_times: list[float]) -> float:
+    pairs = zip(times, full_times, strict=True)
+    return statistics.median(own / full for own, full in pairs)
+
+
+def _is_noise(ratio: float, expected: float) -> bool:
+    return ratio < _LEAST_OF_EXPECTED * expected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +257,12 @@ def _answer(
     """Decode greedily until the end of the answer."""
     with watch_memory(model.device) as peak:
         prefilled = _prefill(model, ids, method, keep_scores=keep_scores)
+    # A mask may make single logits infinite; the largest is finite unless the model is broken.
+    if not prefilled.logits.max().isfinite():
+        raise InputError(
+            f"the model's logits must be finite, got infinity or NaN in {model.dtype}: its weights "
+            "are broken, or it needs another dtype"
+        )
     cache, kv_bytes = prefilled.cache, prefilled.cache.nbytes()
     ends = end_tokens(model)
     steps = greedy(model, prefilled.logits, cache, prefilled.next_position, None, ends)

@@ -12,8 +12,8 @@ def read_prompt(text: str | None, file: str | None) -> str:
     """Return the prompt: `text`, the content of `file` (``-``: standard input), or what is piped.
 
     Raises:
-        InputError: both or none were given, the file is not there or is not UTF-8, or the prompt
-            is empty.
+        InputError: both or none were given, the file is not there or is not UTF-8 text, or the
+            prompt is empty.
     """
     if text is not None and file is not None:
         raise InputError("got both --prompt and --prompt-file: expected one of them")
@@ -21,9 +21,27 @@ def read_prompt(text: str | None, file: str | None) -> str:
         raise InputError("no prompt: expected --prompt, --prompt-file or text on standard input")
     if text is None:
         text = _read_utf8(file)
+    else:
+        require_text(text, "--prompt")
     if not text.strip():
         raise InputError("the prompt is empty")
     return text
+
+
+def require_text(text: str, source: str) -> None:
+    """Refuse what is no Unicode text: half surrogates, such as bytes that are not UTF-8 leave.
+
+    Python turns such bytes of the command line into half surrogates, and JSON can spell them.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        is_byte = 0xDC80 <= code <= 0xDCFF
+        got = f"byte 0x{code - 0xDC00:02x}" if is_byte else f"half surrogate U+{code:04X}"
+        raise InputError(
+            f"{source} must be UTF-8 text, got {got} at character {error.start}"
+        ) from error
 
 
 def parse_budget(option: str, text: str) -> float | int:
@@ -64,14 +82,16 @@ def make_folder(folder: Path) -> None:
 
 
 def _stdin_is_terminal() -> bool:
-    return sys.stdin.isatty()
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _read_utf8(file: str | None) -> str:
     source = "standard input" if file in (None, "-") else f"prompt file {file}"
+    if file in (None, "-") and sys.stdin is None:
+        raise InputError(f"cannot read {source}: it is closed")
     try:
         content = sys.stdin.buffer.read() if file in (None, "-") else Path(str(file)).read_bytes()
-        return content.decode("utf-8")
+        text = content.decode("utf-8").removeprefix("\ufeff")  # a mark that Windows programs write
     except OSError as error:
         raise InputError(f"cannot read {source}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -79,3 +99,6 @@ def _read_utf8(file: str | None) -> str:
             f"{source} must be UTF-8 text, got byte 0x{content[error.start]:02x} at offset "
             f"{error.start}"
         ) from error
+    if (place := content.find(0)) >= 0:
+        raise InputError(f"{source} must be UTF-8 text, got byte 0x00 at offset {place}")
+    return text

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from claa_ops.evaluate.inputs import require_text
 from claa_ops.models import InputError
 
 
@@ -29,14 +31,18 @@ def encode_prompt(
     """Tokenise `text`, as a user's turn if `chat` (None: if the tokenizer has a chat template).
 
     The answer is made to begin with `answer_prefix`, the last thing in the prompt.
+
+    Raises:
+        InputError: the text is not Unicode, or the chat template is missing, fails or leaves the
+            text out.
     """
+    require_text(text + answer_prefix, "the prompt")
     if chat and not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template: use --no-chat")
     if chat is None:
         chat = bool(tokenizer.chat_template)
     if chat:
-        turn = [{"role": "user", "content": text}]
-        text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        text = _as_chat(tokenizer, text)
     text += answer_prefix
     # A template writes the special tokens itself.
     encoding = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)
@@ -49,14 +55,41 @@ def encode_prompt(
     return Prompt(encoding.input_ids, place)
 
 
-def check_fits(model: PreTrainedModel, prompt: Prompt, max_new_tokens: int) -> None:
-    """Refuse a prompt that leaves the model's context no room for the answer."""
+def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text as a user's turn; templates are programs, and may do anything with it."""
+    turn = [{"role": "user", "content": text}]
+    try:
+        chat = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    except Exception as error:
+        reason = f"the chat template fails: {error or type(error).__name__}"
+        raise InputError(f"{' '.join(reason.split())}: use --no-chat") from error
+    # Templates may trim a text or escape characters in it, but words stay.
+    longest = max(re.findall(r"\w+", text), key=len, default="")
+    if not chat.strip() or longest not in chat:
+        raise InputError("the chat template leaves the prompt out: use --no-chat")
+    return chat
+
+
+def check_fits(
+    model: PreTrainedModel, prompt: Prompt, max_new_tokens: int, of: str = "the model"
+) -> None:
+    """Refuse a prompt that leaves the context no room for the answer, or has unknown tokens.
+
+    `of` is what the message calls the model.
+    """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tokens = prompt.ids.shape[1]
     if tokens == 0:
         raise InputError("the prompt has no tokens")
     if context and tokens + max_new_tokens > context:
         raise InputError(
-            f"the prompt has {tokens:,} tokens and {max_new_tokens:,} may follow, but the model's "
+            f"the prompt has {tokens:,} tokens and {max_new_tokens:,} may follow, but {of}'s "
             f"context holds {context:,}"
+        )
+    highest, table = int(prompt.ids.max()), model.get_input_embeddings().weight
+    assert isinstance(table, Tensor)
+    if highest >= len(table):
+        raise InputError(
+            f"token {highest} of the prompt lies beyond {of}'s embedding of {len(table)}: the "
+            "tokenizer is of another model, or has tokens that this one never had"
         )

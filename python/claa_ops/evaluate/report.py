@@ -33,9 +33,13 @@ def as_table(report: Comparison, expected: str | None = None) -> RenderableType:
     table.add_row("tokens kept", f"{report.prompt_tokens:,}", f"{report.kept.numel():,}")
     table.add_row("K/V cache", *(_mebibytes(run.kv_bytes) for run in both))
     table.add_row("peak memory of prefill", *(_mebibytes(run.peak_bytes) for run in both))
+    measured = (
+        "no result"
+        if report.is_noise
+        else f"{_ratio(report.ttft_ratio)} of full prefill, the median of neighbouring runs"
+    )
     lines = [
-        f"Time to first token: {_ratio(report.ttft_ratio)} of full prefill, "
-        "the median of neighbouring runs; "
+        f"Time to first token: {measured}; "
         f"the operations left allow {_ratio(report.expected_ratio)}."
     ]
     if report.note:
@@ -51,7 +55,10 @@ def as_table(report: Comparison, expected: str | None = None) -> RenderableType:
 def to_json(
     report: Comparison, settings: Mapping[str, Any], expected: str | None
 ) -> dict[str, Any]:
-    """Return everything measured, with the settings and versions it was measured with."""
+    """Return everything measured, with the settings and versions it was measured with.
+
+    A ratio of times that cannot be is null; the note says why.
+    """
     return {
         "settings": dict(settings),
         "method": {"name": type(report.method).__name__} | plain_settings(report.method),
@@ -62,7 +69,7 @@ def to_json(
         "selection_layers": report.selections,
         "full": _run_json(report.full, expected),
         "pruned": _run_json(report.pruned, expected),
-        "ttft_ratio": report.ttft_ratio,
+        "ttft_ratio": None if report.is_noise else report.ttft_ratio,
         "expected_ttft_ratio": report.expected_ratio,
         "note": report.note,
     }
