@@ -73,7 +73,7 @@ def is_number(value: object) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """A setting with Python's own numbers in place of numpy's, and a tuple in place of a list of them.
+    """A setting with Python's own numbers in place of numpy's, and as a tuple if it lists them.
 
     A float becomes what its digits spell: ``float32(0.7)`` is 0.7, not 0.699999988.
     """
