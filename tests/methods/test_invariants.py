@@ -231,7 +231,13 @@ def test_what_stands_before_the_prompt_does_not_change_its_ranking(method):
     )
     for dropped, start in ((0, torch.tensor([padding])), (padding, None)):
         length = 60 - dropped
-        state = prefill.begin(method, num_layers=LAYERS, prompt_length=length, start=start)
+        state = prefill.begin(
+            method,
+            num_layers=LAYERS,
+            prompt_length=length,
+            start=start,
+            first_pass=method.two_pass,
+        )
         for layer in range(3):
             state.observe(layer, query[layer, :, :, dropped:], key[layer, :, :, dropped:])
         states.append(state)
@@ -257,6 +263,7 @@ def test_the_logsumexp_of_the_attention_changes_nothing(name):
             num_layers=LAYERS,
             prompt_length=60,
             ranking=torch.arange(60.0)[None] if method.needs_ranking else None,
+            first_pass=method.two_pass,
         )
         layer = max(getattr(method, "layer", 1), 1)  # PyramidInfer's layer 0 keeps all
         state.observe(layer, query, key, lse=logsumexp)

@@ -75,7 +75,9 @@ def test_speculative_prefill(answer):
     method = SpeculativePrefill(keep=0.3, chunk=4, kernel_size=5)
     ranking = method.rank_prompt(answer)
     assert ranking[0].tolist() == pytest.approx(SPECULATIVE, abs=2e-6)
-    state = prefill.begin(method, num_layers=LAYERS, prompt_length=TOKENS, ranking=ranking)
+    state = prefill.begin(
+        method, num_layers=LAYERS, prompt_length=TOKENS, ranking=ranking, first_pass=True
+    )
     assert state.choose()[0].tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
     assert state.length == 8
 
@@ -85,7 +87,9 @@ def test_a_last_short_chunk_counts_by_its_own_length():
     ranking[0, 14:] = 0.5  # of 16 tokens in chunks of 7, the last has 2
     ranking[0, :7] = 0.4
     method = SpeculativePrefill(keep=7, chunk=7)
-    state = prefill.begin(method, num_layers=LAYERS, prompt_length=TOKENS, ranking=ranking)
+    state = prefill.begin(
+        method, num_layers=LAYERS, prompt_length=TOKENS, ranking=ranking, first_pass=True
+    )
     assert state.choose()[0].tolist() == [14, 15]
 
 

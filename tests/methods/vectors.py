@@ -29,6 +29,7 @@ def vector_key(layer):
 
 def run(method, layers=LAYERS, **options):
     """The state after the last of these layers, and what that layer's cache keeps."""
+    options["first_pass"] = method.two_pass
     state = prefill.begin(method, num_layers=LAYERS + 1, prompt_length=TOKENS, **options)
     positions = torch.arange(TOKENS).expand(1, 2, TOKENS)[..., None]
     for layer in range(layers):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationMixin
 
-from claa_ops.prefill.prompt import check_vocabulary
+from claa_ops.prefill.prompt import check_prompt
 from claa_ops.prefill.transformers_api import Cache
 
 
@@ -66,7 +66,9 @@ class Request:
         self.model = model
         self._arguments = {**arguments, **arguments.get("kwargs", {})}
         ids = self._arguments.get("inputs")
-        self.input_ids: Tensor | None = self._arguments.get("input_ids") if ids is None else ids
+        ids = self._arguments.get("input_ids") if ids is None else ids
+        embedded = self._arguments.get("inputs_embeds") is not None
+        self.input_ids: Tensor | None = None if embedded else ids
         self.attention_mask: Tensor | None = self._arguments.get("attention_mask")
 
     def setting(self, name: str) -> Any:
@@ -81,12 +83,13 @@ def _watch(generate: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(generate)
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, AttachedCache):
+        # By its kind: its name has changed with the versions of transformers.
+        cache = next((x for x in kwargs.values() if isinstance(x, AttachedCache)), None)
+        if cache is None:
             return generate(self, *args, **kwargs)
         request = Request(self, dict(signature.bind(self, *args, **kwargs).arguments))
         if request.input_ids is not None:
-            check_vocabulary("generate", self, request.input_ids)
+            check_prompt("generate", self, request.input_ids)
         cache.begin_generate(request)
         output = generate(self, *args, **kwargs)
         cache.end_generate(request, output)

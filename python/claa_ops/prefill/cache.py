@@ -11,7 +11,7 @@ from torch import Tensor
 from claa_ops.methods.base import Method
 from claa_ops.prefill.attached import AttachedCache, Request
 from claa_ops.prefill.prompt import check_positions, first_valid
-from claa_ops.prefill.state import PrefillState, begin, require_one_pass
+from claa_ops.prefill.state import PrefillState, begin, check_method
 from claa_ops.prefill.transformers_api import DynamicLayer, PreTrainedConfig, cache_layers
 
 
@@ -22,12 +22,18 @@ class ClaaCache(AttachedCache):
     first forward is the prompt; that is scored, selected and compressed. Later forwards, tokens
     one by one or whole turns of a conversation, are kept in full and attend to what is left of
     the prompt. Prompts of different lengths are padded on the left. After a selection the first
-    forward returns logits of the selected tokens only; the last one is always among them.
+    forward returns logits of the selected tokens only; the last one is always among them. Hidden
+    states and attentions, if asked for, are likewise those of the tokens that a layer sees.
 
     The prompt must be one forward, so chunked prefill (``prefill_chunk_size``), speculative
     decoding, which adds its drafts to the prompt, and ``crop`` are not served. Nor are training,
-    ``labels``, and layers other than full and sliding-window attention. Sliding-window layers are
-    not compressed: they hold their window, decided by the original positions of the tokens.
+    ``labels``, ``use_cache=False``, masks other than left padding in the prompt, and layers other
+    than full and sliding-window attention. Sliding-window layers are not compressed: they hold
+    their window, decided by the original positions of the tokens.
+
+    All of that is refused. What no forward can tell from a turn of a conversation is not: a part
+    of the prompt, and an unrelated prompt, that are given to the model by hand without a mask or
+    positions. ``generate`` compares the tokens with those that it has seen itself.
 
     Args:
         config: the model's configuration.
@@ -39,8 +45,9 @@ class ClaaCache(AttachedCache):
         state: the :class:`PrefillState` of the prompt; None before the prefill.
 
     Raises:
+        TypeError: the method is none.
         ValueError: the method does not fit the model or prefills twice, or a layer is of a kind
-            not served.
+            not served; later, in a forward or in ``generate``, what is said above.
 
     Example::
 
@@ -60,7 +67,7 @@ class ClaaCache(AttachedCache):
         ranking: Tensor | None = None,
         keep_scores: bool = False,
     ) -> None:
-        require_one_pass("ClaaCache", method, self.first_pass)
+        check_method("ClaaCache", method, self.first_pass)
         kinds = cache_layers(config)
         self.layer_types = [kind for kind, _ in kinds]
         method.check(len(kinds))

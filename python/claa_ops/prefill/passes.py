@@ -16,7 +16,7 @@ from claa_ops.prefill.cache import ClaaCache, hide_before
 from claa_ops.prefill.hooks import FirstPassDone
 from claa_ops.prefill.huggingface import attach
 from claa_ops.prefill.prompt import check_prompt, check_room, first_valid
-from claa_ops.prefill.state import PrefillState, begin
+from claa_ops.prefill.state import PrefillState, begin, check_method
 from claa_ops.prefill.transformers_api import cache_argument, decoder_of
 from claa_ops.prefill.work import Work, count_work
 
@@ -70,7 +70,7 @@ def run(
         keep_scores: record the token scores of each ranked layer in ``state.scores``.
 
     Raises:
-        TypeError: the model is not of the form that ``attach`` needs.
+        TypeError: the model is not of the form that ``attach`` needs, or the method is none.
         ValueError: the method does not fit the model, or not this batch; the padding is not on
             the left, a token is not in the model's vocabulary, or the prompt does not fit into
             its context.
@@ -81,6 +81,7 @@ def run(
         token = prefilled.logits.argmax(dim=-1)
     """
     # Before anything slow: what is wrong with the prompt, or does not fit the model.
+    check_method("run", method, first_pass=True)
     check_prompt("run", model, input_ids)
     batch, length = input_ids.shape
     start = first_valid(attention_mask, batch, length)
@@ -223,6 +224,7 @@ def generate(
         answer = generate(model, input_ids, GemFilter(keep=0.1), max_new_tokens=64)
     """
     _check_new_tokens("generate", max_new_tokens)
+    check_method("generate", method, first_pass=True)
     check_prompt("generate", model, input_ids)
     if not method.two_pass or method.keeps_positions:  # else the answer comes after fewer tokens
         check_room("generate", model, input_ids.shape[1], max_new_tokens)

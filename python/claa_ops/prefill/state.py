@@ -60,6 +60,7 @@ def begin(
         over, or keep it to read what was selected.
 
     Raises:
+        TypeError: the method is none.
         ValueError: ``prompt_length`` is below 1, the method does not fit the model, prefills
             twice, or needs a ranking and got none; or ``start`` or ``ranking`` is of another
             shape.
@@ -68,9 +69,9 @@ def begin(
         >>> from claa_ops.methods import CLAA
         >>> state = begin(CLAA(keep=0.1), num_layers=32, prompt_length=4096)
     """
+    check_method("begin", method, first_pass)
     if prompt_length < 1:
         raise ValueError(f"begin: prompt_length must be at least 1, got {prompt_length}")
-    require_one_pass("begin", method, first_pass)
     method.check(num_layers)
     if start is not None and start.dim() != 1:
         raise ValueError(f"begin: start must have shape [batch], got {list(start.shape)}")
@@ -88,8 +89,12 @@ def begin(
     return state
 
 
-def require_one_pass(door: str, method: Method, first_pass: bool) -> None:
-    """Raise ValueError if the method prefills twice, unless this is the first of the two."""
+def check_method(door: str, method: Method, first_pass: bool) -> None:
+    """Raise if it is no method, or prefills twice and this is not the first of the two passes."""
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"{door}: method must be a claa_ops.methods.Method, such as CLAA(), got {method!r}"
+        )
     if method.two_pass and not first_pass:
         raise ValueError(
             f"{door}: the method must prefill once, got {type(method).__name__}, which prefills "
