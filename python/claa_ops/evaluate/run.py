@@ -57,6 +57,12 @@ class Results:
     machine: dict[str, Any]
     files: list[Path]
 
+    def check(self) -> None:
+        """Raise InputError, with the first reason, if there is no record."""
+        if not self.records:
+            problems = self.problems[len(self.plan.left_out) :]
+            raise InputError(f"nothing was evaluated: {problems[0] if problems else 'no prompts'}")
+
     def as_table(self) -> RenderableType:
         """The table, and what was left out."""
         parts: list[RenderableType] = [as_table(self.rows, self.plan.baseline)]
@@ -95,7 +101,7 @@ def run(plan: Plan, folder: Path, progress: Progress) -> Results:
     """Carry out a plan, or what is left of it, and write what came of it into a folder.
 
     The folder gets ``records.jsonl`` (the journal), ``results.json``, ``table.md``, and for each
-    model a frontier and, for needles, heat maps.
+    model a frontier and, for needles, heat maps; without any record it gets the journal alone.
 
     Raises:
         InputError: a model cannot be loaded or served, a layer or a setting does not fit it, the
@@ -134,7 +140,7 @@ def _run(plan: Plan, folder: Path, journal: Journal, progress: Progress) -> Resu
         records += evaluate_model(
             model,
             tokenizer,
-            {"model": name, "dtype": str(model.dtype).removeprefix("torch.")},
+            name,
             prompts,
             cells,
             journal,
@@ -144,15 +150,12 @@ def _run(plan: Plan, folder: Path, journal: Journal, progress: Progress) -> Resu
             on_record=progress.advance,
             on_problem=problems.append,
         )
-    problems = list(dict.fromkeys(problems))
-    if not records:
-        raise InputError(f"nothing was evaluated: {problems[0] if problems else 'no prompts'}")
     progress.step("drawing")
     rows = summarise(records, plan.baseline)
-    problems = [*plan.left_out, *problems]
+    problems = [*plan.left_out, *dict.fromkeys(problems)]
     results = Results(plan, records, rows, problems, _machine(model), [])
     try:
-        results.files.extend(_write(results, folder))
+        results.files.extend(_write(results, folder) if records else [])
     except OSError as error:
         raise InputError(
             f"cannot write the results into {folder}: {error.strerror}; all {len(journal)} "
