@@ -72,6 +72,15 @@ def test_filler_comes_from_a_folder(tmp_path):
             filler_sentences(bad)
 
 
+def test_filler_is_text(tmp_path):
+    (tmp_path / "a.txt").write_text("First one.", encoding="utf-8-sig")
+    assert filler_sentences(tmp_path) == ["First one."]
+    (tmp_path / "b.txt").write_bytes("Caf\u00e9.".encode("latin-1"))
+    told = r"the filler .*b.txt must be UTF-8 text .*, got the byte 0xe9 at offset 3"
+    with pytest.raises(InputError, match=told):
+        filler_sentences(tmp_path)
+
+
 def test_a_length_without_room_is_refused():
     with pytest.raises(InputError, match=r"must have more than \d+ tokens, .* got a length of 50"):
         make("needle", lengths=[50])

@@ -12,7 +12,7 @@ from claa_ops.evaluate.tasks.needle import KINDS, CountTokens, needle_examples
 from claa_ops.evaluate.tasks.records import BENCHMARKS, check_records, record_examples
 from claa_ops.models import InputError
 
-__all__ = ["Example", "TaskSettings", "check_task", "examples"]
+__all__ = ["Example", "TaskSettings", "check_task", "examples", "has_needles"]
 
 TASKS = ("needle", *(f"needle-{kind}" for kind in KINDS), *BENCHMARKS)
 
@@ -58,6 +58,11 @@ def check_task(task: str) -> tuple[str, str | None, str | None]:
     if source:
         check_records(name, subtask or None, source)
     return name, subtask or None, source or None
+
+
+def has_needles(tasks: Sequence[str]) -> bool:
+    """Whether one of the tasks is made of needles, which have lengths, and not of records."""
+    return any(check_task(task)[2] is None for task in tasks)
 
 
 def examples(
