@@ -238,7 +238,11 @@ def refuse(message: str, result) -> None:
         (["--lengths", "x"], "--lengths must be numbers such as 1000,2000, got x"),
         (["--depths", "0,50"], "--depths must be how many, such as 5, or a list"),
         (["--depths", "120%"], "--depths must be how many"),
-        (["--lengths", "5000"], "nothing was evaluated: needle-number, .* context holds 512"),
+        (["--lengths", "5000"], "nothing was evaluated: needles of 5,000 tokens: .* may have 512"),
+        (["--lengths", "9999999"], "nothing was evaluated: needles of 9,999,999 tokens: "),
+        (["--max-length", "400"], "nothing was evaluated: needles of 460 tokens: .* may have 400"),
+        (["--schedule", "1:10%,3:50%"], "--schedule must keep no more .*, got 0.5 after 0.1"),
+        (["--schedule", "1:10,3:50"], "--schedule must keep no more .*, got 50 after 10"),
         (["--model", "/no/such/model"], "model /no/such/model does not exist"),
         (["--dtype", "int8"], "unknown dtype 'int8'"),
         (["--draft", "x"], "--draft is for the method speculative, got claa"),
@@ -246,6 +250,89 @@ def refuse(message: str, result) -> None:
 )
 def test_bad_input_is_one_sentence(checkpoint, filler, tmp_path, options, message):
     refuse(message, evaluate(checkpoint, filler, tmp_path, *options))
+
+
+def test_a_length_beyond_the_model_is_refused_before_any_text_is_made(
+    checkpoint, filler, tmp_path, monkeypatch
+):
+    def never(*arguments, **options):
+        raise AssertionError("text was made")
+        yield
+
+    monkeypatch.setattr("claa_ops.evaluate.tasks.needle._fill", never)
+    result = evaluate(checkpoint, filler, tmp_path, "--lengths", "9999999")
+    refuse("nothing was evaluated: needles of 9,999,999 tokens", result)
+
+
+def test_lengths_that_fit_are_evaluated_beside_those_that_do_not(checkpoint, filler, tmp_path):
+    result = evaluate(checkpoint, filler, tmp_path, "--lengths", "460,5000", "--json")
+    facts = json.loads(result.stdout)
+    assert {record["place"]["length"] for record in facts["records"]} == {460}
+    (problem,) = facts["problems"]
+    assert problem.startswith("needles of 5,000 tokens: ")
+
+
+@pytest.mark.parametrize(
+    "options, unused",
+    [
+        (["--method", "full", "--layer", "2"], ["--layer", "--keep"]),
+        (["--method", "claa:layer=1", "--layer", "2"], ["--layer"]),
+        (["--method", "pyramidinfer"], ["--keep"]),
+        (["--method", "streaming", "--schedule", "1:50%"], ["--schedule"]),
+        (["--method", "full", "--keep-kv", "1.0"], ["--keep", "--keep-kv"]),
+        (["--method", "full", "--method", "claa", "--layer", "2"], []),
+    ],
+)
+def test_an_option_that_no_method_takes_is_said(checkpoint, filler, tmp_path, options, unused):
+    result = evaluate(checkpoint, filler, tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    remarks = json.loads((tmp_path / "results.json").read_text())["remarks"]
+    assert [remark.split(" was not used")[0] for remark in remarks] == unused
+    for option in unused:
+        assert f"note: {option} was not used: it sets the" in result.stderr
+
+
+def test_a_window_longer_than_the_prompts_is_said(checkpoint, filler, tmp_path):
+    methods = ("--method", "claa", "--method", "claa:window=999999")
+    result = evaluate(checkpoint, filler, tmp_path, *methods)
+    assert result.exit_code == 0, result.output
+    told = "note: claa:window=999999: the window of 999,999 tokens is longer than 2 of the prompts"
+    assert told in " ".join(result.stdout.split())
+    assert len(json.loads((tmp_path / "results.json").read_text())["remarks"]) == 1
+
+
+def test_a_file_in_the_folder_s_place_is_a_sentence(checkpoint, filler, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    result = evaluate(checkpoint, filler, tmp_path / "out")
+    refuse(f".*{re.escape(str(tmp_path / 'out'))}: File exists|.*must be a folder", result)
+    assert "records.jsonl" not in result.stderr
+
+
+def test_files_have_the_user_s_mode(checkpoint, filler, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert evaluate(checkpoint, filler, tmp_path).exit_code == 0
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert set(modes.values()) == {0o640}, modes
+
+
+def test_a_file_of_bad_records_alone_is_no_success(checkpoint, filler, tmp_path):
+    """Whoever reads the JSON learns all reasons; the exit code says that there is no result."""
+    records = tmp_path / "vt.jsonl"
+    bad = json.dumps({"input": "x is 1, what is x?", "outputs": [""]})
+    records.write_text(f"{bad}\n" * 30)
+    command = ["evaluate", "--model", checkpoint, "--device", "cpu", "--task", f"ruler:{records}"]
+    result = RUNNER.invoke(app, [*command, "--out", str(tmp_path / "out"), "--json"])
+    facts = json.loads(result.stdout)
+    assert facts["records"] == [] and len(facts["problems"]) == 30
+    told = f"claa-ops: nothing was evaluated: {records}, line 1: outputs must hold texts"
+    assert result.exit_code == 2 and told in " ".join(result.stderr.split())
+    good = json.dumps({"input": "x is 1, what is x?", "outputs": ["1"]})
+    records.write_text(f"{bad}\n" * 30 + good)
+    result = RUNNER.invoke(app, [*command, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0 and "left out: 10 more" in result.stdout
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(checkpoint, filler, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+import warnings
 from importlib.metadata import entry_points
 
 import pytest
@@ -101,6 +102,8 @@ def test_texts_longer_than_the_model_are_scored_in_windows(pruned):
         ({"zscor": True}, "claa: a setting must be one of .*, got zscor"),
         ({"zscore": "yes"}, "CLAA: zscore must be True or False, got 'yes'"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"max_length": CONTEXT + 1}, r"max_length must be in \[2, 512\], what the model holds"),
+        ({"max_length": 0}, "max_length must be in .*, got 0"),
         ({"method": "speculative", "draft": "/no/such"}, "model /no/such does not exist"),
     ],
 )
@@ -120,6 +123,99 @@ def test_a_draft_is_loaded(checkpoint, pruned, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="must have the tokenizer of the model, got one in which"):
         ClaaLM(checkpoint, method="speculative", draft=str(tmp_path), device="cpu")
+
+
+@pytest.fixture
+def prefilled(pruned, monkeypatch):
+    """The lengths of all prompts that are prefilled."""
+    lengths = []
+
+    def recording(model, ids, method):
+        lengths.append(ids.shape[1])
+        return run(model, ids, method)
+
+    monkeypatch.setattr("claa_ops.lm_eval.run", recording)
+    monkeypatch.setattr(pruned, "_said", set())
+    return lengths
+
+
+@pytest.mark.parametrize(
+    "context, new_tokens, read, most",
+    [
+        (100, CONTEXT - 100, 100, None),  # all fits
+        (100, CONTEXT, 100, CONTEXT - 100),
+        (100, 10 * CONTEXT, 100, CONTEXT - 100),
+        (CONTEXT - 1, CONTEXT, CONTEXT // 2, CONTEXT // 2),
+        (2 * CONTEXT, 10 * CONTEXT, CONTEXT // 2, CONTEXT // 2),
+        (2 * CONTEXT, 12, CONTEXT - 12, 12),
+    ],
+)
+def test_a_context_is_never_cut_to_nothing(
+    pruned, prefilled, monkeypatch, context, new_tokens, read, most
+):
+    asked = []
+    monkeypatch.setattr(
+        "claa_ops.lm_eval.decode_until", lambda *arguments: asked.append(arguments[3]) or "x"
+    )
+    options = {"until": ["\n"], "max_gen_toks": new_tokens}
+    requests = [request("generate_until", "a" * context, options)] * 2
+    if most is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pruned.generate_until(requests)
+        most = new_tokens
+    else:
+        with pytest.warns(UserWarning, match="are cut on the left|answers end sooner") as told:
+            pruned.generate_until(requests)
+        assert len({str(warning.message) for warning in told}) == len(told)  # each once
+    assert prefilled == [read, read] and asked == [most, most]
+
+
+def test_an_empty_context_is_the_prefix_token(pruned, prefilled):
+    options = {"until": [], "max_gen_toks": 4}
+    (answer,) = pruned.generate_until([request("generate_until", "", options)])
+    ids = torch.tensor([[pruned.prefix_token_id]])
+    written = decode(pruned.model, run(pruned.model, ids, pruned.method), max_new_tokens=4)
+    assert answer == pruned.tokenizer.decode(written[0], skip_special_tokens=True)
+    assert prefilled == [1]
+    assert len(pruned.loglikelihood([request("loglikelihood", "", " word")])) == 1
+
+
+def test_half_a_character_is_read_as_none(pruned, prefilled):
+    with pytest.warns(UserWarning, match="half a character"):
+        assert pruned.tok_encode("a\ud83d") == pruned.tok_encode("a\ufffd")
+    assert pruned.tok_encode("\ud83d\ude00") == pruned.tok_encode("😀")
+    options = {"until": [], "max_gen_toks": 2}
+    assert len(pruned.generate_until([request("generate_until", "a\ud83d", options)])) == 1
+    assert len(pruned.loglikelihood([request("loglikelihood", "a\ud83d", " \ude00")])) == 1
+
+
+def test_an_empty_text_ends_no_answer(pruned):
+    texts = [
+        pruned.generate_until([request("generate_until", CONTEXT_TEXT, options)])
+        for options in ({"until": [""], "max_gen_toks": 5}, {"until": [], "max_gen_toks": 5})
+    ]
+    assert texts[0] == texts[1] and texts[0] != [""]
+
+
+def test_a_continuation_longer_than_the_model_is_refused(pruned):
+    long = request("loglikelihood", "a", " " + "b" * (CONTEXT + 1))
+    with pytest.raises(InputError, match="a continuation must be shorter than the length of 512"):
+        pruned.loglikelihood([long])
+
+
+@pytest.mark.parametrize("new_tokens", [0, -1])
+def test_a_number_of_new_tokens_that_cannot_be_is_refused(pruned, new_tokens):
+    options = {"until": [], "max_gen_toks": new_tokens}
+    with pytest.raises(InputError, match="max_gen_toks must be a positive integer"):
+        pruned.generate_until([request("generate_until", "a", options)])
+
+
+def test_a_template_that_refuses_is_a_sentence(pruned, monkeypatch):
+    for template in ("{{ raise_exception('a system turn is needed') }}", "{% for x in %}"):
+        monkeypatch.setattr(pruned.tokenizer, "chat_template", template)
+        with pytest.raises(InputError, match="template cannot be applied: .*; leave --apply_chat"):
+            pruned.apply_chat_template([{"role": "user", "content": "hello"}])
 
 
 def test_sampling_is_refused(pruned):

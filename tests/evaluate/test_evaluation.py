@@ -1,5 +1,6 @@
 """Records: computed once, equal to a prefill of their own, and summed up as they should be."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,6 @@ from claa_ops.prefill import attach, run
 from evaluate.tiny_checkpoint import CONTEXT, LAYERS, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
-KEY = {"model": "tiny", "dtype": "float32"}
 METHODS = ("claa", "fastkv", "random", "gemfilter", "oracle:max_new_tokens=3")
 
 
@@ -53,9 +53,14 @@ def evaluate(model, folder, cells, prompts, **options):
     def refuse(problem):
         raise AssertionError(problem)
 
-    journal = Journal(folder / "records.jsonl")
     options = {"on_problem": refuse} | options
-    return evaluate_model(model, TOKENIZER, KEY, prompts, cells, journal, **options)
+    with Journal(folder / "records.jsonl") as journal:
+        return evaluate_model(model, TOKENIZER, "tiny", prompts, cells, journal, **options)
+
+
+def kept(folder):
+    """How many answers have been computed so far."""
+    return (folder / "records.jsonl").read_bytes().count(b"\n")
 
 
 def test_records_are_those_of_prefills_of_their_own(model, tmp_path, prompts):
@@ -81,23 +86,177 @@ def test_nothing_is_computed_twice(model, tmp_path, monkeypatch, prompts):
     totals, advances = [], []
     counting = {"on_total": totals.append, "on_record": lambda: advances.append(1)}
     more = evaluate(model, tmp_path, grid("claa", keeps=[0.3, 0.5]), prompts, **counting)
-    assert totals == [7] and len(advances) == 7
+    assert totals == [21] and len(advances) == 21 and kept(tmp_path) == 21
     assert [record for record in more if record.cell.keep != 0.5] == first
     monkeypatch.setattr("claa_ops.evaluate.evaluation.SharedPrefill", None)
     assert evaluate(model, tmp_path, grid("claa", keeps=[0.3, 0.5]), prompts) == more
 
 
 def test_other_settings_are_other_records(model, tmp_path, prompts):
-    cells, prompts = grid("claa", keeps=[0.3]), prompts[:1]
+    cells, prompts = grid("claa", keeps=[0.3]), prompts[-1:]
     evaluate(model, tmp_path, cells, prompts)
-    totals = []
+    computed = []
     for others, options in [
         (prompts, {"chat": False}),
         ([replace(prompts[0], prompt="other " * 30)], {}),
+        ([replace(prompts[0], answer_prefix="so")], {}),
+        ([replace(prompts[0], max_new_tokens=6)], {}),
+        ([replace(prompts[0], stop=("w",))], {}),
+        ([replace(prompts[0], target="x", grade=None)], {}),
+        ([replace(prompts[0], grade=lambda answer: 0.5)], {}),
+        (prompts, {"max_length": 1000}),
         (prompts, {}),
     ]:
-        evaluate(model, tmp_path, cells, others, on_total=totals.append, **options)
-    assert totals == [2, 2, 0]
+        before = kept(tmp_path)
+        evaluate(model, tmp_path, cells, others, **options)
+        computed.append(kept(tmp_path) - before)
+    assert computed == [2] * 6 + [0] * 3
+
+
+def test_grades_are_made_anew(model, tmp_path, prompts):
+    """Answers are kept: a corrected right answer and a mended metric count at once."""
+    cells = grid("claa", keeps=[0.3])
+    for score in (1.0, 0.25):
+        graded = [replace(prompts[-1], grade=lambda answer, score=score: score)]
+        records = evaluate(model, tmp_path, cells, graded)
+        assert [record.score for record in records] == [score, score]
+    assert kept(tmp_path) == 2
+
+
+@torch.no_grad()
+def _retrain(model):
+    model.model.layers[3].mlp.up_proj.weight[7, 11] += 1e-3
+
+
+@torch.no_grad()
+def _swap(model):
+    """Two rows change places: no sum tells."""
+    rows = model.lm_head.weight
+    rows[[10, 200]] = rows[[200, 10]]
+
+
+def _end_elsewhere(model):
+    model.generation_config.eos_token_id = 3
+
+
+def _other_rotary(model):
+    model.config.rope_parameters["rope_theta"] = 5000.0
+
+
+@pytest.mark.parametrize("change", [_retrain, _swap, _end_elsewhere, _other_rotary])
+def test_another_model_of_the_same_name_is_computed(change, tmp_path, prompts):
+    cells = grid("claa", keeps=[0.3])
+    evaluate(attach(tiny_model()), tmp_path, cells, prompts[-1:])
+    evaluate(attach(tiny_model()), tmp_path, cells, prompts[-1:])
+    assert kept(tmp_path) == 2  # a copy of it is not
+    other = tiny_model()
+    change(other)
+    evaluate(attach(other), tmp_path, cells, prompts[-1:])
+    assert kept(tmp_path) == 4
+
+
+def test_a_result_depends_on_the_draft(model, tmp_path, prompts):
+    for change in (lambda draft: None, lambda draft: None, _retrain):
+        draft = tiny_model()
+        change(draft)
+        spec = MethodSpec.parse("speculative").with_settings(draft=draft)
+        evaluate(model, tmp_path, make_cells([spec], LAYERS, keeps=[0.3]), prompts[-1:])
+    assert kept(tmp_path) == 1 + 2  # full prefill, and two drafts
+
+
+# Whatever a record raises, the others run.
+
+
+class Unforeseen(Exception):
+    pass
+
+
+def fail(*arguments, **options):
+    raise Unforeseen("in two\nlines")
+
+
+def test_a_metric_that_raises_is_told(model, tmp_path, prompts):
+    problems = []
+    bad = replace(prompts[-1], name="1", source="x.jsonl, line 7", grade=fail)
+    records = evaluate(
+        model, tmp_path, grid("claa"), [bad, prompts[-1]], on_problem=problems.append
+    )
+    assert [record.name for record in records] == ["0", "0"]
+    told = [f"x.jsonl, line 7, {label}: Unforeseen: in two" for label in ("full", "claa")]
+    assert problems == told
+
+
+@pytest.mark.parametrize("score", [float("nan"), -0.5, 2.0])
+def test_a_score_that_cannot_be_is_told(model, tmp_path, prompts, score):
+    problems = []
+    bad = replace(prompts[-1], grade=lambda answer: score)
+    assert evaluate(model, tmp_path, grid("claa"), [bad], on_problem=problems.append) == []
+    assert all(f"a score in [0, 1], got {score}" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    "part, labels",
+    [
+        ("encode_prompt", [""]),
+        ("SharedPrefill", [""]),
+        ("decode_until", [", full", ", claa"]),
+    ],
+)
+def test_every_step_of_a_record_is_guarded(part, labels, model, tmp_path, prompts, monkeypatch):
+    place = f"claa_ops.evaluate.evaluation.{part}"
+    problems, cells = [], grid("claa")
+    with monkeypatch.context() as patch:
+        patch.setattr(place, fail)
+        assert evaluate(model, tmp_path, cells, prompts[-1:], on_problem=problems.append) == []
+    assert problems == [f"open, 0{label}: Unforeseen: in two" for label in labels]
+    assert kept(tmp_path) == 0
+    assert len(evaluate(model, tmp_path, cells, prompts[-1:])) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(place, lambda *arguments, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, tmp_path / "other", cells, prompts[-1:])
+
+
+@pytest.mark.parametrize(
+    "template, told",
+    [
+        ("{{ raise_exception('a system turn is needed') }}", "a system turn is needed"),
+        ("{% for x in %}", "Expected an expression"),
+        ("{{ messages[7].content }}", ""),
+    ],
+)
+def test_a_template_that_raises_is_told(model, tmp_path, prompts, monkeypatch, template, told):
+    monkeypatch.setattr(TOKENIZER, "chat_template", template)
+    problems = []
+    found = [prompts[-1], replace(prompts[-1], name="1", chat=False)]
+    records = evaluate(model, tmp_path, grid("claa"), found, on_problem=problems.append)
+    assert [record.name for record in records] == ["1", "1"]
+    (problem,) = problems
+    assert problem.startswith("open, 0: ") and told in problem
+
+
+def test_a_prompt_is_never_cut_to_nothing(model, tmp_path, prompts):
+    problems = []
+    for new_tokens in (CONTEXT - 20, CONTEXT, 2 * CONTEXT):
+        long = replace(prompts[-1], prompt="word " * 200, may_cut=True, max_new_tokens=new_tokens)
+        told = {"on_problem": problems.append}
+        assert evaluate(model, tmp_path, grid("claa"), [long], **told) == []
+    assert len(problems) == 3
+    for problem in problems:
+        assert re.search("has 1,000 tokens, of which [01] would be left beside", problem)
+
+
+def test_a_cut_through_a_character_leaves_none_of_it(model, tmp_path, prompts, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "claa_ops.evaluate.evaluation.SharedPrefill",
+        lambda model, ids, **options: seen.append(TOKENIZER.decode(ids[0])) or fail(),
+    )
+    for letters in range(4):
+        text = "a" * letters + "東京" * 200
+        long = replace(prompts[-1], prompt=text, may_cut=True)
+        evaluate(model, tmp_path, grid("claa"), [long], on_problem=lambda problem: None)
+    assert len(seen) == 4 and not any("\ufffd" in text for text in seen)
 
 
 def test_random_draws_differ_between_prompts_but_not_between_runs(model, tmp_path, prompts):

@@ -1,11 +1,14 @@
 """The oracle, every method's ranking at every layer, and the command that compares them."""
 
 import importlib.util
+import io
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import claa_ops
@@ -13,10 +16,12 @@ from claa_ops.cli import app
 from claa_ops.evaluate.oracle import RankedPrompt, best_tokens, compare_rankings, rank_examples
 from claa_ops.evaluate.oracle_measures import MEASURES
 from claa_ops.evaluate.oracle_page import write_page
+from claa_ops.evaluate.oracle_pictures import draw_heat_map, draw_measure
+from claa_ops.evaluate.oracle_report import study_table
 from claa_ops.evaluate.tasks import Example
 from claa_ops.methods import CLAA, FastKV, GemFilter, Random
 from claa_ops.models import InputError
-from claa_ops.prefill import ClaaCache, attach
+from claa_ops.prefill import ClaaCache, attach, generate
 from claa_ops.prefill.answer import answer_attention, pool
 from evaluate.tiny_checkpoint import CONTEXT, LAYERS, save_tiny_checkpoint, tiny_model
 from evaluate.tiny_checkpoint import tiny_tokenizer as make_tokenizer
@@ -173,16 +178,17 @@ def test_a_budget_of_nothing_or_everything_is_refused(keep):
         best_tokens(1000, 8, keep)
 
 
-def made_up(raw, ranking, needle) -> RankedPrompt:
-    """A prompt of ten ranked tokens and a window of two, of one method at one layer."""
+def made_up(raw, ranking, needle, answers=(1.0,), score=None) -> RankedPrompt:
+    """A prompt of ten ranked tokens and a window of two, of one method at one layer or more."""
     return RankedPrompt(
         name="made up",
         ids=torch.arange(12),
         answer="",
-        score=None,
+        score=score,
+        answers={"method": torch.tensor(answers, dtype=torch.float32)},
         raw=torch.tensor(raw, dtype=torch.float32),
         pooled=torch.tensor(raw, dtype=torch.float32),
-        rankings={"method": torch.tensor([ranking], dtype=torch.float32)},
+        rankings={"method": torch.tensor(ranking, dtype=torch.float32).reshape(-1, 10)},
         needle=None if needle is None else torch.tensor(needle),
     )
 
@@ -205,6 +211,86 @@ def test_a_prompt_without_a_needle_does_not_count_in_recall():
     prompts = [made_up(rising, rising, None), made_up(rising, rising, [0, 9])]
     recall = compare_rankings(prompts, [0], keep=4).overall["method"]["needle_recall"]
     assert (recall.mean, recall.low) == (0.5, None)
+
+
+@pytest.mark.parametrize(
+    "answers, best",
+    [
+        ([[1, 1, 1]], 8),
+        ([[1, 1, 0]], 7),  # the nearest ranking, but its answer is wrong
+        ([[1, 0, 0]], 6),
+        ([[0, 0, 0]], None),
+        ([[1, 1, 1], [1, 0, 0]], 6),
+        ([[0.5, 0.75, 0.25]], 7),
+    ],
+)
+def test_a_layer_is_good_where_answers_are_right(answers, best, tmp_path):
+    rankings = [[9 - r for r in range(10)], list(range(0, 20, 2)), list(range(10))]
+    rankings[1][8:] = [0, 18]
+    prompts = [made_up(range(10), rankings, None, row) for row in answers]
+    study = compare_rankings(prompts, [6, 7, 8], keep=4)
+    assert study.best_layer("method") == best and study.best_layer("oracle") is None
+    draw_heat_map(study, tmp_path / "map.png")
+    draw_measure(study, "answers", tmp_path / "answers.png")
+    (advice,) = [line for line in shown(study) if line.startswith("Best layers")]
+    assert advice.endswith(f": method {best}." if best else ": none for method.")
+
+
+def shown(study):
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(study_table(study))
+    return [" ".join(line.split()) for line in console.export_text().splitlines()]
+
+
+def test_a_wrong_answer_of_the_model_is_said(tokenizer, tmp_path):
+    right, wrong = (made_up(range(10), range(10), None, score=score) for score in (1.0, 0.0))
+    text = " ".join(shown(compare_rankings([right, wrong], [3], keep=4)))
+    assert "The model's own answer is wrong in 1 of 2 prompts (made up)" in text
+    assert "own answer is wrong" not in " ".join(shown(compare_rankings([right], [3], keep=4)))
+    read_page(wrong, tokenizer, tmp_path)
+    assert "own answer (score 0.00 of 1)" in (tmp_path / "tokens.html").read_text()
+
+
+def test_answers_are_those_of_prefills_that_select_after_each_layer(model, tokenizer, ranked):
+    ids, keep = ranked.ids[None], 0.4
+    methods = {"claa": CLAA(), "fastkv": FastKV(), "gemfilter": GemFilter()}
+    own, _ = answer_attention(model, ids, 6)
+    first = tokenizer.decode(own[0, :1])
+
+    def length(tokens):
+        return len(tokenizer.decode(tokens[0], skip_special_tokens=True)) / 10
+
+    known = [
+        (example(), lambda tokens: float(torch.equal(tokens, own))),
+        (example(target=first), lambda tokens: float(tokens[0, 0] == own[0, 0])),
+        (example(grade=lambda text: len(text) / 10, max_new_tokens=6), length),
+    ]
+    for prompt, right in known:
+        (found,), _ = rank(model, tokenizer, prompt, methods=methods, keep=keep)
+        for name, method in methods.items():
+            for layer in SELECTING:
+                chosen = replace(method, layer=layer, keep=keep)
+                tokens = generate(model, ids, chosen, max_new_tokens=6)
+                assert found.answers[name][layer] == pytest.approx(right(tokens))
+
+
+def test_whatever_a_prompt_raises_the_others_are_ranked(model, tokenizer):
+    def fail(answer):
+        raise ZeroDivisionError("in the metric")
+
+    bad = [
+        example(grade=fail, max_new_tokens=3, source="x.jsonl, line 7"),
+        example(PROMPT + "\ud83d", source="x.jsonl, line 8"),
+        example(fact="not in the prompt", source="x.jsonl, line 9"),
+    ]
+    prompts, problems = rank(model, tokenizer, *bad, example())
+    assert len(prompts) == 1
+    for problem, told in zip(
+        problems,
+        ("7: ZeroDivisionError: in the metric", "8: the prompt must be UTF-8 text", "9: "),
+        strict=True,
+    ):
+        assert problem.startswith(f"x.jsonl, line {told}")
 
 
 class Page(HTMLParser):
@@ -344,6 +430,7 @@ def test_records_are_prompts_and_bad_ones_are_named(checkpoint, tmp_path):
         (["--prompt", PROMPT, "--layer", "5-3"], "--layer must have ranges that ascend, got 5-3"),
         (["--prompt", PROMPT, "--layer", "all"], "--layer must be layers such as 10,15,20-22"),
         (["--prompt", PROMPT, "--keep", "2.5"], "--keep must be a rate in (0, 1] such as 0.1"),
+        (["--task", "needle", "--length", 9999999], "--length must be at most what the model's"),
         (["--prompt", PROMPT, "--dtype", "int8"], "unknown dtype 'int8'"),
         (["--prompt", PROMPT, "--out", "/dev/null/x"], "cannot make the folder /dev/null/x: Not"),
         (["--prompt-file", "/no/such"], "cannot read prompt file /no/such: No such file"),

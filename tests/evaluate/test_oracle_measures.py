@@ -13,7 +13,7 @@ def measure(*rows, raw=ORACLE, pooled=ORACLE, layers=None, k=2, needle=None):
     ranking = torch.tensor([list(row) for row in rows], dtype=torch.float32)
     layers = range(len(rows)) if layers is None else layers
     values = measure_ranking(ranking, layers, raw, pooled, k, needle)
-    assert list(values) == list(MEASURES)
+    assert ["answers", *values] == list(MEASURES)
     return {key: [round(float(value), 4) for value in row] for key, row in values.items()}
 
 

@@ -72,6 +72,15 @@ def test_filler_comes_from_a_folder(tmp_path):
             filler_sentences(bad)
 
 
+def test_filler_is_text(tmp_path):
+    (tmp_path / "a.txt").write_text("First one.", encoding="utf-8-sig")
+    assert filler_sentences(tmp_path) == ["First one."]
+    (tmp_path / "b.txt").write_bytes("Caf\u00e9.".encode("latin-1"))
+    told = r"the filler .*b.txt must be UTF-8 text .*, got the byte 0xe9 at offset 3"
+    with pytest.raises(InputError, match=told):
+        filler_sentences(tmp_path)
+
+
 def test_a_length_without_room_is_refused():
     with pytest.raises(InputError, match=r"must have more than \d+ tokens, .* got a length of 50"):
         make("needle", lengths=[50])
@@ -111,7 +120,7 @@ def test_ruler_questions_accept_any_answer(tmp_path):
     (example,), _ = make(f"ruler/qa_1:{file}")
     assert example.max_new_tokens == 32
     assert [example.grade(text) for text in ("the cd", "none")] == [1.0, 0.0]
-    with pytest.raises(InputError, match="line 1: unknown ruler task 'nia': did you mean 'niah'"):
+    with pytest.raises(InputError, match="unknown ruler task 'nia': did you mean 'niah'"):
         make(f"ruler/nia:{file}")
 
 
@@ -192,13 +201,129 @@ def test_malformed_records_are_named_and_the_rest_still_comes(tmp_path):
         [
             (2, "Expecting property name"),
             (3, "expected a JSON object, got '[1]"),
-            (4, "ruler records have a field 'outputs', this one has not"),
+            (4, "expected a field 'outputs', this record has none"),
             (5, "outputs must be a list that is not empty, got []"),
             (6, "input must be a text, got 3"),
         ],
         strict=True,
     ):
         assert problem.startswith(f"{file}, line {line}: {reason}")
+
+
+INFINITE = {"id": 0, "input": "Who?", "context": "A story.", "answer": ["Ann"], "options": []}
+CHOICE = INFINITE | {"options": ["Ann", "Bob", "Eve", "Joe"]}
+
+
+def without(record, field):
+    return {name: value for name, value in record.items() if name != field}
+
+
+@harness
+@pytest.mark.parametrize(
+    "task, good, bad",
+    [
+        ("ruler/niah", ruler(), ruler(outputs=["Ab", ""])),
+        ("ruler/qa", ruler(), ruler(outputs=[" "])),
+        ("ruler/niah", ruler(), ruler(outputs=[None])),
+        ("ruler/niah", ruler(), ruler(outputs=None)),
+        ("ruler/niah", ruler(), ruler(outputs="Ab")),
+        ("ruler/niah", ruler(), ruler(outputs=[["Ab"]])),
+        ("ruler/niah", ruler(), ruler(outputs=[True])),
+        ("ruler/niah", ruler(), ruler(outputs=[float("nan")])),
+        ("ruler/niah", ruler(), ruler(input=None)),
+        ("ruler/niah", ruler(), ruler(input=" ")),
+        ("ruler/niah", ruler(), ruler(answer_prefix=3)),
+        ("longbench", longbench(), longbench(answers=[None, "Ann"])),
+        ("longbench", longbench(), longbench(answers=[])),
+        ("longbench", longbench(), longbench(answers=[""])),
+        ("longbench", longbench(), longbench(answers="Ann")),
+        ("longbench", longbench(), longbench(context=None)),
+        ("longbench", longbench(), longbench(context="")),
+        ("longbench", longbench(), longbench(input=None)),
+        ("longbench", longbench(), without(longbench(), "input")),
+        ("longbench", longbench(), longbench(dataset="hotpot")),
+        ("longbench", longbench(), longbench(dataset=None)),
+        ("longbench", longbench(), longbench(dataset="trec")),
+        ("longbench", longbench(), without(longbench(dataset="trec"), "all_classes")),
+        ("longbench", longbench(), longbench(dataset="lsht", all_classes=["", "Ann"])),
+        # A right answer that this task's metric cannot read.
+        ("longbench", longbench(), longbench(dataset="passage_retrieval_en", answers=["three"])),
+        ("infinitebench/longbook_qa_en", INFINITE, INFINITE | {"answer": None}),
+        ("infinitebench/longbook_qa_en", INFINITE, INFINITE | {"answer": [None]}),
+        ("infinitebench/longdialogue_qa_en", INFINITE, INFINITE | {"answer": ""}),
+        ("infinitebench/passkey", INFINITE, INFINITE | {"answer": {}}),
+        ("infinitebench/longbook_choice_en", CHOICE, CHOICE | {"options": None}),
+        ("infinitebench/code_debug", CHOICE, CHOICE | {"options": [1, None]}),
+    ],
+)
+def test_what_cannot_be_graded_is_left_out_before_a_model_runs(task, good, bad, tmp_path):
+    file = write(tmp_path / "records.jsonl", bad, good)
+    found, problems = make(f"{task}:{file}")
+    assert [example.source for example in found] == [f"{file}, line 2"]
+    (problem,) = problems
+    assert problem.startswith(f"{file}, line 1: ")
+
+
+@harness
+@pytest.mark.parametrize("number, right", [(1945, "1945"), (2.5, "2.5"), (0, "0")])
+@pytest.mark.parametrize(
+    "task, record, field",
+    [
+        ("ruler/qa", ruler(), "outputs"),
+        ("longbench", longbench(), "answers"),
+        ("infinitebench/longdialogue_qa_en", INFINITE, "answer"),
+    ],
+)
+def test_a_number_is_graded_as_its_text(task, record, field, number, right, tmp_path):
+    file = write(tmp_path / "records.jsonl", record | {field: [number]})
+    (example,), problems = make(f"{task}:{file}")
+    assert not problems
+    assert [example.grade(answer) for answer in (right, "7")] == [1.0, 0.0]
+
+
+def test_null_is_as_good_as_no_prefix(tmp_path):
+    (example,), problems = make(f"ruler:{write(tmp_path / 'a.jsonl', ruler(answer_prefix=None))}")
+    assert not problems and example.answer_prefix == ""
+
+
+@pytest.mark.parametrize("field", ["input", "outputs", "answer_prefix"])
+@pytest.mark.parametrize(
+    "spoil, told",
+    [
+        (lambda text: text.encode("latin-1"), "byte 0xe9 at offset 3"),
+        (lambda text: text.replace("é", "\\ud83d").encode(), "half, 0xd83d, at offset 3"),
+    ],
+)
+def test_text_that_is_no_text_is_refused_and_never_replaced(field, spoil, told, tmp_path):
+    record = ruler(**{field: ["café"] if field == "outputs" else "café"})
+    line = json.dumps(record, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_bytes(spoil(line) + b"\n" + line.encode())
+    (spoilt, whole), _ = make(f"ruler:{tmp_path / 'a.jsonl'}")
+    assert "\ufffd" not in repr(spoilt)
+    with pytest.raises(InputError, match=f"must be UTF-8 text of whole characters, got .* {told}"):
+        spoilt.check()
+    whole.check()
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps(ruler()) + "\r\n" + json.dumps(ruler()), encoding="utf-8-sig")
+    found, problems = make(f"ruler:{file}")
+    assert len(found) == 2 and not problems
+    file.write_text(json.dumps(ruler()), encoding="utf-16")
+    _, (problem,) = make(f"ruler:{file}")
+    assert "got the byte 0xff at offset 0" in problem
+
+
+def test_files_of_one_name_have_records_of_their_own(tmp_path):
+    for folder in ("a", "b"):
+        write(tmp_path / folder / "x.jsonl", ruler(input=folder))
+    tasks = [f"ruler:{tmp_path / folder / 'x.jsonl'}" for folder in ("a", "b", "a")]
+    found, _ = make(*tasks)
+    assert [example.prompt for example in found] == ["a", "b"]
+    assert len({(example.task, example.name) for example in found}) == 2
+    once, twice = make("needle-number")[0], make("needle", "needle-number")[0]
+    assert len(twice) == 3 * len(once)
 
 
 def test_folders_and_limits(tmp_path):
@@ -235,6 +360,34 @@ def test_records_in_an_archive(tmp_path):
     (tmp_path / "bad.zip").write_text("no archive")
     with pytest.raises(InputError, match="cannot read .*bad.zip: File is not a zip file"):
         make(f"ruler:{tmp_path / 'bad.zip'}")
+
+
+@pytest.mark.parametrize("kind", ["damaged", "encrypted", "unknown compression"])
+def test_a_member_that_cannot_be_read_leaves_the_others(kind, tmp_path):
+    file = tmp_path / "data.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.jsonl", json.dumps(ruler(input="say five")))
+        archive.writestr("b.jsonl", json.dumps(ruler(input="say four")))
+    content = bytearray(file.read_bytes())
+    entry = content.find(b"PK\x01\x02")
+    if kind == "damaged":
+        content = content.replace(b"say five", b"say fire", 1)
+    elif kind == "encrypted":
+        content[6] |= 1
+        content[entry + 8] |= 1
+    else:
+        content[8] = content[entry + 10] = 97
+    file.write_bytes(bytes(content))
+    found, (problem,) = make(f"ruler:{file}")
+    assert [example.source for example in found] == [f"{file}/b.jsonl, line 1"]
+    assert problem.startswith(f"cannot read {file}/a.jsonl: ")
+
+
+def test_a_file_that_cannot_be_read_leaves_the_others(tmp_path):
+    write(tmp_path / "b.jsonl", ruler())
+    (tmp_path / "a.jsonl").mkdir()
+    found, (problem,) = make(f"ruler:{tmp_path}")
+    assert len(found) == 1 and problem.startswith(f"cannot read {tmp_path}/a.jsonl: ")
 
 
 def test_missing_records_are_refused(tmp_path):

@@ -171,7 +171,8 @@ def evaluate(
             raise typer.Exit(130) from None
         if as_json:
             typer.echo(json.dumps(results.as_json(), indent=2))
-        else:
+        results.check()
+        if not as_json:
             # A table that is not for a terminal is not cut to one either.
             Console(width=None if Console().is_terminal else 200).print(results.as_table())
             typer.echo("\nWritten: " + ", ".join(map(str, results.files)))

@@ -46,6 +46,7 @@ def decode_until(
     stop: Sequence[str] = (),
 ) -> str:
     """Decode one prompt greedily until a text of ``stop``, which is cut off, or the usual end."""
+    stop = [mark for mark in stop if mark]  # an empty text is in every answer
     ends = end_tokens(model)
     steps = greedy(model, prefilled.logits, prefilled.cache, prefilled.next_position, None, ends)
     tokens: list[int] = []

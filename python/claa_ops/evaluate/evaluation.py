@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from claa_ops.evaluate.answer import decode_until, force
 from claa_ops.evaluate.grid import Cell
+from claa_ops.evaluate.guard import left_out
+from claa_ops.evaluate.identity import cell_key, ids_digest, model_key
 from claa_ops.evaluate.journal import Journal, Json
 from claa_ops.evaluate.prompt import check_fits, encode_prompt
 from claa_ops.evaluate.shared import SharedPrefill
@@ -56,7 +58,7 @@ class Record:
 def evaluate_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    model_key: Json,
+    name: str,
     examples: Sequence[Example],
     cells: Sequence[Cell],
     journal: Journal,
@@ -69,17 +71,22 @@ def evaluate_model(
 ) -> list[Record]:
     """Answer every example in every cell, except what the journal has already.
 
+    The journal keeps answers, under all that they depend on: the content of the model, the tokens
+    of prompt and target, the settings of the cell and how an answer ends. Grades are made anew
+    each time, so that corrected answers and metrics count.
+
     Args:
         model: an attached model.
         tokenizer: its tokenizer.
-        model_key: what the results depend on besides cells and prompts: model and dtype.
+        name: what the records call the model.
         examples: the prompts.
         cells: ways to prefill; they share one full prefill of each prompt.
-        journal: where each finished record goes before the next is computed.
+        journal: where each finished answer goes before the next is computed.
         chat: whether the chat template applies, where an example leaves it open.
         max_length: tokens of the longest prompt; the model's context if not given.
-        on_total, on_record: told how many records are to be computed, and of each one.
-        on_problem: told of a prompt that cannot be served, by all cells or by one.
+        on_total, on_record: told how many records there will be, and of each one.
+        on_problem: told of a prompt that cannot be served, by all cells or by one, whatever the
+            reason is; the others are.
 
     Returns:
         The records of all examples and cells, in this order, whether computed now or before.
@@ -87,38 +94,41 @@ def evaluate_model(
     Raises:
         InputError: the journal cannot be written.
     """
-    keys = [
-        [{**model_key, **_prompt_key(example, chat, max_length), **cell.key()} for cell in cells]
-        for example in examples
-    ]
-    on_total(sum(journal.find(key) is None for row in keys for key in row))
+    on_total(len(examples) * len(cells))
+    of_model = model_key(model)
+    keys = [{**of_model, **cell_key(cell)} for cell in cells]
     records = []
-    for example, row in zip(examples, keys, strict=True):
-        missing = [
-            (cell, key) for cell, key in zip(cells, row, strict=True) if journal.find(key) is None
-        ]
-        if missing:
-            try:
-                prompt = _Prompt.encode(model, tokenizer, example, chat, max_length)
-            except InputError as error:
-                on_problem(f"{example.task}, {example.name}: {error}")
-                for _ in missing:
-                    on_record()
-                continue
-            shared = SharedPrefill(model, prompt.ids, layers=_layers(c.method for c, _ in missing))
-            for cell, key in missing:
-                try:
-                    journal.add(key, _answer(model, tokenizer, shared, prompt, cell.method))
-                except ValueError as error:  # of the method: this prompt is too short for it, say
-                    if isinstance(error, InputError):
-                        raise
-                    on_problem(f"{example.task}, {example.name}, {cell.label}: {error}")
+    for example in examples:
+        prompt = None
+        with left_out(example.where, on_problem):
+            prompt = _Prompt.encode(model, tokenizer, example, chat, max_length)
+        if prompt is None:
+            for _ in cells:
                 on_record()
-        for cell, key in zip(cells, row, strict=True):
-            result = journal.find(key)
+            continue
+        own = prompt.key()
+        missing = [
+            cell
+            for cell, key in zip(cells, keys, strict=True)
+            if journal.find({**key, **own}) is None
+        ]
+        shared = None
+        if missing:
+            with left_out(example.where, on_problem):
+                layers = _layers(cell.method for cell in missing)
+                shared = SharedPrefill(model, prompt.ids, layers=layers)
+        for cell, key in zip(cells, keys, strict=True):
+            result = journal.find({**key, **own})
+            where = f"{example.where}, {cell.label}"
+            if result is None and shared is not None:
+                with left_out(where, on_problem):
+                    result = _answer(model, tokenizer, shared, prompt, cell.method)
+                if result is not None:
+                    journal.add({**key, **own}, result)
             if result is not None:
-                name, task, place = example.name, example.task, dict(example.place)
-                records.append(Record(model_key["model"], task, name, cell, place, **result))
+                with left_out(where, on_problem):
+                    records.append(_record(name, example, cell, result))
+            on_record()
     return records
 
 
@@ -138,6 +148,7 @@ class _Prompt:
         max_length: int | None,
     ) -> _Prompt:
         """Token ids of prompt and target; a prompt too long is cut in the middle, or refused."""
+        example.check()
         target, new_tokens = None, example.max_new_tokens
         if example.target is not None:
             encoded = tokenizer(example.target, return_tensors="pt", add_special_tokens=False)
@@ -150,7 +161,7 @@ class _Prompt:
         prompt = encode_prompt(tokenizer, text, chat=chat, answer_prefix=example.answer_prefix)
         excess = prompt.ids.shape[1] - min(limits)
         if excess > 0 and example.may_cut:
-            text = _cut(tokenizer, text, int(excess) + _MARGIN)
+            text = _cut(tokenizer, text, int(excess) + _MARGIN, new_tokens)
             prompt = encode_prompt(tokenizer, text, chat=chat, answer_prefix=example.answer_prefix)
         check_fits(model, prompt, new_tokens)
         if max_length is not None and prompt.ids.shape[1] > max_length:
@@ -160,13 +171,33 @@ class _Prompt:
             )
         return cls(example, prompt.ids, target)
 
+    def key(self) -> Json:
+        """All of the prompt that an answer depends on; the name for the draws of a method."""
+        example = self.example
+        return {
+            "task": example.task,
+            "name": example.name,
+            "prompt": ids_digest(self.ids),
+            "target": None if self.target is None else ids_digest(self.target),
+            "max_new_tokens": example.max_new_tokens,
+            "stop": list(example.stop),
+        }
 
-def _cut(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> str:
+
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, new_tokens: int) -> str:
     """The text without that many tokens in its middle, as LongBench shortens its prompts."""
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    kept = max(0, len(ids) - tokens)
+    kept = len(ids) - tokens
+    if kept < _MARGIN:
+        raise InputError(
+            f"the prompt has {len(ids):,} tokens, of which {max(0, kept):,} would be left beside "
+            f"the {new_tokens:,} that may follow"
+        )
     head, tail = ids[: kept // 2], ids[len(ids) - (kept - kept // 2) :]
-    return str(tokenizer.decode(head)) + str(tokenizer.decode(tail))
+    # A character of several tokens may be cut through: what is left of it is none.
+    return str(tokenizer.decode(head)).rstrip("\ufffd") + str(tokenizer.decode(tail)).lstrip(
+        "\ufffd"
+    )
 
 
 def _answer(
@@ -188,29 +219,37 @@ def _answer(
         "tokens": tokens,
         "kept": tokens if prefilled.positions is None else prefilled.positions.shape[1],
     }
-    if prompt.target is not None:
-        right, logprob = force(model, prefilled, prompt.target)
-        return {
-            **result,
-            "score": float(right),
-            "logprob": logprob / len(prompt.target),
-            "answer": None,
-        }
-    assert example.grade is not None  # an example has a target or a grade
-    answer = decode_until(model, tokenizer, prefilled, example.max_new_tokens, example.stop)
-    return {**result, "score": example.grade(answer), "logprob": None, "answer": answer}
+    if prompt.target is None:
+        answer = decode_until(model, tokenizer, prefilled, example.max_new_tokens, example.stop)
+        return {**result, "answer": answer}
+    right, logprob = force(model, prefilled, prompt.target)
+    if not math.isfinite(logprob):
+        raise ValueError(f"the target's log-probability must be finite, got {logprob}")
+    return {**result, "answer": None, "right": right, "logprob": logprob / len(prompt.target)}
 
 
-def _prompt_key(example: Example, chat: bool | None, max_length: int | None) -> Json:
-    text = f"{example.prompt}\0{example.answer_prefix}\0{example.target}"
-    return {
-        "task": example.task,
-        "name": example.name,
-        "digest": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "chat": chat if example.chat is None else example.chat,
-        "max_length": max_length,
-        "max_new_tokens": example.max_new_tokens,
-    }
+def _record(name: str, example: Example, cell: Cell, result: Json) -> Record:
+    """The record of a result, with an answer's grade of today."""
+    if example.grade is None:
+        score = float(result["right"])
+    else:
+        score = example.grade(result["answer"])
+        if not 0 <= score <= 1:
+            raise ValueError(f"the metric must give a score in [0, 1], got {score}")
+    return Record(
+        model=name,
+        task=example.task,
+        name=example.name,
+        cell=cell,
+        place=dict(example.place),
+        score=score,
+        logprob=result.get("logprob"),
+        work=result["work"],
+        cache_bytes=result["cache_bytes"],
+        tokens=result["tokens"],
+        kept=result["kept"],
+        answer=result["answer"],
+    )
 
 
 def _layers(methods: Iterable[Method]) -> set[int] | None:

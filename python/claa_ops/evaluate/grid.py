@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -181,6 +182,12 @@ def parse_schedule(text: str) -> tuple[tuple[int, ...], tuple[Budget, ...]]:
             raise InputError(f"--schedule must be LAYER:KEEP,... such as 7:50%,23:10%, got {text}")
         layers.append(int(layer))
         keeps.append(parse_budget("--schedule", keep))
+    for before, after in itertools.pairwise(keeps):  # rates and numbers cannot be compared
+        if type(after) is type(before) and after > before:
+            raise InputError(
+                f"--schedule must keep no more at a stage than at the one before, got {after:g} "
+                f"after {before:g}"
+            )
     return tuple(layers), tuple(keeps)
 
 

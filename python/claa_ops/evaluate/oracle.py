@@ -1,7 +1,8 @@
 """Rank prompts by the attention of their own answers, and compare each method with that.
 
-The Answer-Informed Oracle knows what no method can know: what the answer attended to. Where a
-method ranks the tokens alike, it loses nothing by dropping the rest.
+The Answer-Informed Oracle knows what no method can know: what the answer attended to. A method
+that ranks the tokens alike can drop the rest, provided that what it keeps is enough for the
+answer, which depends on the layer too: so each method also answers after each layer.
 
 Memory, beside the weights, of a prompt of N = 131072 tokens and T = 512 answer tokens in
 Llama-3.1-8B (32 layers, 32 heads, 8 key/value heads, D = 128, bfloat16):
@@ -9,9 +10,10 @@ Llama-3.1-8B (32 layers, 32 heads, 8 key/value heads, D = 128, bfloat16):
     keys and values of the prompt    2 * 32 * 8 * N * D * 2 bytes    17.2 GB, twice: for the answer
     queries of the answer            32 * 32 * T * D * 2 bytes       0.13 GB
     peak over the layers so far      2 * 128 * N * 4 bytes           0.13 GB, 128 queries at a time
+    hidden states, to go on from     31 * 4096 * N * 2 bytes         33.3 GB; --layer names fewer
     rankings, in host memory         32 * N * 4 bytes                0.02 GB for each method
 
-With 16 GB of weights that is 51 GB, and the widest layer of the prefill, before the answer has its
+With 16 GB of weights that is 84 GB, and the widest layer of the prefill, before the answer has its
 keys and values, takes less than those. The probabilities of one layer, which `peak_attention` does
 not write, would take 32 * T * N * 4 bytes: 8.6 GB.
 """
@@ -20,12 +22,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from claa_ops.evaluate.answer import decode_until, force
+from claa_ops.evaluate.guard import left_out
 from claa_ops.evaluate.intervals import Interval
 from claa_ops.evaluate.oracle_measures import MEASURES, intervals, measure_ranking
 from claa_ops.evaluate.prompt import Prompt, check_fits, encode_prompt
@@ -46,8 +51,10 @@ class RankedPrompt:
     Attributes:
         name: what the reader knows it by.
         ids: ``[N]``, int64: the prompt.
-        answer: the model's own answer.
+        answer: the model's own answer, with all tokens.
         score: how right the answer is, in [0, 1]; None where that is not known.
+        answers: for each method how right the answer is, ``[L]``, float32, where only its best
+            tokens go on after each layer; whether it is the model's own, where ``score`` is None.
         raw: ``[M]``, float32: the oracle's importance; M leaves out the window.
         pooled: ``[M]``, float32: the same, pooled over neighbouring tokens.
         rankings: for each method its importance at each layer, ``[L, M]``, float32.
@@ -58,6 +65,7 @@ class RankedPrompt:
     ids: Tensor
     answer: str
     score: float | None
+    answers: dict[str, Tensor]
     raw: Tensor
     pooled: Tensor
     rankings: dict[str, Tensor]
@@ -88,6 +96,25 @@ class Study:
         """The budget in words."""
         return f"{self.keep} tokens" if isinstance(self.keep, int) else f"{100 * self.keep:g} %"
 
+    @property
+    def wrong(self) -> list[str]:
+        """The prompts to which the model's own answer is wrong."""
+        return [prompt.name for prompt in self.prompts if prompt.score == 0]
+
+    def best_layer(self, name: str) -> int | None:
+        """Of the layers with the most right answers, the one nearest to the pooled oracle.
+
+        None where no answer is right, and where a method ranks alike after all layers.
+        """
+        right, near = (self._means(name, key) for key in ("answers", "overlap_pooled"))
+        if not np.nan_to_num(right).max() > 0 or np.ptp(near) == 0:
+            return None
+        return self.layers[int(np.where(right == np.nanmax(right), near, -1).argmax())]
+
+    def _means(self, name: str, key: str) -> np.ndarray:
+        values = self.by_layer[name][key]
+        return np.array([np.nan if value is None else value.mean for value in values])
+
     def is_known(self, measure: str) -> bool:
         """Whether a measure has a value anywhere: recall needs a needle, stability neighbours."""
         return any(values[measure] is not None for values in self.overall.values())
@@ -115,7 +142,7 @@ def rank_examples(
         methods: the methods to compare, under the names to report; ``oracle`` needs no entry. The
             last tokens of a prompt, the longest window of the methods, are not ranked.
         layers: the layers whose rankings are wanted.
-        keep: the budget whose tokens will be compared.
+        keep: the budget whose tokens will be compared, and with which the methods answer.
         max_new_tokens: the length at which an answer is cut off, unless the example says so: at
             the length of its target, since what a model goes on with is not the answer.
         chat: whether the chat template applies, where an example leaves it open.
@@ -127,9 +154,10 @@ def rank_examples(
     """
     ranked = []
     for index, example in enumerate(examples):
-        own = {name: _with_draw(method, index) for name, method in methods.items()}
+        own = {name: _of_prompt(method, index, keep) for name, method in methods.items()}
         on_step(f"prompt {index + 1} of {len(examples)}")
-        try:
+        with left_out(example.where, on_problem):
+            example.check()
             prompt = encode_prompt(
                 tokenizer,
                 example.prompt,
@@ -141,8 +169,6 @@ def rank_examples(
             check_fits(model, prompt, new_tokens)
             best_tokens(prompt.ids.shape[1], _longest_window(own), keep)
             ranked.append(_rank_prompt(model, tokenizer, example, prompt, own, layers, new_tokens))
-        except ValueError as error:  # an InputError, or of a method: its window is too long, say
-            on_problem(f"{example.task}, {example.name}: {error}")
     return ranked
 
 
@@ -189,11 +215,13 @@ def _measure(
 ) -> dict[str, np.ndarray]:
     if name == "oracle":
         ranking = prompt.pooled.expand(len(layers), -1)
+        answers = torch.full((len(layers),), torch.nan)  # the oracle does not answer
     else:
-        ranking = prompt.rankings[name]
+        ranking, answers = prompt.rankings[name], prompt.answers[name]
     tokens, context = len(prompt.ids), len(prompt.raw)
     k = best_tokens(tokens, tokens - context, keep)
-    return measure_ranking(ranking, layers, prompt.raw, prompt.pooled, k, prompt.needle)
+    values = measure_ranking(ranking, layers, prompt.raw, prompt.pooled, k, prompt.needle)
+    return {"answers": answers.numpy(), **values}
 
 
 def _rank_prompt(
@@ -207,15 +235,31 @@ def _rank_prompt(
 ) -> RankedPrompt:
     ids = prompt.ids.to(model.device)
     context = ids.shape[1] - _longest_window(methods)
-    shared = SharedPrefill(model, ids, layers=())
+    shared = SharedPrefill(model, ids, layers=layers)
     with shared.replay():  # the answer and all methods share one prefill
         tokens, attention = answer_attention(model, ids, new_tokens)
     answer = str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+    def is_right(method: Method) -> float:
+        prefilled = shared.run(method)
+        if example.grade is not None:
+            text = decode_until(model, tokenizer, prefilled, new_tokens, example.stop)
+            return example.grade(text)
+        right = tokens[0]
+        if example.target is not None:
+            encoded = tokenizer(example.target, return_tensors="pt", add_special_tokens=False)
+            right = encoded.input_ids[0]
+        return float(force(model, prefilled, right)[0])
+
     return RankedPrompt(
         name=f"{example.task}, {example.name}",
         ids=prompt.ids[0],
         answer=answer,
         score=_score(example, answer),
+        answers={
+            name: torch.tensor([is_right(after) for after in _after_layers(method, layers)])
+            for name, method in methods.items()
+        },
         raw=attention[0, :context].cpu(),
         pooled=pool(attention, POOLING)[0, :context].cpu(),
         rankings={
@@ -249,10 +293,19 @@ def _rank_layers(method: Method, shared: SharedPrefill, layers: Sequence[int]) -
     return torch.cat(rankings)
 
 
-def _with_draw(method: Method, index: int) -> Method:
-    """A method that draws, with a draw of this prompt's own."""
-    seed = getattr(method, "seed", None)
-    return method if seed is None else replace(method, seed=seed + index)  # type: ignore[call-arg]
+def _of_prompt(method: Method, index: int, keep: float | int) -> Method:
+    """The method with this budget, and, if it draws, with a draw of this prompt's own."""
+    settings: dict[str, Any] = {"keep": keep} if hasattr(method, "keep") else {}
+    if hasattr(method, "seed"):
+        settings["seed"] = method.seed + index
+    return replace(method, **settings)
+
+
+def _after_layers(method: Method, layers: Sequence[int]) -> list[Method]:
+    """The method, selecting after each of the layers if it selects after one."""
+    if not hasattr(method, "layer"):
+        return [method] * len(layers)
+    return [replace(method, layer=layer) for layer in layers]  # type: ignore[call-arg]
 
 
 def _within(fact: range | None, context: int) -> Tensor | None:

@@ -14,6 +14,7 @@ from claa_ops.evaluate.intervals import Interval, bootstrap
 from claa_ops.ops.select_topk import select_topk
 
 MEASURES = {
+    "answers": "right answers with the tokens kept",
     "spearman_raw": "Spearman with the raw oracle",
     "spearman_pooled": "Spearman with the pooled oracle",
     "overlap_raw": "top-k overlap with the raw oracle",
@@ -43,7 +44,8 @@ def measure_ranking(
         needle: ``[m]``, int64: the context tokens that hold the answer, where they are known.
 
     Returns:
-        For each key of `MEASURES` one value per layer, ``[L]``. A layer without its predecessor
+        For each key of `MEASURES` but ``answers``, which no ranking tells, one value per layer,
+        ``[L]``. A layer without its predecessor
         among ``layers`` has no stability, a constant ranking no rank correlation, and a prompt
         without a known needle no recall: these are NaN.
 

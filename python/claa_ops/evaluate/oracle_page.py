@@ -45,6 +45,7 @@ def write_page(
     text = Template(frame.read_text(encoding="utf-8")).substitute(
         title=f"{len(prompt.ids):,} tokens by rank",
         name=html.escape(prompt.name),
+        verdict="" if prompt.score is None else f" (score {prompt.score:.2f} of 1)",
         answer=html.escape(prompt.answer),
         options="".join(f"<option>{html.escape(name)}</option>" for name in shades),
         last=len(layers) - 1,

@@ -19,16 +19,18 @@ from claa_ops.evaluate.oracle_measures import MEASURES
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
 _STYLES = [("black", "dashdot")]
 _STYLES += [(colour, dash) for dash in ("solid", "dashed", "dotted") for colour in _COLOURS]
-_MAPPED = ("overlap_pooled", "needle_recall")
+_MAPPED = ("answers", "overlap_pooled", "needle_recall")
 
 
 def draw_heat_map(study: Study, file: Path) -> None:
-    """Draw agreement with the pooled oracle and needle recall, a row for each method.
+    """Draw right answers, agreement with the pooled oracle and needle recall, by method and layer.
 
-    A ring marks each method's best layer. Recall is left out where no needle is known.
+    A ring marks each method's best layer (`Study.best_layer`), if it has one. Recall is left out
+    where no needle is known.
     """
     panels = [key for key in _MAPPED if study.is_known(key)]
     names = list(study.by_layer)
+    best = [study.best_layer(name) for name in names]
     height = 0.9 + len(panels) * (0.6 + 0.26 * len(names))
     figure = Figure(figsize=(9, height), dpi=150, layout="constrained")
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
@@ -40,13 +42,16 @@ def draw_heat_map(study: Study, file: Path) -> None:
         axes.set_title(_title(study, key), loc="left", fontsize=10)
         axes.set_yticks(range(len(names)), names, fontsize=9)
         axes.set_ylabel("method")
-        for row, values in enumerate(grid):
-            if np.ptp(values[~np.isnan(values)]) > 0:  # no layer of a constant row is its best
+        for row, layer in enumerate(best):
+            if layer is not None:
                 ring = {"facecolors": "none", "edgecolors": "#d55e00", "linewidths": 1.5}
-                axes.scatter(np.nanargmax(values), row, s=60, **ring)
+                axes.scatter(study.layers.index(layer), row, s=60, **ring)
         figure.colorbar(image, ax=axes, pad=0.01)
     rows[-1].set_xticks(*_layer_ticks(study))
-    rows[-1].set_xlabel("layer whose ranking it is (ring: the best one of a method)")
+    rows[-1].set_xlabel(
+        "layer whose ranking it is (ring: of those with the most right answers, the one that "
+        "agrees best)"
+    )
     FigureCanvasAgg(figure).print_figure(file)
 
 
@@ -60,7 +65,8 @@ def draw_measure(study: Study, key: str, file: Path) -> None:
     axes = figure.subplots()
     for index, (name, values) in enumerate(study.by_layer.items()):
         mean, low, high = _curves(values[key])
-        if key != "needle_recall" and np.allclose(mean[~np.isnan(mean)], 1):
+        must_be_1 = key not in ("answers", "needle_recall")
+        if np.isnan(mean).all() or (must_be_1 and np.allclose(mean[~np.isnan(mean)], 1)):
             continue
         colour, dash = _STYLES[index % len(_STYLES)]
         axes.plot(study.layers, mean, color=colour, linestyle=dash, label=name, marker=".")
@@ -96,7 +102,8 @@ def _legend(axes: Axes) -> None:
 def _title(study: Study, key: str) -> str:
     prompts = f"{len(study.prompts)} prompts" if len(study.prompts) > 1 else "1 prompt"
     kept = "" if "spearman" in key else f"{study.budget} kept, "
-    return f"{MEASURES[key]} ({kept}{prompts})"
+    wrong = f", the model's own answer is wrong in {len(study.wrong)}" if study.wrong else ""
+    return f"{MEASURES[key]} ({kept}{prompts}{wrong})"
 
 
 def _layer_ticks(study: Study) -> tuple[list[int], list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +16,7 @@ from claa_ops.evaluate.oracle_settings import Settings
 from claa_ops.evaluate.report import versions
 
 _HEADINGS = {
+    "answers": "right answers",
     "spearman_raw": "Spearman, raw",
     "spearman_pooled": "Spearman, pooled",
     "overlap_raw": "overlap, raw",
@@ -38,18 +40,35 @@ def study_table(study: Study) -> RenderableType:
     table.columns[0].no_wrap = True
     for name, values in study.overall.items():
         table.add_row(name, *(_cell(values[key]) for key in known))
-    scores = [prompt.score for prompt in study.prompts if prompt.score is not None]
     lines = [
         f"{len(study.prompts)} prompts, {len(study.layers)} layers from {study.layers[0]} to "
         f"{study.layers[-1]}, {study.budget} kept: means over layers and prompts, with 95 % "
         "bootstrap intervals over prompts. Raw and pooled: against the oracle, whose ranking is "
         "the attention of the answer. Layers: each against the one before."
     ]
+    lines.append(_advice(study))
+    scores = [prompt.score for prompt in study.prompts if prompt.score is not None]
     if scores:
-        lines.append(f"Mean score of the answers: {sum(scores) / len(scores):.2f}.")
+        lines.append(
+            f"Mean score of the model's own answers, with all tokens: {np.mean(scores):.2f}."
+        )
+    if study.wrong:
+        names = "; ".join(study.wrong[:3]) + "; ..." * (len(study.wrong) > 3)
+        lines.append(
+            f"The model's own answer is wrong in {len(study.wrong)} of {len(study.prompts)} "
+            f"prompts ({names}): what it attends to there says little."
+        )
     if len(study.prompts) == 1:
         lines.append(f"The answer: {study.prompts[0].answer}")
     return Group(table, Text("\n" + "\n".join(lines)))
+
+
+def _advice(study: Study) -> str:
+    best = {name: study.best_layer(name) for name in study.by_layer if name != "oracle"}
+    found = ", ".join(f"{name} {layer}" for name, layer in best.items() if layer is not None)
+    none = ", ".join(name for name, layer in best.items() if layer is None)
+    text = "Best layers, of those with the most right answers the nearest to the oracle: "
+    return text + "; ".join([found] * bool(found) + [f"none for {none}"] * bool(none)) + "."
 
 
 def study_json(study: Study, settings: Settings) -> dict[str, object]:
@@ -59,6 +78,9 @@ def study_json(study: Study, settings: Settings) -> dict[str, object]:
         "settings": asdict(settings) | {name: path and str(path) for name, path in paths.items()},
         "versions": versions(),
         "layers": study.layers,
+        "best_layers": {
+            name: study.best_layer(name) for name in study.by_layer if name != "oracle"
+        },
         "prompts": [
             {
                 "name": prompt.name,

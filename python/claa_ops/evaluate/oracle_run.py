@@ -14,7 +14,7 @@ from claa_ops.evaluate.oracle_measures import MEASURES
 from claa_ops.evaluate.oracle_page import write_page
 from claa_ops.evaluate.oracle_pictures import draw_heat_map, draw_measure
 from claa_ops.evaluate.oracle_settings import Settings
-from claa_ops.evaluate.tasks import Example, TaskSettings, examples
+from claa_ops.evaluate.tasks import Example, TaskSettings, examples, has_needles
 from claa_ops.methods import Method
 from claa_ops.models import InputError, load_model
 from claa_ops.prefill import attach
@@ -46,7 +46,14 @@ def run_study(
         attach(model)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
-    num_layers = model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and settings.length > context and has_needles(settings.tasks):
+        raise InputError(
+            f"--length must be at most what the model's context holds, {context:,} tokens, got "
+            f"{settings.length:,}"
+        )
+    num_layers = config.num_hidden_layers
     if settings.layer is None:
         layers = list(range(num_layers - 1))
     else:

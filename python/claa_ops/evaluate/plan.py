@@ -44,6 +44,7 @@ class Plan:
         chat, max_length: as `evaluate_model` takes them.
         baseline: the method that differences are taken to.
         draft: the model of ``speculative``.
+        remarks: what a user should know of the options, in sentences.
         left_out: what a suite would have but for the lack of an option, in sentences.
         dtype, device: as `load_model` takes them.
     """
@@ -61,6 +62,7 @@ class Plan:
     max_length: int | None = None
     baseline: str = "full"
     draft: str | None = None
+    remarks: Sequence[str] = ()
     left_out: Sequence[str] = ()
     dtype: str = "auto"
     device: str = "auto"
@@ -118,6 +120,18 @@ class Plan:
             settings["depths"] = _depths(depths)
         if prompts is not None:
             settings["prompts"] = prompts
+        options = {
+            "--layer": (layers, ["layer"]),
+            "--keep": (keeps, ["keep"]),
+            "--keep-kv": (keep_kv, ["keep_kv"]),
+            "--schedule": (schedules, ["layer", "keep"]),
+        }
+        specs = [MethodSpec.parse(text) for text in given.get("methods", ["claa"])]
+        given["remarks"] = [
+            f"{option} was not used: it sets the {' and '.join(names)} of none of the methods"
+            for option, (value, names) in options.items()
+            if value and not any(all(spec.has(name) for name in names) for spec in specs)
+        ]
         plan = cls(
             models=models or [SMOLLM2],
             layers=() if layers is None else parse_layers(layers),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,15 +19,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from claa_ops.evaluate.evaluation import Record, evaluate_model
 from claa_ops.evaluate.grid import Cell, MethodSpec, give_draft, make_cells
+from claa_ops.evaluate.inputs import make_folder
 from claa_ops.evaluate.journal import Journal
 from claa_ops.evaluate.plan import Plan, load_name
 from claa_ops.evaluate.report import versions
 from claa_ops.evaluate.summary import Row, as_json, as_markdown, as_table, summarise
-from claa_ops.evaluate.tasks import TaskSettings, examples
+from claa_ops.evaluate.tasks import TaskSettings, examples, has_needles
+from claa_ops.methods import FullKV
 from claa_ops.models import InputError, load_model
 from claa_ops.prefill import attach
 
 JOURNAL = "records.jsonl"
+_SHOWN = 20  # problems below a table
 
 
 class Progress(Protocol):
@@ -54,13 +57,24 @@ class Results:
     records: list[Record]
     rows: list[Row]
     problems: list[str]
+    remarks: list[str]
     machine: dict[str, Any]
     files: list[Path]
+
+    def check(self) -> None:
+        """Raise InputError, with the first reason, if there is no record."""
+        if not self.records:
+            problems = self.problems[len(self.plan.left_out) :]
+            raise InputError(f"nothing was evaluated: {problems[0] if problems else 'no prompts'}")
 
     def as_table(self) -> RenderableType:
         """The table, and what was left out."""
         parts: list[RenderableType] = [as_table(self.rows, self.plan.baseline)]
-        parts += [Text(f"left out: {problem}") for problem in self.problems]
+        parts += [Text(f"left out: {problem}") for problem in self.problems[:_SHOWN]]
+        if len(self.problems) > _SHOWN:
+            more = len(self.problems) - _SHOWN
+            parts.append(Text(f"left out: {more:,} more, which stand in results.json"))
+        parts += [Text(f"note: {remark}") for remark in self.remarks]
         return Group(*parts)
 
     def as_json(self) -> dict[str, Any]:
@@ -70,6 +84,7 @@ class Results:
             "versions": versions(),
             "machine": self.machine,
             "problems": self.problems,
+            "remarks": self.remarks,
             "table": _plain(as_json(self.rows)),
             "records": [
                 {
@@ -95,13 +110,14 @@ def run(plan: Plan, folder: Path, progress: Progress) -> Results:
     """Carry out a plan, or what is left of it, and write what came of it into a folder.
 
     The folder gets ``records.jsonl`` (the journal), ``results.json``, ``table.md``, and for each
-    model a frontier and, for needles, heat maps.
+    model a frontier and, for needles, heat maps; without any record it gets the journal alone.
 
     Raises:
         InputError: a model cannot be loaded or served, a layer or a setting does not fit it, the
             records or the filler cannot be read, another evaluation is writing into the folder,
             or the disk is full; finished records are safe.
     """
+    make_folder(folder)
     with Journal(folder / JOURNAL) as journal:
         return _run(plan, folder, journal, progress)
 
@@ -109,6 +125,8 @@ def run(plan: Plan, folder: Path, progress: Progress) -> Results:
 def _run(plan: Plan, folder: Path, journal: Journal, progress: Progress) -> Results:
     problems: list[str] = []
     records: list[Record] = []
+    for remark in plan.remarks:
+        progress.say(f"note: {remark}")
     for method in plan.left_out:
         progress.say(f"left out: {method}")
     for name in plan.models:
@@ -122,7 +140,7 @@ def _run(plan: Plan, folder: Path, journal: Journal, progress: Progress) -> Resu
         prompts = list(
             examples(
                 plan.tasks,
-                _fitting(plan, model),
+                _fitting(plan, model, name, problems.append),
                 lambda text, tokenizer=tokenizer: len(  # type: ignore[misc]
                     tokenizer(text, add_special_tokens=False).input_ids
                 ),
@@ -134,7 +152,7 @@ def _run(plan: Plan, folder: Path, journal: Journal, progress: Progress) -> Resu
         records += evaluate_model(
             model,
             tokenizer,
-            {"model": name, "dtype": str(model.dtype).removeprefix("torch.")},
+            name,
             prompts,
             cells,
             journal,
@@ -144,15 +162,13 @@ def _run(plan: Plan, folder: Path, journal: Journal, progress: Progress) -> Resu
             on_record=progress.advance,
             on_problem=problems.append,
         )
-    problems = list(dict.fromkeys(problems))
-    if not records:
-        raise InputError(f"nothing was evaluated: {problems[0] if problems else 'no prompts'}")
     progress.step("drawing")
     rows = summarise(records, plan.baseline)
-    problems = [*plan.left_out, *problems]
-    results = Results(plan, records, rows, problems, _machine(model), [])
+    problems = [*plan.left_out, *dict.fromkeys(problems)]
+    remarks = [*plan.remarks, *_remarks(records)]
+    results = Results(plan, records, rows, problems, remarks, _machine(model), [])
     try:
-        results.files.extend(_write(results, folder))
+        results.files.extend(_write(results, folder) if records else [])
     except OSError as error:
         raise InputError(
             f"cannot write the results into {folder}: {error.strerror}; all {len(journal)} "
@@ -175,13 +191,42 @@ def _cells(
     return make_cells(specs, layers, plan.layers, plan.keeps, plan.schedules, plan.keep_kv)
 
 
-def _fitting(plan: Plan, model: PreTrainedModel) -> TaskSettings:
-    """The task settings; of a suite's lengths those that fit, or half of what the context holds."""
+def _fitting(
+    plan: Plan, model: PreTrainedModel, name: str, on_problem: Callable[[str], None]
+) -> TaskSettings:
+    """The task settings with those lengths of needles that the model holds; the rest is told.
+
+    Of a suite's lengths, which nobody chose one by one, those that fit, or half of what the
+    model holds.
+    """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not plan.any_length or context is None:
-        return plan.settings
-    fitting = [length for length in plan.settings.lengths if length < 0.98 * context]
-    return replace(plan.settings, lengths=fitting or [context // 2])
+    lengths = plan.settings.lengths
+    if plan.any_length and context is not None:
+        fitting = [length for length in lengths if length < 0.98 * context]
+        return replace(plan.settings, lengths=fitting or [context // 2])
+    most = min(context or math.inf, plan.max_length or math.inf)
+    for length in lengths if has_needles(plan.tasks) else ():
+        if length > most:
+            on_problem(
+                f"needles of {length:,} tokens: the prompts of {name} may have {most:,}, the least "
+                "of the model's context and --max-length"
+            )
+    return replace(plan.settings, lengths=[length for length in lengths if length <= most])
+
+
+def _remarks(records: list[Record]) -> list[str]:
+    """What the table does not show: a window that is no part of a prompt, but all of it."""
+    prompts: dict[tuple[str, int], set[tuple[str, str]]] = {}
+    for record in records:
+        window = record.cell.method.window
+        if record.tokens <= window and type(record.cell.method) is not FullKV:
+            prompt = (record.task, record.name)
+            prompts.setdefault((record.cell.label, window), set()).add(prompt)
+    return [
+        f"{label}: the window of {window:,} tokens is longer than {len(short):,} of the prompts, "
+        "in which nothing was ranked"
+        for (label, window), short in prompts.items()
+    ]
 
 
 def _machine(model: PreTrainedModel) -> dict[str, Any]:
@@ -213,17 +258,14 @@ def _write(results: Results, folder: Path) -> list[Path]:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=file.parent, prefix=f".{file.name}-", delete=False
-    ) as aside:
-        try:
-            aside.write(text)
-            aside.close()
-            os.replace(aside.name, file)
-        except OSError:
-            os.unlink(aside.name)
-            raise
+    """Write a file as a whole or not at all; the journal's lock keeps others away."""
+    aside = file.with_name(f".{file.name}.part")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, file)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _plain(value: Any) -> Any:

@@ -16,27 +16,31 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import jinja2
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
 from tqdm import tqdm
 
 from claa_ops.evaluate.answer import decode_until, force
+from claa_ops.evaluate.guard import printable, reason
 from claa_ops.evaluate.inputs import parse_budget
 from claa_ops.methods import make_method
+from claa_ops.methods.budget import is_count
 from claa_ops.methods.speculative import require_same_tokenizer
 from claa_ops.models import InputError, load_model
 from claa_ops.prefill import Prefilled, attach, run
 
 _Scored = tuple[float, bool]
+_DEFAULT_LENGTH = 2048  # lm-eval's own, for a model whose positions have no end
 
 
 @register_model("claa_ops")
@@ -45,7 +49,9 @@ class ClaaLM(TemplateLM):
 
     The context of a request is prefilled with the method. Then an answer is decoded greedily, or
     the given continuation is teacher-forced. Requests come one by one; those
-    that share a context share its prefill.
+    that share a context share its prefill. Where context and answer are longer than the model
+    together, the answer gets fewer tokens, but half of the length if it asks for as many; then
+    the context is cut on the left. The first time that either happens it is said.
 
     Args:
         pretrained: a Hugging Face directory, a .gguf file or a hub id.
@@ -54,13 +60,13 @@ class ClaaLM(TemplateLM):
         layer: the selection layer; both are left to the method's default if not given.
         draft: the model that ``speculative`` asks first, as ``pretrained``; if not given, itself.
         dtype, device: as :func:`claa_ops.models.load_model` takes them.
-        max_length: longest context in tokens, cut on the left; the model's own if not given.
+        max_length: of context and answer in tokens; the model's own if not given.
         settings: any other setting of the method, such as ``zscore=True``.
 
     Raises:
         InputError: the model or the draft cannot be loaded or attached, or their tokenizers
-            differ; the method does not exist, has no such setting or does not fit the model, or,
-            later, a context.
+            differ; the method does not exist, has no such setting or does not fit the model;
+            ``max_length`` is more than the model has; or, later, a request cannot be served.
     """
 
     backend = "causal"
@@ -86,7 +92,8 @@ class ClaaLM(TemplateLM):
         self.model, self.tokenizer = load_model(pretrained, dtype, device)
         self._device = self.model.device
         config = self.model.config.get_text_config()
-        self.max_length = max_length or config.max_position_embeddings
+        self.max_length = _max_length(max_length, getattr(config, "max_position_embeddings", None))
+        self._said: set[str] = set()
         try:
             attach(self.model)
             if draft is not None:
@@ -111,7 +118,12 @@ class ClaaLM(TemplateLM):
     def prefix_token_id(self) -> int:
         """The token that stands for an empty context."""
         begin = self.tokenizer.bos_token_id
-        return self.eot_token_id if begin is None else begin
+        token = self.eot_token_id if begin is None else begin
+        if token is None:
+            raise InputError(
+                "an empty context needs a token that begins or ends a text, the tokenizer has none"
+            )
+        return token
 
     @property
     def tokenizer_name(self) -> str:
@@ -121,20 +133,30 @@ class ClaaLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The turns of a conversation as text."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
+        """The turns of a conversation as text; InputError if the template refuses them."""
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    chat_history,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                )
             )
-        )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise InputError(
+                f"the chat template cannot be applied: {reason(error)}; leave "
+                "--apply_chat_template out"
+            ) from error
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         """Token ids of a text; a chat template has written the special tokens itself."""
+        if printable(string) != string:
+            self._say("half a character, as of a text cut in an emoji, is read as U+FFFD")
+            # By way of UTF-16, in which two halves that belong together are one character.
+            string = string.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         begin = self.tokenizer.bos_token
         special = add_special_tokens
         if special is None:
@@ -155,7 +177,8 @@ class ClaaLM(TemplateLM):
         for context, indices in itertools.groupby(order, key=lambda index: requests[index][1]):
             group = list(indices)
             longest = max(len(requests[index][2]) for index in group)
-            prefilled = self._prefill(context, longest)
+            # The last token is scored, but not read.
+            prefilled = self._prefill(self._cut(context, longest - 1))
             for index in group:
                 target = torch.tensor(requests[index][2])
                 right, logprob = force(self.model, _branch(prefilled), target)
@@ -191,8 +214,9 @@ class ClaaLM(TemplateLM):
             options = normalize_gen_kwargs(options)
             if options.get("do_sample"):
                 raise InputError("claa_ops decodes greedily: do_sample must be false, got true")
-            longest = options["max_gen_toks"]
-            prefilled = self._prefill(self.tok_encode(context), longest)
+            ids = self.tok_encode(context)
+            longest = self._fitting(len(ids), options["max_gen_toks"])
+            prefilled = self._prefill(self._cut(ids, longest))
             answer = decode_until(
                 self.model, self.tokenizer, prefilled, longest, options.get("until") or ()
             )
@@ -200,13 +224,55 @@ class ClaaLM(TemplateLM):
             answers.append(answer)
         return answers
 
-    def _prefill(self, context: Sequence[int], new_tokens: int) -> Prefilled:
-        room = max(1, self.max_length - new_tokens)
-        ids: Tensor = torch.tensor([list(context)[-room:]], device=self.model.device)
+    def _fitting(self, context: int, new_tokens: int) -> int:
+        """How many of the new tokens there can be after a context of that many."""
+        if not is_count(new_tokens, 1):
+            raise InputError(f"max_gen_toks must be a positive integer, got {new_tokens!r}")
+        fitting = min(new_tokens, max(self.max_length - context, self.max_length // 2))
+        if fitting < new_tokens:
+            self._say(
+                f"{new_tokens:,} new tokens are asked for after a context of {context:,}, but the "
+                f"length is {self.max_length:,}: answers end sooner, here after {fitting:,}"
+            )
+        return fitting
+
+    def _cut(self, context: Sequence[int], new_tokens: int) -> list[int]:
+        """The end of a context that leaves room for so many tokens; all of it as a rule."""
+        room = self.max_length - new_tokens
+        if room < 1:
+            raise InputError(
+                f"a continuation must be shorter than the length of {self.max_length:,}, got "
+                f"{new_tokens + 1:,} tokens"
+            )
+        if len(context) > room:
+            self._say(
+                f"a context of {len(context):,} tokens and {new_tokens:,} new ones are more than "
+                f"the length of {self.max_length:,}: contexts are cut on the left, here to {room:,}"
+            )
+        return list(context)[-room:]
+
+    def _say(self, text: str) -> None:
+        """Warn, once of each kind of thing: the texts of one kind differ in their numbers."""
+        kind = "".join(character for character in text if not character.isdigit())
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(f"claa_ops: {text} (said once)", stacklevel=2)
+
+    def _prefill(self, context: list[int]) -> Prefilled:
+        ids = torch.tensor([context or [self.prefix_token_id]], device=self.model.device)
         try:
             return run(self.model, ids, self.method)
         except ValueError as error:  # of the method: its caches hold less than its window, say
             raise InputError(str(error)) from error
+
+
+def _max_length(given: int | None, positions: int | None) -> int:
+    if given is None:
+        return positions or _DEFAULT_LENGTH
+    if not is_count(given, 2) or given > (positions or given):
+        limit = f"in [2, {positions:,}], what the model holds" if positions else "at least 2"
+        raise InputError(f"max_length must be {limit}, got {given!r}")
+    return given
 
 
 def _branch(prefilled: Prefilled) -> Prefilled:

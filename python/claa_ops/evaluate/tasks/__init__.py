@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from claa_ops.evaluate.tasks.example import Example
 from claa_ops.evaluate.tasks.needle import KINDS, CountTokens, needle_examples
-from claa_ops.evaluate.tasks.records import BENCHMARKS, check_source, record_examples
+from claa_ops.evaluate.tasks.records import BENCHMARKS, check_records, record_examples
 from claa_ops.models import InputError
 
-__all__ = ["Example", "TaskSettings", "check_task", "examples"]
+__all__ = ["Example", "TaskSettings", "check_task", "examples", "has_needles"]
 
 TASKS = ("needle", *(f"needle-{kind}" for kind in KINDS), *BENCHMARKS)
 
@@ -38,7 +38,7 @@ def check_task(task: str) -> tuple[str, str | None, str | None]:
     """Split ``NAME``, ``NAME:SOURCE`` or ``NAME/TASK:SOURCE`` into its parts.
 
     Raises:
-        InputError: the name is unknown, or it needs a source and has none, or one that is not
+        InputError: a name is unknown, or it needs a source and has none, or one that is not
             there.
     """
     name, _, source = task.partition(":")
@@ -56,8 +56,13 @@ def check_task(task: str) -> tuple[str, str | None, str | None]:
     if name not in BENCHMARKS and (source or subtask):
         raise InputError(f"the task {name} takes no records, got {task}")
     if source:
-        check_source(source)
+        check_records(name, subtask or None, source)
     return name, subtask or None, source or None
+
+
+def has_needles(tasks: Sequence[str]) -> bool:
+    """Whether one of the tasks is made of needles, which have lengths, and not of records."""
+    return any(check_task(task)[2] is None for task in tasks)
 
 
 def examples(
@@ -68,23 +73,41 @@ def examples(
 ) -> Iterator[Example]:
     """Yield the prompts of all tasks, in order; tell ``on_problem`` of records left out.
 
+    What is asked for twice comes once, and no two prompts of a task have the same name: the
+    second of two files of one name has its records named by its folder too.
+
     Raises:
         InputError: a task is unknown, or its files or filler cannot be used.
     """
+    places: dict[tuple[str, str], str] = {}
     for task in tasks:
-        name, subtask, source = check_task(task)
-        if source is not None:
-            yield from record_examples(
-                name, subtask, source, limit=settings.limit, on_problem=on_problem
-            )
-            continue
-        for kind in KINDS if name == "needle" else (name.removeprefix("needle-"),):
-            yield from needle_examples(
-                kind,
-                count_tokens,
-                lengths=settings.lengths,
-                depths=settings.depths,
-                prompts=settings.prompts,
-                seed=settings.seed,
-                filler=settings.filler,
-            )
+        for example in _task_examples(task, settings, count_tokens, on_problem):
+            if places.get((example.task, example.name), example.where) != example.where:
+                example = replace(example, name=example.where)
+            if (example.task, example.name) not in places:
+                places[example.task, example.name] = example.where
+                yield example
+
+
+def _task_examples(
+    task: str,
+    settings: TaskSettings,
+    count_tokens: CountTokens,
+    on_problem: Callable[[str], None],
+) -> Iterator[Example]:
+    name, subtask, source = check_task(task)
+    if source is not None:
+        yield from record_examples(
+            name, subtask, source, limit=settings.limit, on_problem=on_problem
+        )
+        return
+    for kind in KINDS if name == "needle" else (name.removeprefix("needle-"),):
+        yield from needle_examples(
+            kind,
+            count_tokens,
+            lengths=settings.lengths,
+            depths=settings.depths,
+            prompts=settings.prompts,
+            seed=settings.seed,
+            filler=settings.filler,
+        )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from claa_ops.models import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +22,15 @@ class Example:
         prompt: the user's text.
         answer_prefix: how the answer is made to begin.
         chat: whether the chat template applies; None: if the tokenizer has one.
-        target: the right answer, behind the prefix.
+        target: the right answer, after the prefix.
         grade: the score in [0, 1] of an answer.
+        answers: the texts that the grade looks for.
         max_new_tokens: the length at which an answer is cut off.
         stop: texts that end an answer.
         fact: the part of the prompt that decides the answer, where it is known.
         place: where it stands: the prompt's length in tokens and the fact's depth in [0, 1].
         may_cut: whether a prompt too long for the model is cut in the middle; else it is refused.
+        source: file and line of a record; empty for a prompt that was made here.
     """
 
     task: str
@@ -36,8 +40,38 @@ class Example:
     chat: bool | None = None
     target: str | None = None
     grade: Callable[[str], float] | None = None
+    answers: Sequence[str] = ()
     max_new_tokens: int = 0
     stop: tuple[str, ...] = ()
     fact: str | None = None
     place: Mapping[str, float] = field(default_factory=dict)
     may_cut: bool = False
+    source: str = ""
+
+    @property
+    def where(self) -> str:
+        """What a user finds the prompt by."""
+        return self.source or f"{self.task}, {self.name}"
+
+    def check(self) -> None:
+        """Raise InputError, before a model runs, unless all texts are made of characters."""
+        require_text("the prompt", self.prompt)
+        require_text("the answer's prefix", self.answer_prefix)
+        for answer in (self.target or "", *self.answers):
+            require_text("the right answer", answer)
+
+
+def require_text(name: str, text: str) -> None:
+    """Raise InputError if a text holds what is no character.
+
+    That is a byte of a file that is not UTF-8, read with ``surrogateescape``, or half a character
+    of a JSON text, such as the first of the two escapes of an emoji.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code, offset = ord(text[error.start]), len(text[: error.start].encode("utf-8"))
+        part = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"half, {code:#06x},"
+        raise InputError(
+            f"{name} must be UTF-8 text of whole characters, got the {part} at offset {offset}"
+        ) from error

@@ -32,6 +32,24 @@ class HarnessTask:
     stop: tuple[str, ...]
 
 
+def harness_tasks(benchmark: str) -> dict[str, Path]:
+    """The files of lm-eval's tasks of ``longbench`` or ``infinitebench``, by their names.
+
+    Raises:
+        InputError: lm-eval is not installed.
+    """
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or spec.origin is None:
+        raise InputError(f"{benchmark} needs the prompts and metrics of lm-eval: {_INSTALL}")
+    begin = f"{benchmark}_" if benchmark == "infinitebench" else ""
+    folder = Path(spec.origin).parent / "tasks" / benchmark
+    return {
+        file.stem.removeprefix(begin): file
+        for file in sorted(folder.glob(f"{begin}*.yaml"))
+        if not file.stem.startswith("_") and file.stem != benchmark
+    }
+
+
 @cache
 def harness_task(benchmark: str, task: str) -> HarnessTask:
     """Read a task of ``longbench`` or ``infinitebench`` from the files of lm-eval.
@@ -41,20 +59,12 @@ def harness_task(benchmark: str, task: str) -> HarnessTask:
     Raises:
         InputError: lm-eval is not installed, or has no such task.
     """
-    spec = importlib.util.find_spec("lm_eval")
-    if spec is None or spec.origin is None:
-        raise InputError(f"{benchmark} needs the prompts and metrics of lm-eval: {_INSTALL}")
-    folder = Path(spec.origin).parent / "tasks" / benchmark
-    begin = f"{benchmark}_" if benchmark == "infinitebench" else ""
-    names = [
-        file.stem.removeprefix(begin)
-        for file in sorted(folder.glob(f"{begin}*.yaml"))
-        if not file.stem.startswith("_") and file.stem != benchmark
-    ]
-    if task not in names:
-        near = difflib.get_close_matches(task, names, n=1, cutoff=0.0)
+    files = harness_tasks(benchmark)
+    if task not in files:
+        near = difflib.get_close_matches(task, files, n=1, cutoff=0.0)
         raise InputError(f"unknown {benchmark} task {task!r}: did you mean {near[0]!r}?")
-    config = _read(folder, f"{begin}{task}.yaml")
+    folder = files[task].parent
+    config = _read(folder, files[task].name)
     generation = config["generation_kwargs"]
     description = _renderer(folder, config.get("description", ""))
     question = _renderer(folder, config["doc_to_text"])

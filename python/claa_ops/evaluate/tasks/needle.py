@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from claa_ops.evaluate.needle import manual_prose
-from claa_ops.evaluate.tasks.example import Example
+from claa_ops.evaluate.tasks.example import Example, require_text
 from claa_ops.models import InputError
 
 CountTokens = Callable[[str], int]
@@ -100,14 +100,20 @@ def filler_sentences(folder: Path | None) -> list[str]:
         texts = list(manual_prose())
     else:
         try:
-            texts = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.txt"))]
-        except (OSError, UnicodeDecodeError) as error:
+            texts = [_text(file) for file in sorted(folder.glob("*.txt"))]
+        except OSError as error:
             raise InputError(f"cannot read the filler in {folder}: {error}") from error
     joined = (" ".join(text.split()) for text in texts)
     sentences = [part for text in joined for part in re.split(r"(?<=[.!?]) ", text) if part]
     if not sentences:
         raise InputError(f"the filler {folder} must be a folder with text in .txt files")
     return sentences
+
+
+def _text(file: Path) -> str:
+    text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    require_text(f"the filler {file}", text)
+    return text
 
 
 def _fill(sentences: list[str], first: int, count: CountTokens, room: int) -> list[str]:

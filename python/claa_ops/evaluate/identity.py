@@ -1,0 +1,84 @@
+"""What a kept result depends on: the model as it is in memory, the draft, and the software."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from claa_ops import __version__
+from claa_ops.evaluate.grid import Cell
+from claa_ops.prefill.passes import end_tokens
+
+_SAMPLES = 2048  # bytes of each tensor, evenly spread, beside the sum of all
+# What of a configuration says where a model came from, and not what it computes.
+_ORIGIN = {"_name_or_path", "transformers_version", "architectures"}
+
+
+def model_key(model: PreTrainedModel) -> dict[str, Any]:
+    """All of the model that its answers depend on, by content: a copy of it has the same key.
+
+    Beside weights and settings that is the kind of device, and the versions of this package, of
+    torch and of transformers, since a greedy answer can turn on the last bit of a logit.
+    """
+    return {
+        "weights": weights_digest(model),
+        "config": _digest(_config(model)),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation.removeprefix("claa_"),
+        "ends": sorted(end_tokens(model)),
+        "device": model.device.type,
+        "versions": [__version__, torch.__version__, transformers.__version__],
+    }
+
+
+def cell_key(cell: Cell) -> dict[str, Any]:
+    """All that the results of a cell depend on, besides model and prompt; not what it is called."""
+    key = {name: value for name, value in cell.key().items() if name in ("method", "settings")}
+    draft = getattr(cell.method, "draft", None)
+    if draft is not None:
+        key["draft"] = model_key(draft)
+    return key
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """A digest of every parameter and buffer: the sum of all its bits, and some of its bytes.
+
+    It reads the weights once, as fast as memory gives them, and is the same whatever files they
+    came from. A change of a single element changes it.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        content = _bytes(tensor)
+        whole = len(content) // 8 * 8
+        total = content[:whole].view(torch.int64).sum() + content[whole:].sum()
+        places = torch.linspace(0, max(0, len(content) - 1), _SAMPLES, dtype=torch.float64)
+        samples = content[places.long().to(content.device)] if len(content) else content
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(total)}".encode())
+        digest.update(samples.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The content of a tensor, ``[n]``, uint8, from an address that 8 divides."""
+    content = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    return content.clone() if content.storage_offset() % 8 else content
+
+
+def ids_digest(ids: Tensor) -> str:
+    """A digest of token ids."""
+    return hashlib.sha256(ids.cpu().to(torch.int64).numpy().tobytes()).hexdigest()[:16]
+
+
+def _config(model: PreTrainedModel) -> dict[str, Any]:
+    settings = model.config.to_dict()
+    return {name: value for name, value in settings.items() if name not in _ORIGIN}
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
