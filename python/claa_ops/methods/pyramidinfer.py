@@ -69,7 +69,10 @@ class PyramidInfer(Method):
 
     def needs_scores(self, state: PrefillState, layer: int) -> bool:
         """Whether this layer drops tokens, or may drop some of a row."""
-        return state.row_sizes is not None or self._tokens(state.sizes, layer) < state.length
+        sizes = state.sizes
+        if state.row_sizes is not None:
+            return self._share(sizes, layer) < 1
+        return self._tokens(sizes, layer) < sizes.seen
 
     def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
         """The weighted mean attention, ``[B, 1, n - 1]``; infinite for recent tokens."""
@@ -111,12 +114,16 @@ class PyramidInfer(Method):
         """How many tokens are recent."""
         return 1 + _part(prompt, self.recent)
 
+    def _share(self, sizes: Sizes[Any], layer: int) -> float:
+        """The share of the context tokens that go on after this layer."""
+        wave = (1 + cos(pi * layer / sizes.num_layers)) / 2
+        return self.rho + (1 - self.rho) * wave
+
     def _tokens(self, sizes: Sizes[Size], layer: int) -> Size:
         """How many tokens go on after this layer."""
         recent = self._recent(sizes.prompt)
         context = sizes.seen - recent
-        wave = (1 + cos(pi * layer / sizes.num_layers)) / 2
-        kept = _part(context, self.rho + (1 - self.rho) * wave)
+        kept = _part(context, self._share(sizes, layer))
         if isinstance(kept, Tensor):
             return recent + torch.where(kept > self.least, kept, context)
         return recent + (kept if kept > self.least else context)
