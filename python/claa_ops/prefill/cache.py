@@ -89,6 +89,8 @@ class ClaaCache(Cache):
         # The number of tokens seen is the length of an empty tensor: torch.compile keeps sizes
         # symbolic, but compiles anew for every value of an int that it finds on an object.
         self._seen = torch.empty(0, 0)
+        # What the model was given, where its decoder gets something made of that.
+        self.given: dict[str, Any] = {}
         # What the layers behind a selection receive, made once for each type of layer.
         self.selected: dict[str, dict[str, Any]] = {}
 
@@ -127,6 +129,7 @@ class ClaaCache(Cache):
 
     def end_forward(self) -> None:
         """Called by an attached model after its layers."""
+        self.given.clear()
         self.selected.clear()
         self.in_forward = self.prefilling = False
 
