@@ -74,14 +74,14 @@ def _unserved_form(model: PreTrainedModel, decoder: nn.Module) -> str | None:
             f"it adds positions to the embeddings (`{learned}`), and its layers ({block}) take no "
             "`position_embeddings`"
         )
+    if stack != "layers":
+        return f"its layers are called `{stack}`, not `layers`"
     if "position_embeddings" not in taken:
         return f"its layers ({block}) take no `position_embeddings`, got {', '.join(taken)}"
     if cache_name(taken) is None:
         return f"its layers ({block}) take no cache, got {', '.join(taken)}"
     if not attention_can_be_set(decoder):
         return f"{type(decoder).__name__} computes attention by code of its own that nobody can set"
-    if stack != "layers":
-        return f"its layers are called `{stack}`, not `layers`"
     if len(layers) < 2:
         return "it has one layer, and a selection goes between two"
     return None
@@ -94,7 +94,7 @@ def _unserved_kinds(kinds: list[str], layers: int) -> str:
         return f"it has recurrent layers ({', '.join(strange)}), whose state is made of all tokens"
     if "dummy" in strange or len(kinds) < layers:
         return "it has layers that use the keys of others or none"
-    return f"its layers must be full_attention or sliding_attention, got {', '.join(strange)}"
+    return f"its layers attend otherwise than in full or in sliding windows: {', '.join(strange)}"
 
 
 def _stack(decoder: nn.Module) -> tuple[str, list[nn.Module]]:
