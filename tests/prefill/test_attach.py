@@ -1,14 +1,23 @@
 """attach() and ClaaCache used wrongly, or on unusual models."""
 
+import copy
+import io
 import pickle
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from packaging.specifiers import SpecifierSet
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from claa_ops.methods import CLAA
-from claa_ops.prefill import ClaaCache, attach, hooks, huggingface
-from claa_ops.prefill.attention import unwrapped
+from claa_ops.prefill import ClaaCache, attach, hooks, transformers_api
+from claa_ops.prefill import generate as answer
+from claa_ops.prefill.attention import AttachedAttention, unwrapped
+from claa_ops.prefill.transformers_api import cache_argument
 
 from .tiny_models import build, generate, prompt
 
@@ -48,11 +57,125 @@ def test_an_unattached_model_refuses_the_cache():
         model(ids[:, :1], past_key_values=cache)
 
 
-def test_another_attention_set_later_is_noticed():
-    model, ids = attach(build("llama")), prompt(20)[0]
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(RuntimeError, match="select: must be called for layer 0 once, after its ob"):
-        generate(model, ids, ClaaCache(model.config, METHOD))
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model(ids, **cache_argument(model, ClaaCache(model.config, METHOD))).logits
+
+
+@pytest.mark.parametrize("other", ["sdpa", "eager"])
+def test_another_attention_set_later_is_noticed_and_can_be_attached(other, model):
+    changed, ids = attach(build("llama")), prompt(20)[0]
+    changed.set_attn_implementation(other)
+    message = rf"must stay claa_sdpa, got {other}: call claa_ops.prefill.attach\(model\) again"
+    with pytest.raises(RuntimeError, match=message):
+        logits_of(changed, ids)
+    installed = count_hooks(changed)
+    attach(changed)
+    assert count_hooks(changed) == installed
+    torch.testing.assert_close(logits_of(changed, ids), logits_of(model, ids))
+
+
+def test_threads_attach_a_model_once():
+    ids = prompt(40)[0]
+    expected = answer(build("llama"), ids, METHOD, max_new_tokens=3)
+    for _ in range(5):
+        model, answers = build("llama"), []
+        ask = lambda model=model, answers=answers: answers.append(  # noqa: E731
+            answer(model, ids, METHOD, max_new_tokens=3)
+        )
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(answers) == 4 and all(torch.equal(each, expected) for each in answers)
+
+
+def test_a_copy_works_as_the_model_does(model):
+    ids, expected = prompt(20)[0], logits_of(model, prompt(20)[0])
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    copies = (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(saved, weights_only=False),
+    )
+    for each in copies:
+        assert torch.equal(logits_of(each, ids), expected)
+        assert attach(each) is each and count_hooks(each) == count_hooks(model)
+
+
+_LOAD = """
+import sys, torch
+model = torch.load(sys.argv[1], weights_only=False)
+saved = torch.load(sys.argv[2], weights_only=False)
+with torch.no_grad():
+    assert torch.equal(model(saved["ids"], attention_mask=saved["mask"]).logits, saved["plain"])
+    from claa_ops.prefill import ClaaCache, attach
+    from claa_ops.prefill.transformers_api import cache_argument
+    for each in (model, attach(model)):
+        cache = cache_argument(each, ClaaCache(each.config, saved["method"]))
+        logits = each(saved["ids"], attention_mask=saved["mask"], **cache).logits
+        assert torch.equal(logits, saved["logits"])
+"""
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_copy_works_in_a_process_that_attached_nothing(attention, tmp_path):
+    model = attach(build("llama", attention=attention))
+    ids, mask = prompt(20, 15)
+    cache = cache_argument(model, ClaaCache(model.config, METHOD))
+    with torch.no_grad():
+        saved = {
+            "ids": ids,
+            "mask": mask,
+            "method": METHOD,
+            "plain": model(ids, attention_mask=mask).logits,
+            "logits": model(ids, attention_mask=mask, **cache).logits,
+        }
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(saved, tmp_path / "saved.pt")
+    command = [sys.executable, "-c", _LOAD, tmp_path / "model.pt", tmp_path / "saved.pt"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 4, 16, 33])
+def test_small_vocabularies_are_served(tokens):
+    model = attach(build("llama", vocab_size=tokens, bos_token_id=None))
+    assert logits_of(model, torch.arange(20)[None] % tokens).shape == (1, 10, tokens)
+
+
+def test_the_self_test_takes_seven_forwards():
+    model, forwards = build("llama"), []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    attach(model)
+    assert len(forwards) == 7
+
+
+UNTESTED = rf"tested with transformers<5.10, found {transformers_api.transformers.__version__}: pip"
+
+
+def test_a_release_that_was_not_tested_is_tried(monkeypatch):
+    monkeypatch.setattr(transformers_api, "tested_versions", lambda: SpecifierSet("<5.10"))
+    model = build("llama")
+    with pytest.warns(UserWarning, match=UNTESTED):
+        assert attach(model) is model
+    logits_of(model, prompt(20)[0])
+
+
+def test_a_release_that_was_not_tested_is_named_first(monkeypatch):
+    monkeypatch.setattr(transformers_api, "tested_versions", lambda: SpecifierSet("<5.10"))
+    model = build("llama")
+    del model.model.layers[0].self_attn.layer_idx
+    with pytest.raises(TypeError, match=rf"^claa_ops is {UNTESTED} install .*; attach: Llama"):
+        attach(model)
+
+
+def test_the_declared_releases_of_transformers_were_tested():
+    declared = transformers_api.tested_versions()
+    assert declared.contains("5.17.0") and not declared.contains("5.16.9")
 
 
 @pytest.mark.parametrize("layer", [3, 15])
@@ -97,11 +220,40 @@ def test_cropping_and_speculative_decoding_are_refused(model):
         generate(model, ids, cache, prompt_lookup_num_tokens=2)
 
 
-def test_more_than_one_device_is_refused():
+def test_weights_that_are_not_there_are_refused():
     model = build("llama")
     model.model.layers[1].to("meta")
-    with pytest.raises(ValueError, match="attach: the model must be on one device and not tensor"):
+    with pytest.raises(ValueError, match="must have its weights in memory, .* the meta device"):
         attach(model)
+
+
+def test_offloaded_weights_are_refused():
+    model = cpu_offload(build("llama"), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"weights in memory, .* the disk \(device_map\)"):
+        attach(model)
+
+
+def test_more_than_one_device_is_refused(monkeypatch):
+    model = build("llama")
+    devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    weights = [type("Weight", (), {"device": device}) for device in devices]
+    monkeypatch.setattr(model, "parameters", lambda: iter(weights))
+    with pytest.raises(ValueError, match="LlamaForCausalLM must be on one device, got cuda:0, cu"):
+        attach(model)
+
+
+def test_tensor_parallel_models_are_refused(monkeypatch):
+    model = build("llama")
+    monkeypatch.setattr(type(model), "tp_size", 2)
+    with pytest.raises(ValueError, match="LlamaForCausalLM must not be tensor parallel, got 2"):
+        attach(model)
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match="must be a decoder of transformers, got Linear"):
+        attach(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="got OptimizedModule: attach before torch.compile"):
+        attach(torch.compile(build("llama"), backend="eager"))
 
 
 def test_a_configuration_of_an_attached_model_can_be_attached(model):
@@ -120,8 +272,8 @@ def test_other_attention_is_refused():
 
 def test_a_model_that_ignores_the_hooks_fails_the_self_test(monkeypatch):
     model = build("llama")
-    monkeypatch.setattr(hooks, "_continue_with_selected", lambda layer, index: lambda *a: None)
-    message = "failed the self-test: attach: keeping half of 16 tokens must shorten"
+    monkeypatch.setattr(hooks.ContinueWithSelected, "__call__", lambda *_: None)
+    message = "failed the self-test: keeping 8 of 16 tokens must shorten"
     with pytest.raises(ValueError, match=message):
         attach(model)
     assert count_hooks(model) == 0 and model.config._attn_implementation == "sdpa"
@@ -130,8 +282,9 @@ def test_a_model_that_ignores_the_hooks_fails_the_self_test(monkeypatch):
 def test_a_model_that_keeping_everything_changes_fails_the_self_test(monkeypatch):
     model = build("llama")
     broken = lambda module, query, key, value, mask, **kwargs: (query.transpose(1, 2) * 0, None)  # noqa: E731, E501
-    monkeypatch.setattr(huggingface, "_base_attention", lambda name, attention: (name, broken))
-    with pytest.raises(ValueError, match="keeping all tokens must not change LlamaForCausalLM"):
+    monkeypatch.setattr(AttachedAttention, "base", lambda self: broken)
+    message = "LlamaForCausalLM failed the self-test: keeping all tokens must not change it"
+    with pytest.raises(ValueError, match=message):
         attach(model)
     # The name is shared: put the right function back for the models after this one.
     monkeypatch.undo()
@@ -172,7 +325,9 @@ def flash(monkeypatch):
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
         calls.append(kwargs)
         visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
-        visible = visible.tril(key.shape[2] - query.shape[2])[None, None]
+        last = key.shape[2] - query.shape[2]
+        window = kwargs.get("sliding_window") or key.shape[2]
+        visible = visible.tril(last).triu(last - window + 1)[None, None]
         if attention_mask is not None:
             assert attention_mask.shape == (query.shape[0], key.shape[2])
             visible = visible & attention_mask[:, None, None].bool()

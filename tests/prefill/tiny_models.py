@@ -1,5 +1,7 @@
 """Tiny random models of many families, and greedy generation that returns the logits."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -8,7 +10,7 @@ from claa_ops.prefill import ClaaCache, Prefilled
 
 VOCABULARY = 99
 SLIDING_WINDOW = 16
-_COMMON = {
+COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -25,7 +27,8 @@ _ALTERNATING = {
     "sliding_window": SLIDING_WINDOW,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
-_EXTRA = {
+UNSET = object()  # in place of a setting that a family does not take
+EXTRA = {
     "mistral": {"sliding_window": SLIDING_WINDOW},
     "gemma2": {**_ALTERNATING, "query_pre_attn_scalar": 8},
     "gemma3_text": {**_ALTERNATING, "query_pre_attn_scalar": 8},
@@ -35,12 +38,20 @@ _EXTRA = {
 
 def build(family: str, attention: str | None = None, **changes) -> PreTrainedModel:
     """A model whose weights are large enough for its attention to be far from uniform."""
-    torch.manual_seed(0)
-    settings = {**_COMMON, **_EXTRA.get(family, {}), **changes}
+    settings = {**COMMON, **EXTRA.get(family, {}), **changes}
+    settings = {name: value for name, value in settings.items() if value is not UNSET}
     if "layer_types" in settings:
         settings["layer_types"] = settings["layer_types"][: settings["num_hidden_layers"]]
     config = AutoConfig.for_model(family, **settings)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    return initialized(
+        lambda: AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    )
+
+
+def initialized(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """What is made, with the weights that :func:`build` gives."""
+    torch.manual_seed(0)
+    model = make().eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.25)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from claa_ops import __version__
 from claa_ops.evaluate.grid import Cell
 from claa_ops.prefill.passes import end_tokens
+from claa_ops.prefill.transformers_api import attention_name
 
 _SAMPLES = 2048  # bytes of each tensor, evenly spread, beside the sum of all
 # What of a configuration says where a model came from, and not what it computes.
@@ -30,7 +31,7 @@ def model_key(model: PreTrainedModel) -> dict[str, Any]:
         "weights": weights_digest(model),
         "config": _digest(_config(model)),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation.removeprefix("claa_"),
+        "attention": attention_name(model).removeprefix("claa_"),
         "ends": sorted(end_tokens(model)),
         "device": model.device.type,
         "versions": [__version__, torch.__version__, transformers.__version__],

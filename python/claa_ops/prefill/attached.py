@@ -8,10 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationMixin
 
 from claa_ops.prefill.prompt import check_prompt
-from claa_ops.prefill.transformers_api import Cache
+from claa_ops.prefill.transformers_api import Cache, GenerationMixin
 
 
 class AttachedCache(Cache):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -12,21 +14,82 @@ from claa_ops.prefill.cache import ClaaCache, SlidingLayer
 from claa_ops.prefill.logsumexp import attention_and_logsumexp
 from claa_ops.prefill.transformers_api import (
     AttentionFunction,
+    attention_function,
+    attention_name,
+    is_registered,
     mask_function,
     register_attention_function,
     sdpa_mask,
 )
 
 
-def register_attention(base_name: str, base: AttentionFunction, family: str) -> str:
-    """Register ``base`` with scoring and compression; return the name to configure it by."""
-    # Each family of models has its own eager attention. Transformers loads flash attention by
-    # the name in the configuration, so that one has to keep its name; without a ClaaCache the
-    # function that takes its place only calls it.
-    name = {"sdpa": "claa_sdpa", "eager": f"claa_eager_{family}"}.get(base_name, base_name)
-    mask = _sdpa_mask if base_name == "sdpa" else mask_function(base_name)
-    register_attention_function(name, _with_prefill(base, base_name), mask)
-    return name
+@dataclass(frozen=True)
+class AttachedAttention:
+    """The attention of an attached model: that of the model, then scoring and compression.
+
+    Attributes:
+        base_name: what the model's own attention is called: sdpa, eager or a flash attention.
+        family: the module of the model's code, which has the eager attention of the family.
+
+    Raises:
+        ValueError: the attention is of another kind.
+    """
+
+    base_name: str
+    family: str
+
+    @classmethod
+    def of(cls, configured: str, attention: nn.Module) -> AttachedAttention:
+        """What a model is to compute whose configuration has this name."""
+        # A configuration taken from an attached model has the name that attach gave it.
+        eager = configured.startswith("claa_eager")
+        name = {"claa_sdpa": "sdpa"}.get(configured, "eager" if eager else configured)
+        return cls(name, type(attention).__module__)
+
+    @property
+    def name(self) -> str:
+        """The name to configure it by.
+
+        Each family of models has its own eager attention. Transformers loads flash attention by
+        the name in the configuration, so that one has to keep its name; without a ClaaCache the
+        function that takes its place only calls it.
+        """
+        eager = f"claa_eager_{self.family.rpartition('.')[2]}"
+        return {"sdpa": "claa_sdpa", "eager": eager}.get(self.base_name, self.base_name)
+
+    def base(self) -> AttentionFunction:
+        """The attention function of the model."""
+        family = import_module(self.family)
+        if self.base_name == "eager" and hasattr(family, "eager_attention_forward"):
+            return family.eager_attention_forward
+        if self.base_name == "sdpa" or "flash" in self.base_name:
+            return unwrapped(attention_function(self.base_name))
+        raise ValueError(
+            f"attach: attention must be sdpa, eager or flash attention, got {self.base_name}"
+        )
+
+    def register(self) -> None:
+        """Have transformers know it by its name, in this process."""
+        base = self.base()
+        if is_registered(self.name) and _base_of(attention_function(self.name)) is base:
+            return  # the same function: torch.compile would compile anew for its equal
+        mask = _sdpa_mask if self.base_name == "sdpa" else mask_function(self.base_name)
+        register_attention_function(self.name, _with_prefill(base, self.base_name), mask)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy of an attached model may be loaded in a process that never attached one."""
+        vars(self).update(state)
+        self.register()
+
+
+def check_attention(decoder: Any) -> None:
+    """Raise RuntimeError unless an attached decoder computes the attention that attach set."""
+    expected, found = decoder.claa_attached.name, attention_name(decoder)
+    if found != expected:
+        raise RuntimeError(
+            f"ClaaCache: the attention of an attached model must stay {expected}, got {found}: "
+            "call claa_ops.prefill.attach(model) again"
+        )
 
 
 def _sdpa_mask(**request: Any) -> Tensor | None:
@@ -58,8 +121,6 @@ def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
         held = claa_cache.layers[layer]
         if not claa_cache.prefilling and held.is_sliding and held.positions is not None:
             attention_mask = _window_mask(claa_cache, held, query, additive=base_name == "eager")
-        elif attention_mask is not None:
-            attention_mask = held.columns(attention_mask, key.shape[2])
         if "flash" in base_name:
             if claa_cache.prefilling and held.is_sliding and claa_cache.has_selected:
                 raise ValueError(
@@ -83,9 +144,13 @@ def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
     return claa_attention
 
 
+def _base_of(attention: AttentionFunction) -> AttentionFunction | None:
+    return getattr(attention, "claa_base", None)
+
+
 def unwrapped(attention: AttentionFunction) -> AttentionFunction:
-    """The attention under what :func:`register_attention` has put on it, if anything."""
-    return getattr(attention, "claa_base", attention)
+    """The attention under what :class:`AttachedAttention` has put on it, if anything."""
+    return _base_of(attention) or attention
 
 
 def _plain_attention(
@@ -109,6 +174,8 @@ def _observe_and_compress(
 ) -> None:
     state, held = cache.state, cache.layers[layer]
     assert state is not None  # begin_forward made it
+    if state.layer == layer:
+        raise ValueError(f"ClaaCache: a layer must attend once, got two calls in layer {layer}")
     state.observe(
         layer,
         query,
@@ -122,8 +189,9 @@ def _observe_and_compress(
     if not held.is_sliding:
         if held.keys.shape[1] != key.shape[1]:
             raise ValueError(
-                f"ClaaCache: the cache must hold the {key.shape[1]} heads that attention sees, "
-                f"got {held.keys.shape[1]} in layer {layer} (latent attention)"
+                f"ClaaCache: attention must see the heads that the cache holds, got "
+                f"{key.shape[1]} and {held.keys.shape[1]} in layer {layer}, which makes one of the "
+                "other (as latent attention does)"
             )
         held.keys, held.values = state.compress(layer, held.keys, held.values)
         held.start = state.cache_start

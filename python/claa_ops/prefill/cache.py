@@ -97,6 +97,8 @@ class ClaaCache(AttachedCache):
         # The number of tokens seen is the length of an empty tensor: torch.compile keeps sizes
         # symbolic, but compiles anew for every value of an int that it finds on an object.
         self._seen = torch.empty(0, 0)
+        # What the model was given, where its decoder gets something made of that.
+        self.given: dict[str, Any] = {}
         # What the layers behind a selection receive, made once for each type of layer.
         self.selected: dict[str, dict[str, Any]] = {}
 
@@ -160,6 +162,7 @@ class ClaaCache(AttachedCache):
 
     def end_forward(self) -> None:
         """Called by an attached model after its layers."""
+        self.given.clear()
         self.selected.clear()
         self.in_forward = self.prefilling = False
 
@@ -214,7 +217,7 @@ class ClaaCache(AttachedCache):
         """Length and offset of the mask for the layers of one type.
 
         A layer that dropped entries takes the last columns of the mask, for as many tokens, less
-        those of its own padding: see :meth:`PaddedLayer.columns`.
+        those of its own padding: see :func:`visible_columns`.
         """
         seen, layer = self.get_seq_length(), self.layers[layer_idx]
         held = layer.get_seq_length() if layer.is_sliding else seen
@@ -261,24 +264,17 @@ class ClaaCache(AttachedCache):
         self.crop(0)
 
 
-class PaddedLayer:
-    """A layer whose entries begin with padding.
+def visible_columns(mask: Tensor, entries: int, start: Tensor | None) -> Tensor:
+    """What later tokens see of a layer's entries.
 
-    Attributes:
+    Args:
+        mask: ``[B, ..., n]``, of as many entries or more. They are in ascending order, so a layer
+            that holds fewer takes the last columns.
+        entries: how many the layer holds, new ones included.
         start: ``[B]``: the first entry of each row that is not padding; None without padding.
     """
-
-    start: Tensor | None = None
-
-    def columns(self, mask: Tensor, entries: int) -> Tensor:
-        """What later tokens see of the layer's entries.
-
-        Args:
-            mask: ``[B, ..., n]``, of as many entries or more, of which the last are taken.
-            entries: how many there are.
-        """
-        mask = mask[..., -entries:]
-        return mask if self.start is None else hide_before(mask, self.start)
+    mask = mask[..., -entries:]
+    return mask if start is None else hide_before(mask, start)
 
 
 def hide_before(mask: Tensor, start: Tensor) -> Tensor:
@@ -289,10 +285,14 @@ def hide_before(mask: Tensor, start: Tensor) -> Tensor:
     return torch.where(hidden, torch.full_like(mask[..., :1], fill), mask)
 
 
-class FullLayer(PaddedLayer, DynamicLayer):
-    """All entries. Those of the prompt are held as they come; appending to nothing would copy."""
+class FullLayer(DynamicLayer):
+    """All entries. Those of the prompt are held as they come; appending to nothing would copy.
+
+    ``start``, ``[B]``, is the first entry of each row that is not padding; None without padding.
+    """
 
     of_rows: tuple[str, ...] = ("start",)  # attributes with an entry for each row of the batch
+    start: Tensor | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -326,6 +326,10 @@ class FullLayer(PaddedLayer, DynamicLayer):
         """Keep these rows of the batch."""
         super().batch_select_indices(indices)
         self._each_row(lambda x: x[indices])
+
+    def columns(self, mask: Tensor, new: int) -> Tensor:
+        """The mask of the layer's entries and of ``new`` tokens, see :func:`visible_columns`."""
+        return visible_columns(mask, self.get_seq_length() + new, self.start)
 
     def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         for name in self.of_rows:

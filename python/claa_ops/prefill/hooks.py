@@ -1,8 +1,11 @@
-"""The hooks of an attached model: they act only when a ClaaCache is passed."""
+"""The hooks of an attached model: they act only when a ClaaCache is passed.
+
+They are objects of the classes below, not closures, so that an attached model can be pickled.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -11,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from claa_ops.ops.gather_tokens import gather_tokens
 from claa_ops.prefill.attached import AttachedCache
+from claa_ops.prefill.attention import check_attention
 from claa_ops.prefill.cache import ClaaCache, hide_before
 from claa_ops.prefill.transformers_api import Arguments, bind, cache_of, parameters
 
@@ -26,40 +30,76 @@ def install_hooks(
     attentions: list[nn.Module],
 ) -> list[RemovableHandle]:
     """Hooks stay for good: torch.compile does not see those that come after it."""
-    handles = [
-        model.register_forward_pre_hook(_refuse_labels(model), with_kwargs=True),
-        decoder.register_forward_pre_hook(_begin_forward(decoder), with_kwargs=True),
-        decoder.register_forward_hook(_end_forward(decoder), with_kwargs=True),
+    outer = [module for module in model.modules() if _holds(module, decoder)]
+    before: list[tuple[nn.Module, _Hook]] = [
+        *((module, NoteArguments(parameters(module), module is model)) for module in outer),
+        (decoder, BeginForward(parameters(decoder))),
+        *(
+            (layer, ContinueWithSelected(parameters(layer), index))
+            for index, layer in enumerate(layers[1:], start=1)
+        ),
+        *((module, PassCache(parameters(module))) for module in attentions),
     ]
-    for index, layer in enumerate(layers[1:], start=1):
-        hook = _continue_with_selected(layer, index)
-        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-    for attention in attentions:
-        hook = _pass_cache(attention)
-        handles.append(attention.register_forward_pre_hook(hook, with_kwargs=True))
-    return handles
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in before]
+    end = EndForward(parameters(decoder))
+    return [*handles, decoder.register_forward_hook(end, with_kwargs=True)]
 
 
-def _refuse_labels(model: nn.Module) -> Callable[..., None]:
-    names = parameters(model)
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
-        arguments = bind(names, args, kwargs)
-        cache = cache_of(arguments)
-        if isinstance(cache, ClaaCache) and arguments.get("labels") is not None:
-            raise ValueError("ClaaCache: labels must be None: logits are of selected tokens only")
-
-    return hook
+def _holds(module: nn.Module, decoder: nn.Module) -> bool:
+    return module is not decoder and any(each is decoder for each in module.modules())
 
 
-def _begin_forward(decoder: nn.Module) -> Callable[..., None]:
-    names = parameters(decoder)
+@dataclass(frozen=True)
+class _Hook:
+    names: list[str]  # of what the module's forward takes
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
-        arguments = bind(names, args, kwargs)
+    def _arguments(self, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
+        return bind(self.names, args, kwargs)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class NoteArguments(_Hook):
+    """Before a module around the decoder: refuse labels, and note the mask as it was given.
+
+    Multimodal models make the masks of the layers themselves and hand the decoder those.
+    """
+
+    is_model: bool
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
+        """Act on a ClaaCache."""
+        arguments = self._arguments(args, kwargs)
         cache = cache_of(arguments)
         if not isinstance(cache, AttachedCache):
             return
+        if arguments.get("labels") is not None:
+            raise ValueError(
+                f"{type(cache).__name__}: labels must be None: logits are of selected tokens only"
+            )
+        if not isinstance(cache, ClaaCache):
+            return
+        if self.is_model:
+            cache.given.clear()
+        if "attention_mask" in self.names:
+            cache.given.setdefault("attention_mask", arguments.get("attention_mask"))
+
+
+@dataclass(frozen=True)
+class BeginForward(_Hook):
+    """Before the decoder: the cache learns what comes."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
+        """Act on a cache of an attached model."""
+        arguments = self._arguments(args, kwargs)
+        cache = cache_of(arguments)
+        if not isinstance(cache, AttachedCache):
+            return
+        check_attention(module)
+        if isinstance(cache, ClaaCache):
+            arguments.update(cache.given)
         name, layers = type(cache).__name__, len(cast(Any, module).layers)
         if module.training:
             raise ValueError(f"{name}: the model must be in eval mode, call model.eval()")
@@ -75,38 +115,43 @@ def _begin_forward(decoder: nn.Module) -> Callable[..., None]:
             tokens = arguments["inputs_embeds"]
         cache.begin_forward(tokens, arguments.get("attention_mask"), arguments.get("position_ids"))
 
-    return hook
 
+@dataclass(frozen=True)
+class EndForward:
+    """After the decoder."""
 
-def _end_forward(decoder: nn.Module) -> Callable[..., None]:
-    names = parameters(decoder)
+    names: list[str]
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any) -> None:
-        cache = cache_of(bind(names, args, kwargs))
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any
+    ) -> None:
+        """Act on a cache of an attached model."""
+        cache = cache_of(bind(self.names, args, kwargs))
         if isinstance(cache, AttachedCache):
             cache.end_forward()
 
-    return hook
 
-
-def _continue_with_selected(layer: nn.Module, index: int) -> Callable[..., Any]:
+@dataclass(frozen=True)
+class ContinueWithSelected(_Hook):
     """Before a layer: select after the layer before it, and hand on what was selected."""
-    names = parameters(layer)
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
-        arguments = bind(names, args, kwargs)
+    index: int
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
+        """Act on a ClaaCache."""
+        arguments = self._arguments(args, kwargs)
         cache = cache_of(arguments)
         if not isinstance(cache, ClaaCache) or not cache.prefilling:
             return None
         hidden = arguments.pop("hidden_states")
         if hidden.dim() != 3:
             raise TypeError(
-                f"attach: hidden states must have shape [batch, tokens, width], "
+                f"hidden states must have shape [batch, tokens, width], "
                 f"got {list(hidden.shape)} in {type(module).__name__}"
             )
         state = cache.state
         assert state is not None  # begin_forward made it
-        selected = state.select(index - 1)
+        selected = state.select(self.index - 1)
         if selected is not None and cache.first_pass:
             raise FirstPassDone
         if selected is not None:
@@ -114,25 +159,36 @@ def _continue_with_selected(layer: nn.Module, index: int) -> Callable[..., Any]:
             hidden = gather_tokens(hidden, selected)
         if state.positions is not None:
             # The model hands the same tensors to all layers of a type, so gather them once.
-            kind = cache.layer_types[index]
+            kind = cache.layer_types[self.index]
             if kind not in cache.selected:
                 cache.selected[kind] = _gather(arguments, state.positions, state.start)
             arguments.update(cache.selected[kind])
         return (hidden,), arguments
 
-    return hook
+
+@dataclass(frozen=True)
+class PassCache(_Hook):
+    """Before an attention module: give it the cache, and of the mask what its layer holds.
+
+    Some layers do not forward what they do not know. The mask is that of the layer that holds
+    most.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
+        """Act on a ClaaCache."""
+        arguments = self._arguments(args, kwargs)
+        cache = cache_of(arguments)
+        if not isinstance(cache, AttachedCache):
+            return None
+        mask = arguments.get("attention_mask")
+        if mask is not None:
+            layer: Any = module.layer_idx
+            new = arguments["hidden_states"].shape[1]
+            arguments["attention_mask"] = cache.layers[layer].columns(mask, new)
+        return (), {**arguments, "claa_cache": cache}
 
 
-def _pass_cache(attention: nn.Module) -> Callable[..., Any]:
-    """Some layers do not forward what they do not know: the attention module gets the cache."""
-    names = parameters(attention)
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
-        cache = cache_of(bind(names, args, kwargs))
-        attached = isinstance(cache, AttachedCache)
-        return (args, {**kwargs, "claa_cache": cache}) if attached else None
-
-    return hook
+_OF_TOKENS = ("position_embeddings", "position_ids", "attention_mask")
 
 
 def _gather(arguments: Arguments, positions: Tensor, start: Tensor | None) -> Arguments:
@@ -143,9 +199,16 @@ def _gather(arguments: Arguments, positions: Tensor, start: Tensor | None) -> Ar
         positions: ``[B, k]``, -1 for padding.
         start: ``[B]``: the first of these that is not padding; None without padding.
     """
+    unknown = sorted(
+        name
+        for name, value in arguments.items()
+        if name not in _OF_TOKENS and isinstance(value, Tensor) and value.dim() > 1
+    )
+    if unknown:
+        raise TypeError(f"layers must take nothing else of each token, got {', '.join(unknown)}")
     embeddings = arguments["position_embeddings"]
     if not isinstance(embeddings, tuple) or any(x.dim() != 3 for x in embeddings):
-        raise TypeError("attach: position_embeddings must be cosines and sines [batch, tokens, D]")
+        raise TypeError("position_embeddings must be cosines and sines [batch, tokens, D]")
     # Some models transpose theirs, and rows are moved whole.
     rows = (gather_tokens(x.contiguous(), positions) for x in embeddings)
     selected: Arguments = {"position_embeddings": tuple(rows)}

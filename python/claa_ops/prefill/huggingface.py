@@ -2,166 +2,92 @@
 
 from __future__ import annotations
 
-import sys
+import threading
+import warnings
 
-import torch
-from torch import Tensor, nn
-
-from claa_ops.methods.claa import CLAA
-from claa_ops.prefill.attention import register_attention, unwrapped
-from claa_ops.prefill.cache import ClaaCache
+from claa_ops.prefill.attention import AttachedAttention
 from claa_ops.prefill.hooks import install_hooks
+from claa_ops.prefill.requirements import layers_and_attentions
+from claa_ops.prefill.self_test import SelfTest
 from claa_ops.prefill.transformers_api import (
-    AttentionFunction,
     PreTrainedModel,
-    attention_function,
     attention_name,
-    cache_argument,
-    cache_name,
     decoder_of,
-    parameters,
     set_attention,
+    untested,
 )
+
+# What transformers calls attention is known to the whole process, and the hooks to all threads.
+_LOCK = threading.RLock()
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
     """Prepare a decoder for :class:`ClaaCache`, once; without one it works as before.
 
     Installs forward pre-hooks and an attention function that calls the model's own, so nothing of
-    the model is copied or replaced, and ``torch.compile`` may follow. Then two tiny forwards
-    must show that keeping everything gives the plain model's logits and that keeping half
-    shortens the sequence.
+    the model is copied or replaced; ``torch.compile``, ``pickle`` and ``torch.save`` may follow.
+    Then a few tiny forwards must show that keeping everything gives the plain model's logits,
+    that keeping half shortens the sequence, and that a padded row is then decoded as it is alone.
 
     Args:
-        model: a decoder of transformers 5.17 or later whose layers take ``past_key_values`` and
-            ``position_embeddings``, with sdpa, eager or flash attention, on one device.
+        model: a decoder whose layers take a cache and ``position_embeddings``, with sdpa, eager
+            or flash attention, on one device. ``docs/architectures.md`` lists what was tested.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: the model's layers are not of that form.
+        TypeError: the model is not of that form.
         ValueError: its attention, the kind of a layer or its device map is not served, or it
             fails the self-test. The model is then as it was before.
+
+    Any number of threads may attach a model; whose attention was set to another since is attached
+    anew.
 
     Example::
 
         model = attach(AutoModelForCausalLM.from_pretrained(name))
         model.generate(ids, past_key_values=ClaaCache(model.config, CLAA(keep=0.1)))
     """
-    decoder = decoder_of(model)
-    if getattr(decoder, "claa_attached", False):
-        return model
-    layers, attentions = _layers(model, decoder)
-    configured = attention_name(decoder)
-    base_name, base = _base_attention(configured, attentions[0])
-    plain = _tiny_forward(model, None)
+    with _LOCK:
+        warning = untested()
+        try:
+            is_new = _attach(model)
+        except (TypeError, ValueError) as error:
+            if warning is None:
+                raise
+            raise type(error)(f"{warning}; {error}") from error
+        if warning is not None and is_new:
+            warnings.warn(warning, stacklevel=2)
+    return model
 
-    family = type(attentions[0]).__module__.rpartition(".")[2]
-    handles = install_hooks(model, decoder, layers, attentions)
+
+def _attach(model: PreTrainedModel) -> bool:
+    """Whether the model was not attached before."""
+    decoder = decoder_of(model)
+    before: AttachedAttention | None = getattr(decoder, "claa_attached", None)
+    configured = attention_name(decoder)
+    if before is not None and before.name == configured:
+        return False
+    layers, attentions = layers_and_attentions(model, decoder)
+    attention = AttachedAttention.of(configured, attentions[0])
+    attention.base()  # refuses one of another kind
+    test = SelfTest(model)
+
+    handles = [] if before else install_hooks(model, decoder, layers, attentions)
     try:
-        name = register_attention(base_name, base, family)
-        set_attention(decoder, name)
-        _self_test(model, plain)
+        attention.register()
+        decoder.claa_attached = attention
+        set_attention(decoder, attention.name)
+        test.run()
     except Exception as error:
         for handle in handles:
             handle.remove()
         set_attention(decoder, configured)
-        raise ValueError(f"attach: {type(model).__name__} failed the self-test: {error}") from error
-    decoder.claa_attached = True
-    return model
-
-
-def _layers(model: PreTrainedModel, decoder: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The decoder's layers and their attention modules, if they have the form that is needed."""
-    name = type(model).__name__
-    layers = list(getattr(decoder, "layers", []))
-    if len(layers) < 2:
-        raise TypeError(
-            f"attach: the decoder must have two or more `layers`, got {len(layers)} in {name}"
-        )
-    taken = parameters(layers[0])
-    if cache_name(taken) is None or "position_embeddings" not in taken:
-        raise TypeError(
-            f"attach: layers must take a cache and `position_embeddings`, got "
-            f"{type(layers[0]).__name__}, which takes {', '.join(taken)}"
-        )
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1 or (getattr(model, "tp_size", None) or 1) > 1:
-        raise ValueError(
-            f"attach: the model must be on one device and not tensor parallel, got "
-            f"{', '.join(map(str, devices))} and tp_size {getattr(model, 'tp_size', None)}"
-        )
-    # A trial cache refuses the kinds of layers that none could serve.
-    ClaaCache(model.config, _trial(keep=1.0))
-    attentions = [
-        module
-        for layer in layers
-        for module in layer.modules()
-        if hasattr(module, "layer_idx")
-        and cache_name(parameters(module)) is not None
-        and module is not layer
-    ]
-    if len(attentions) != len(layers):
-        raise TypeError(
-            f"attach: each of the {len(layers)} layers must have one attention module with "
-            f"`layer_idx` and `past_key_values`, got {len(attentions)} in {name}"
-        )
-    return layers, attentions
-
-
-def _base_attention(name: str, attention: nn.Module) -> tuple[str, AttentionFunction]:
-    """Name and function of the attention that the model computes."""
-    # A configuration taken from an attached model has the name that attach gave it.
-    name = {"claa_sdpa": "sdpa"}.get(name, "eager" if name.startswith("claa_eager") else name)
-    family = sys.modules[type(attention).__module__]
-    if name == "eager" and hasattr(family, "eager_attention_forward"):
-        return name, family.eager_attention_forward
-    if name == "sdpa" or "flash" in name:
-        return name, unwrapped(attention_function(name))
-    raise ValueError(f"attach: attention must be sdpa, eager or flash attention, got {name}")
-
-
-_TRIAL_TOKENS, _TRIAL_PADDING = 16, 4
-
-
-def _trial(keep: float) -> CLAA:
-    return CLAA(keep=keep, layer=0, last_n=1, first_full=0, window=4, kernel_size=3)
-
-
-@torch.no_grad()
-def _tiny_forward(model: PreTrainedModel, cache: ClaaCache | None) -> Tensor:
-    """Logits of two short prompts, one of them padded."""
-    device = model.device
-    ids = torch.arange(2 * _TRIAL_TOKENS, device=device).view(2, _TRIAL_TOKENS) + 1
-    mask = torch.ones_like(ids)
-    mask[0, :_TRIAL_PADDING] = 0
-    training = model.training
-    model.eval()
-    try:
-        output = model(
-            input_ids=ids, attention_mask=mask, use_cache=True, **cache_argument(model, cache)
-        )
-    finally:
-        model.train(training)
-    return output[0]
-
-
-def _self_test(model: PreTrainedModel, plain: Tensor) -> None:
-    name = type(model).__name__
-    # The last token only: what padding sees is unspecified.
-    everything = _tiny_forward(model, ClaaCache(model.config, _trial(keep=1.0)))[:, -1]
-    error = (everything - plain[:, -1]).abs().max().item()
-    # Equal to the bit, unless the model itself is not deterministic, as some mixtures of experts.
-    tolerance = max(1e-3, 4 * torch.finfo(plain.dtype).eps)
-    if not error <= tolerance * plain[:, -1].abs().max().item():
-        raise ValueError(
-            f"attach: keeping all tokens must not change {name}, got error {error:.1e}"
-        )
-    cache = ClaaCache(model.config, _trial(keep=0.5))
-    half = _tiny_forward(model, cache)
-    if half.shape[1] != _TRIAL_TOKENS // 2 or cache.lengths[-1] > _TRIAL_TOKENS // 2:
-        raise ValueError(
-            f"attach: keeping half of {_TRIAL_TOKENS} tokens must shorten the layers of {name}, "
-            f"got {half.shape[1]} tokens and caches of {cache.lengths}"
-        )
+        if before is None:
+            del decoder.claa_attached
+        else:
+            decoder.claa_attached = before
+        name = type(model).__name__
+        raise ValueError(f"attach: {name} failed the self-test: {error}") from error
+    return True

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from claa_ops.prefill.attached import AttachedCache, Request
-from claa_ops.prefill.cache import ClaaCache, PaddedLayer
+from claa_ops.prefill.cache import ClaaCache, visible_columns
 from claa_ops.prefill.transformers_api import StaticLayer
 
 
@@ -106,5 +106,8 @@ class StaticClaaCache(AttachedCache):
         return self._mask_sizes
 
 
-class _Layer(PaddedLayer, StaticLayer):
-    pass
+class _Layer(StaticLayer):
+    start: Tensor | None = None
+
+    def columns(self, mask: Tensor, new: int) -> Tensor:
+        return visible_columns(mask, self.max_cache_len, self.start)

@@ -16,7 +16,7 @@ import transformers
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 Arguments = dict[str, Any]
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -63,6 +63,7 @@ __all__ = [
     "AttentionFunction",
     "Cache",
     "DynamicLayer",
+    "GenerationMixin",
     "PreTrainedConfig",
     "PreTrainedModel",
     "StaticLayer",
@@ -104,9 +105,44 @@ def cache_argument(module: nn.Module, cache: Any) -> Arguments:
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
-    """The module that runs the layers."""
-    decoder = model.get_decoder()
-    return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
+    """The module that runs the layers, or what comes nearest to it.
+
+    Raises:
+        TypeError: this is no model of transformers.
+    """
+    if not hasattr(model, "get_decoder") or hasattr(model, "_orig_mod"):
+        hint = ": attach before torch.compile" if hasattr(model, "_orig_mod") else ""
+        raise TypeError(
+            f"attach: model must be a decoder of transformers, got {type(model).__name__}{hint}"
+        )
+    found = model.get_decoder()
+    candidates = (found, getattr(found, "model", None), model.base_model)
+    return next((each for each in candidates if hasattr(each, "layers")), found)
+
+
+def is_encoder_decoder(config: PreTrainedConfig) -> bool:
+    """Whether the model has an encoder of its own for the prompt."""
+    return bool(config.is_encoder_decoder)
+
+
+def has_alibi(config: PreTrainedConfig, taken: Iterable[str]) -> bool:
+    """Whether layers that take these arguments add a bias by distance to their logits."""
+    return bool({"alibi", "position_bias"} & set(taken)) and getattr(config, "alibi", True)
+
+
+def placement(model: PreTrainedModel) -> str | None:
+    """What is in the way where the weights are; None if they are on one device."""
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        return f"not be tensor parallel, got {model.tp_size} ranks"
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if "meta" in devices:
+        moved = any(hasattr(module, "_hf_hook") for module in model.modules())
+        where = "the CPU or the disk (device_map)" if moved else "the meta device: load them first"
+        return f"have its weights in memory, got some that are on {where}"
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1:
+        return f"be on one device, got {', '.join(sorted(devices))}"
+    return None
 
 
 def cache_layers(config: PreTrainedConfig) -> list[tuple[str, int | None]]:
@@ -118,6 +154,11 @@ def cache_layers(config: PreTrainedConfig) -> list[tuple[str, int | None]]:
     return [
         (kind, setting.get("sliding_window")) for kind, setting in zip(kinds, each, strict=True)
     ]
+
+
+def vocabulary_size(config: PreTrainedConfig) -> int:
+    """How many tokens the text model knows."""
+    return config.get_text_config(decoder=True).vocab_size
 
 
 @dataclass(frozen=True)
@@ -166,6 +207,11 @@ def attention_name(module: Any) -> str:
     return module.config._attn_implementation
 
 
+def attention_can_be_set(module: Any) -> bool:
+    """Whether a decoder calls the attention function that its configuration names."""
+    return module._can_set_attn_implementation()
+
+
 def set_attention(module: Any, name: str) -> None:
     """Have a model or decoder compute the attention of this name."""
     if attention_name(module) != name:
@@ -175,6 +221,11 @@ def set_attention(module: Any, name: str) -> None:
 def attention_function(name: str) -> AttentionFunction:
     """The attention function of this name."""
     return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def is_registered(name: str) -> bool:
+    """Whether this process has an attention function and a mask of this name."""
+    return name in ALL_ATTENTION_FUNCTIONS and name in ALL_MASK_ATTENTION_FUNCTIONS
 
 
 def mask_function(name: str) -> Callable[..., Any]:

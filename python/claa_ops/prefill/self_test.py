@@ -1,0 +1,99 @@
+"""What a model must show before it is attached: seven forwards of a few tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from claa_ops.methods.claa import CLAA
+from claa_ops.prefill.cache import ClaaCache
+from claa_ops.prefill.transformers_api import (
+    PreTrainedModel,
+    cache_argument,
+    parameters,
+    vocabulary_size,
+)
+
+_TOKENS, _PADDING, _KEPT = 16, 4, 8
+
+
+def _method(keep: float | int) -> CLAA:
+    return CLAA(keep=keep, layer=0, last_n=1, first_full=0, window=4, kernel_size=3)
+
+
+class SelfTest:
+    """Two short prompts, one of them padded, and one token after each.
+
+    Made before the model is attached: keeps the logits of the plain model.
+
+    Raises:
+        ValueError: the plain model cannot read the prompts.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        ids = torch.arange(2 * (_TOKENS + 1), device=model.device).view(2, -1) + 1
+        self.ids = ids % vocabulary_size(model.config)
+        self.mask = torch.ones_like(ids)
+        self.mask[0, :_PADDING] = 0
+        try:
+            plain = self._forward(self.ids, self.mask, None)
+        except Exception as error:
+            name = type(model).__name__
+            raise ValueError(f"attach: {name} cannot read two short prompts: {error}") from error
+        # The last tokens of the prompts, and those after them.
+        self.plain = [plain[:, _TOKENS - 1], plain[:, _TOKENS]]
+
+    def run(self) -> None:
+        """Raise ValueError, saying what is wrong, unless the attached model passes."""
+        # Equal to the bit, unless the model itself is not deterministic, as some mixtures of
+        # experts. A step of decoding is of another shape than a prompt, and rounds otherwise.
+        found = self._prefill_and_step(self.ids, self.mask, _method(keep=1.0))
+        self._compare(found, self.plain, "keeping all tokens must not change it")
+        padded, alone = self.ids[:1, _PADDING:], self.mask[:1, _PADDING:]
+        together = self._prefill_and_step(self.ids, self.mask, _method(_KEPT), shortens=True)
+        single = self._prefill_and_step(padded, alone, _method(_KEPT))
+        first = [logits[:1] for logits in together]
+        self._compare(first, single, "a padded row must be as the row alone")
+
+    def _compare(self, found: list[Tensor], expected: list[Tensor], promise: str) -> None:
+        tolerances = 4, 16
+        for where, one, other, loose in zip(
+            ("the prompt", "decoding"), found, expected, tolerances, strict=True
+        ):
+            error, size = (one - other).abs().max().item(), other.abs().max().item()
+            if not error <= max(1e-3, loose * torch.finfo(one.dtype).eps) * size:
+                raise ValueError(
+                    f"{promise}, got logits of {where} that are off by {error:.1e} of {size:.1e}"
+                )
+
+    def _prefill_and_step(
+        self, ids: Tensor, mask: Tensor, method: CLAA, shortens: bool = False
+    ) -> list[Tensor]:
+        """Logits ``[B, V]`` of the last token of the prompts, and of the token after it."""
+        cache = ClaaCache(self.model.config, method)
+        prompt = self._forward(ids[:, :-1], mask[:, :-1], cache)
+        if shortens and (prompt.shape[1] != _KEPT or cache.lengths[-1] > _KEPT):
+            raise ValueError(
+                f"keeping {_KEPT} of {_TOKENS} tokens must shorten its layers, "
+                f"got {prompt.shape[1]} tokens and caches of {cache.lengths}"
+            )
+        return [prompt[:, -1], self._forward(ids[:, -1:], mask, cache)[:, -1]]
+
+    @torch.no_grad()
+    def _forward(self, ids: Tensor, mask: Tensor, cache: ClaaCache | None) -> Tensor:
+        """Logits ``[B, n, V]``."""
+        model = self.model
+        given = {"input_ids": ids, "attention_mask": mask}
+        if "position_ids" in parameters(model):
+            positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+            given["position_ids"] = positions[:, -ids.shape[1] :]
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            use_cache = cache is not None
+            output = model(**given, use_cache=use_cache, **cache_argument(model, cache))
+        finally:
+            for module in training:
+                module.training = True
+        return output[0]
