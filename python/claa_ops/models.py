@@ -14,6 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
+from claa_ops._extras import require
+
+require("models", "transformers", "safetensors")
+
 from safetensors import SafetensorError
 
 if TYPE_CHECKING:

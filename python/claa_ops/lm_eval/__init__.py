@@ -21,6 +21,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+
+from claa_ops._extras import require
+
+require("evaluate", "lm_eval")
+
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
