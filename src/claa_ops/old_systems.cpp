@@ -1,5 +1,5 @@
-// What the libraries would else take from a libstdc++ or a glibc newer than those they promise to run
-// on: GCC 8's and 2.28. tests/test_abi.py fails when there is more.
+// What the libraries would else take from a newer libstdc++ or glibc than they promise to run on:
+// GCC 8's and 2.28. tests/test_abi.py fails when there is more.
 
 #include <sstream>
 
