@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ["csrc", "src", "python", "cmake", "CMakeLists.txt", "pyproject.toml"]
@@ -70,9 +71,9 @@ def needs(package: str) -> set[str]:
     found, new = set(), {package}
     while new:
         found |= new
-        required = [line for name in new for line in metadata.requires(name) or []]
-        names = {re.match(r"[\w.-]+", line)[0] for line in required if ";" not in line}
-        new = names - found
+        lines = [Requirement(line) for name in new for line in metadata.requires(name) or []]
+        wanted = [each for each in lines if not each.marker or each.marker.evaluate({"extra": ""})]
+        new = {each.name for each in wanted} - found
     return found
 
 
