@@ -65,14 +65,14 @@ lock: $(VENV)/.dev
 	$(LOCK) --extra models --resolution lowest-direct -o locks/oldest.txt
 
 # The sdist, the wheel from it, and the wheel once more under the tag that auditwheel grants.
+wheel: export PATH := $(abspath $(BIN)):$(PATH)
 wheel: $(VENV)/.torch $(VENV)/.dev build/cutlass
-	$(call say,building claa-ops $(VERSION); with CUDA sources five minutes)
+	$(call say,building claa-ops $(VERSION): with CUDA sources five minutes)
 	@rm -rf dist build/dist
 	@CLAA_UNIVERSAL=1 CLAA_CUDA=$(or $(CLAA_CUDA),AUTO) CLAA_CUTLASS_DIR=$(CLAA_CUTLASS_DIR) \
-	  CMAKE_BUILD_PARALLEL_LEVEL=2 PATH=$(abspath $(BIN)):$$PATH \
-	  $(BIN)/python -m build -q --no-isolation -o build/dist
-	@$(BIN)/auditwheel repair --plat manylinux_2_28_x86_64 --only-plat \
-	  --exclude 'libtorch_*.so' -w dist build/dist/*.whl
+	  CMAKE_BUILD_PARALLEL_LEVEL=2 python -m build -q --no-isolation -o build/dist
+	@auditwheel repair --plat manylinux_2_28_x86_64 --only-plat --exclude 'libtorch_*.so' \
+	  -w dist build/dist/*.whl
 	@cp build/dist/*.tar.gz dist
 	@ls -l dist
 
