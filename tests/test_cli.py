@@ -11,8 +11,10 @@ import sys
 
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
+import claa_ops
 from claa_ops.cli import app
 from claa_ops.methods import METHODS
 from evaluate.tiny_checkpoint import CONTEXT, LAYERS
@@ -375,11 +377,19 @@ def test_a_number_out_of_range_is_refused(checkpoint):
     assert "Invalid value for '--tokens'" in run("demo", "--tokens", "9999999").stderr
 
 
-def test_info_names_what_the_ops_were_built_with():
+def test_info_names_what_the_ops_were_built_with_and_run_with():
     facts = json.loads(run("info", "--json").stdout)
     assert facts["torch"] == torch.__version__
     assert {"version", "compiler", "cuda"} <= set(facts)
-    assert torch.__version__ in run("info").stdout
+    assert facts["transformers"] == transformers.__version__
+    assert {"tokenizers", "accelerate", "safetensors", "gguf"} <= set(facts)
+    assert transformers.__version__ in run("info").stdout
+
+
+def test_the_version_needs_no_command():
+    assert run("--version").stdout == f"claa-ops {claa_ops.__version__}\n"
+    command = [sys.executable, "-m", "claa_ops", "--version"]
+    assert subprocess.check_output(command, text=True) == run("--version").stdout
 
 
 @pytest.mark.skipif(

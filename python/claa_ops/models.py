@@ -16,6 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from claa_ops._extras import require
+
+require("models", "transformers", "safetensors")
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

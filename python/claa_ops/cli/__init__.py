@@ -1,5 +1,11 @@
 """The command line, one module per command."""
 
+from typing import Annotated
+
+from claa_ops._extras import require
+
+require("cli", "transformers", "matplotlib", "rich", "scipy", "typer")
+
 import typer
 
 from claa_ops.cli.evaluate import evaluate
@@ -7,6 +13,7 @@ from claa_ops.cli.generate import demo, generate
 from claa_ops.cli.info import info
 from claa_ops.cli.options import Commands
 from claa_ops.cli.oracle import oracle
+from claa_ops.info import print_version
 
 # transformers takes seconds to import: functions that need it import what uses it, --help does not.
 
@@ -17,5 +24,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Rank the tokens of a long prompt, keep the important ones, prefill on those alone.",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print_version()
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_show_version, help="Print the version and stop."
+        ),
+    ] = False,
+) -> None:
+    """Take the options that are of no command."""
+
+
 for command in (generate, demo, evaluate, oracle, info):
     app.command()(command)

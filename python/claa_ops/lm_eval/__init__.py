@@ -23,6 +23,11 @@ from typing import Any
 
 import jinja2
 import torch
+
+from claa_ops._extras import require
+
+require("evaluate", "lm_eval")
+
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
