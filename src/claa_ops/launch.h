@@ -1,3 +1,4 @@
+#include <cstdlib>
 // The only place that knows whether this library runs on the CPU or on CUDA: the border is compiled
 // once for each.
 
@@ -10,6 +11,9 @@
 
 #ifdef CLAA_CUDA
 #include <torch/csrc/stable/accelerator.h>
+#else
+#include "csrc/cpu/helpers.h"
+#include "csrc/cpu/progress.h"
 #endif
 
 namespace claa {
@@ -48,16 +52,27 @@ Tensor workspace_for(const Params& params, const Tensor& like) {
   return allocate(like, {cpu::schedule(params).workspace_bytes}, ScalarType::Byte);
 }
 
-// Runs `params` on torch's CPU threads, phase by phase.
+// Runs `params` on as many threads as torch has.
 template <class Params>
 void launch(const Tensor&, const Params& params) {
-  constexpr int64_t kWorthAThread = 64 << 10;  // bytes of traffic
-  const cpu::Schedule plan = cpu::schedule(params);
-  const int64_t grain = kWorthAThread / std::max<int64_t>(1, plan.unit_cost);
-  for (int phase = 0; phase < plan.phases; ++phase)
-    torch::stable::parallel_for(
-        0, plan.units, std::max<int64_t>(1, grain),
-        [&](int64_t begin, int64_t end) { cpu::run(params, phase, begin, end); });
+  cpu::Progress progress(cpu::schedule(params), workers());
+  const auto work = [&](int64_t worker) {
+    cpu::Portion portion{.worker = worker};
+    while (progress.next(portion)) cpu::run(params, portion);
+  };
+  static const bool own = std::getenv("CLAA_OWN");
+  if (own) {
+    cpu::with_helpers(
+        progress.workers(),
+        [](const void* context, int64_t worker) {
+          (*static_cast<decltype(work)*>(context))(worker);
+        },
+        &work);
+  } else {
+    torch::stable::parallel_for(0, progress.workers(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker) work(worker);
+    });
+  }
 }
 
 #endif

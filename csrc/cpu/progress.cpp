@@ -1,0 +1,120 @@
+#include "csrc/cpu/progress.h"
+
+#include <immintrin.h>
+
+#include <algorithm>
+
+namespace claa::cpu {
+
+namespace {
+
+constexpr int64_t kWorthAThread = 64 << 10;  // bytes of traffic
+constexpr int kSpins = 1000;                 // some 20 us: what a thread needs to fall asleep and wake
+
+int64_t all_units(const Schedule& plan) {
+  int64_t units = 0;
+  for (const int64_t n : plan.units) units += n;
+  return units * plan.rounds + plan.last_units;
+}
+
+}  // namespace
+
+Progress::Progress(const Schedule& plan, int64_t workers)
+    : plan_(plan),
+      grain_(std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, plan.unit_cost))),
+      workers_(std::clamp<int64_t>((all_units(plan) + grain_ - 1) / grain_, 1, workers)),
+      places_(plan.rounds_at_once),
+      rounds_(plan.rounds + (plan.last_units > 0)) {}
+
+bool Progress::next(Portion& portion) {
+  std::unique_lock lock(mutex_);
+  if (portion.end > portion.begin) finish(portion);
+  while (!take(portion)) {
+    if (all_taken()) return false;
+    const uint32_t seen = news_;
+    lock.unlock();
+    for (int i = 0; i < kSpins && news_ == seen; ++i) _mm_pause();
+    lock.lock();
+    ++waiting_;
+    wake_.wait(lock, [&] { return news_ != seen; });
+    --waiting_;
+  }
+  return true;
+}
+
+void Progress::finish(const Portion& portion) {
+  Round& round = places_[portion.place];
+  round.undone -= portion.end - portion.begin;
+  if (round.undone > 0) return;
+  ++round.step;
+  if (units_of(round.number, round.step) > 0)
+    begin_step(round);
+  else
+    round.number = -1;
+  ++news_;
+  if (waiting_) wake_.notify_all();
+}
+
+bool Progress::take(Portion& portion) {
+  Round* oldest = nullptr;
+  for (Round& round : places_)
+    if (round.untaken > 0 && (!oldest || round.number < oldest->number)) oldest = &round;
+  if (!oldest) oldest = open_round();
+  if (!oldest) return false;
+  portion.round = oldest->number;
+  portion.place = oldest - places_.data();
+  portion.step = oldest->step;
+  take_from(*oldest, portion);
+  return true;
+}
+
+void Progress::take_from(Round& round, Portion& portion) {
+  Part& mine = round.parts[portion.worker];
+  if (mine.begin == mine.end) {
+    Part& theirs = *std::max_element(
+        round.parts.begin(), round.parts.end(),
+        [](const Part& a, const Part& b) { return a.end - a.begin < b.end - b.begin; });
+    mine = {(theirs.begin + theirs.end) / 2, theirs.end};
+    theirs.end = mine.begin;
+  }
+  portion.begin = mine.begin;
+  portion.end = mine.begin = std::min(mine.begin + grain_, mine.end);
+  round.untaken -= portion.end - portion.begin;
+}
+
+Progress::Round* Progress::open_round() {
+  if (opened_ == rounds_) return nullptr;
+  const auto is_free = [](const Round& round) { return round.number < 0; };
+  // The last round reads what all the others have written.
+  if (opened_ == plan_.rounds && !std::all_of(places_.begin(), places_.end(), is_free))
+    return nullptr;
+  const auto place = std::find_if(places_.begin(), places_.end(), is_free);
+  if (place == places_.end()) return nullptr;
+  place->number = opened_++;
+  place->step = 0;
+  begin_step(*place);
+  return &*place;
+}
+
+void Progress::begin_step(Round& round) {
+  const int64_t units = units_of(round.number, round.step);
+  round.untaken = round.undone = units;
+  round.parts.resize(workers_);
+  for (int64_t i = 0; i < workers_; ++i)
+    round.parts[i] = {i * units / workers_, (i + 1) * units / workers_};
+}
+
+int64_t Progress::units_of(int64_t round, int step) const {
+  if (round == plan_.rounds) return step == 0 ? plan_.last_units : 0;
+  return step < kSteps ? plan_.units[step] : 0;
+}
+
+// Whether no unit will ever be left to take: the open rounds are in their last steps.
+bool Progress::all_taken() const {
+  if (opened_ < rounds_) return false;
+  return std::none_of(places_.begin(), places_.end(), [&](const Round& round) {
+    return round.number >= 0 && (round.untaken > 0 || units_of(round.number, round.step + 1) > 0);
+  });
+}
+
+}  // namespace claa::cpu
