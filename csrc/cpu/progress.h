@@ -41,6 +41,7 @@ class Progress {
 
   void finish(const Portion& portion);
   bool take(Portion& portion);
+  bool look_for_news(std::unique_lock<std::mutex>& lock);
   void take_from(Round& round, Portion& portion);
   Round* open_round();
   void begin_step(Round& round);
@@ -52,8 +53,9 @@ class Progress {
   std::mutex mutex_;  // of all that follows
   std::vector<Round> places_;
   const int64_t rounds_;  // with the last one, which waits for all
-  int64_t opened_ = 0, waiting_ = 0;
-  std::atomic<uint32_t> news_ = 0;  // changes when there may be units to take that there were not
+  int64_t opened_ = 0;
+  bool is_patient_ = true;
+  std::atomic<int64_t> news_ = 0;  // changes when there may be units to take that there were not
   std::condition_variable wake_;
 };
 

@@ -38,7 +38,11 @@ struct WindowPlan {
     heads = a.batch * a.kv_heads;
     retained = min(tiles, kRetainBytes / 4 / max(tile_floats, int64_t(1)));
     heads_per_round = heads;
-    if (!a.lse) heads_per_round = kRoundBytes / (4 * tiles * tile_floats);
+    if (!a.lse) {
+      const int64_t head_bytes = 4 * tiles * tile_floats;
+      const int64_t busy = ceil_div(4 * a.workers, tiles);  // heads that give every worker tiles
+      heads_per_round = max(kRoundBytes / head_bytes, min(busy, kRetainBytes / head_bytes));
+    }
     heads_per_round = max(int64_t(1), min(heads, heads_per_round));
     rounds = ceil_div(heads, heads_per_round);
     const int64_t round_bytes = 4 * heads_per_round * retained * tile_floats;
