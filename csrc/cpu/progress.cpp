@@ -34,8 +34,10 @@ bool Progress::next(Portion& portion) {
   if (portion.begin < portion.end) finish(portion);
   while (!take(portion)) {
     if (all_taken()) return false;
-    if (is_patient_ && look_for_news(lock)) continue;
-    is_patient_ = false;  // somebody has been put aside
+    if (is_patient_) {
+      is_patient_ = look_for_news(lock);  // if not, somebody has been put aside
+      continue;
+    }
     if (open_round()) continue;
     const int64_t seen = news_;
     wake_.wait(lock, [&] { return news_ != seen; });

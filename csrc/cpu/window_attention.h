@@ -290,8 +290,8 @@ void prepare(const WindowPlan& plan, const WindowHead& head, int64_t head_index,
     shifts_from_measures(plan, head, seat, slot);
 }
 
-// Runs a portion. `emit(b, g, sums, sums_stride, range)` gets the summed probabilities of each query
-// head of the group for the context keys [low, high) of a tile and writes the results of
+// Runs a portion. `emit(b, g, sums, sums_stride, range)` gets the summed probabilities of each
+// query head of the group for the context keys [low, high) of a tile and writes the results of
 // [begin, end).
 template <class Emit>
 void run_window(const WindowPlan& plan, Portion& portion, Emit emit) {
