@@ -1,9 +1,12 @@
 """Who computes a unit, and when, changes no bit: threads, callers and forked processes."""
 
 import multiprocessing
+import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ import claa_ops
 from .inputs import normal, queries_and_keys, threads
 
 TIMEOUT_S = 120
+ROOT = Path(__file__).parents[2]
 
 
 def calls() -> dict[str, Callable[[], Tensor]]:
@@ -106,3 +110,19 @@ def test_more_threads_than_units_and_fewer(count, heads, tokens, batch):
     torch.full_like(alone, torch.nan)
     with threads(count):
         assert bits(claa_ops.score_tokens(query, key)) == bits(alone)
+
+
+def test_each_unit_is_done_once_and_in_its_turn(tmp_path):
+    """The dealer alone, from C++: what an op computes would not show a unit that was done twice."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    program = tmp_path / "deal_units"
+    sources = [Path(__file__).with_name("deal_units.cpp")]
+    sources += [ROOT / "csrc/cpu" / name for name in ("helpers.cpp", "progress.cpp")]
+    subprocess.run(
+        [compiler, "-std=gnu++20", "-O1", "-pthread", f"-I{ROOT}", "-o", program, *sources],
+        check=True,
+    )
+    result = subprocess.run([program], capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert (result.stdout, result.returncode) == ("", 0)
