@@ -14,6 +14,15 @@ constexpr int64_t kWorthAThread = 64 << 10;  // bytes of traffic
 // cache, or sleeps: a unit takes less.
 constexpr auto kPatience = std::chrono::microseconds(50);
 
+// Locks; the lock is held for less time than it takes to sleep and wake.
+void lock_soon(std::unique_lock<std::mutex>& lock) {
+  for (int i = 0; i < 100; ++i) {
+    if (lock.try_lock()) return;
+    _mm_pause();
+  }
+  lock.lock();
+}
+
 int64_t all_units(const Schedule& plan) {
   int64_t units = 0;
   for (const int64_t n : plan.units) units += n;
@@ -30,7 +39,8 @@ Progress::Progress(const Schedule& plan, int64_t workers)
       rounds_(plan.rounds + (plan.last_units > 0)) {}
 
 bool Progress::next(Portion& portion) {
-  std::unique_lock lock(mutex_);
+  std::unique_lock lock(mutex_, std::defer_lock);
+  lock_soon(lock);
   if (portion.begin < portion.end) finish(portion);
   while (!take(portion)) {
     if (all_taken()) return false;
@@ -80,7 +90,7 @@ bool Progress::look_for_news(std::unique_lock<std::mutex>& lock) {
   lock.unlock();
   const auto end = std::chrono::steady_clock::now() + kPatience;
   while (news_ == seen && std::chrono::steady_clock::now() < end) _mm_pause();
-  lock.lock();
+  lock_soon(lock);
   return news_ != seen;
 }
 
