@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bench import cpu, cuda
+from bench import busy, cpu, cuda
 from bench.cases import OPS
 from bench.machine import machine, short_name
 
@@ -21,12 +21,20 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--op", choices=OPS, help="only this op")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument(
+        "--busy", action="store_true", help="instead: score_tokens beside busy processes"
+    )
     parser.add_argument("--quick", action="store_true", help="the fewest tokens, few calls")
     parser.add_argument("--commit", help="what is measured, where the sources came without git")
     parser.add_argument(
-        "--out", type=Path, help="JSON file; bench/results/cpu.json or h100.json for a full run"
+        "--out",
+        type=Path,
+        help="JSON file; bench/results/cpu.json, h100.json or busy.json for a full run",
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.busy and (arguments.op or arguments.device != "cpu"):
+        parser.error("--busy times score_tokens on the CPU: it takes neither --op nor --device")
+    return arguments
 
 
 def main() -> None:
@@ -35,11 +43,15 @@ def main() -> None:
     torch.manual_seed(0)
     about = machine(arguments.device, arguments.commit)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
-    ops = [arguments.op] if arguments.op else list(OPS)
-    report = {"cpu": cpu.report, "cuda": cuda.report}[arguments.device](ops, arguments.quick)
+    if arguments.busy:
+        name, report = "busy", busy.report(arguments.quick)
+    else:
+        ops = [arguments.op] if arguments.op else list(OPS)
+        name = short_name(arguments.device)
+        report = {"cpu": cpu.report, "cuda": cuda.report}[arguments.device](ops, arguments.quick)
 
     full = not arguments.quick and arguments.op is None
-    out = arguments.out or (RESULTS / f"{short_name(arguments.device)}.json" if full else None)
+    out = arguments.out or (RESULTS / f"{name}.json" if full else None)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"machine": about} | report, indent=1) + "\n")

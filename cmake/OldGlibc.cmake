@@ -34,12 +34,10 @@ function(claa_stub_library library)
   target_link_libraries(claa_old_glibc INTERFACE claa_stub_${library})
 endfunction()
 
-# GCC 12 gave it a new version.
-claa_stub_library(libstdc++.so.6
-  GLIBCXX_3.4.11 _ZNSt18condition_variable4waitERSt11unique_lockISt5mutexE)
 # Since glibc 2.34 libc has these, before that three other libraries. CUDA's static runtime calls them.
 claa_stub_library(libpthread.so.0 GLIBC_2.2.5
-  pthread_condattr_setpshared pthread_create pthread_detach pthread_getspecific pthread_join
+  pthread_condattr_setpshared pthread_create pthread_detach pthread_getcpuclockid pthread_getspecific
+  pthread_join
   pthread_key_create pthread_key_delete pthread_kill pthread_mutex_trylock
   pthread_mutexattr_destroy pthread_mutexattr_init pthread_mutexattr_setpshared
   pthread_mutexattr_settype pthread_once pthread_rwlock_destroy pthread_rwlock_init

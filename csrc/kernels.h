@@ -6,9 +6,9 @@
 //
 // The kernels of both devices take the same params.
 //
-// CPU: an op runs in phases, one after the other. Each phase has independent units, which the
-// caller spreads over its threads (`Schedule` below). What is computed does not depend on how the
-// units are spread, so results do not depend on the number of threads.
+// CPU: an op is a number of units, which threads take as they come free (`Schedule` below). What a
+// unit computes does not depend on who computes it or when, so results do not depend on the number
+// of threads.
 
 #pragma once
 
@@ -227,18 +227,33 @@ enum class Isa : int { plain, avx2, avx512, avx512_bf16 };
 Isa active_isa();
 void limit_isa(Isa best);
 
-// How the caller runs an op: `units` pieces of work in each of `phases`, one piece costing about
-// `unit_cost` bytes of traffic, with `workspace_bytes` of scratch memory.
+// What there is to do: `rounds`, each in up to kSteps steps, each of as many independent units as
+// `units` says (the first 0 ends the steps). A step begins when the step before it is complete in
+// its own round; rounds do not wait for each other, but only `rounds_at_once` have scratch memory
+// and are open at a time. When all are complete, `last_units` more follow. A unit costs about
+// `unit_cost` bytes of traffic.
+constexpr int kSteps = 3;
 struct Schedule {
-  int64_t units;
+  int64_t units[kSteps];
   int64_t unit_cost;
-  int phases = 1;
+  int64_t rounds = 1, rounds_at_once = 1;
+  int64_t last_units = 0;
   int64_t workspace_bytes = 0;
+};
+
+// What one worker does next: the units [begin, end) of a step. At any time a worker has one portion
+// and a place belongs to one round, so both have scratch memory of their own.
+struct Portion {
+  int64_t worker;
+  int64_t begin = 0, end = 0;
+  int64_t round = 0, place = 0;  // round `rounds`: the last units
+  int step = 0;
+  int64_t prepared = -1;  // the kernel's note of what it left in the worker's scratch memory
 };
 
 #define CLAA_DECLARE_CPU_OP(Params)   \
   Schedule schedule(const Params& p); \
-  void run(const Params& p, int phase, int64_t begin, int64_t end);
+  void run(const Params& p, Portion& portion);
 CLAA_FOR_EACH_OP(CLAA_DECLARE_CPU_OP)
 
 }  // namespace cpu

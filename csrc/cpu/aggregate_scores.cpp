@@ -11,11 +11,11 @@ constexpr int64_t kTile = 4096;
 static int64_t tiles(const AggregateScoresParams& p) { return ceil_div(p.context, kTile); }
 
 Schedule schedule(const AggregateScoresParams& p) {
-  return {.units = p.batch * tiles(p), .unit_cost = 4 * kTile * (p.kv_heads + 2)};
+  return {.units = {p.batch * tiles(p)}, .unit_cost = 4 * kTile * (p.kv_heads + 2)};
 }
 
-void run(const AggregateScoresParams& p, int, int64_t begin, int64_t end) {
-  for (int64_t unit = begin; unit < end; ++unit) {
+void run(const AggregateScoresParams& p, Portion& portion) {
+  for (int64_t unit = portion.begin; unit < portion.end; ++unit) {
     const int64_t b = unit / tiles(p);
     const int64_t from = unit % tiles(p) * kTile, to = min(from + kTile, p.context);
     const float* running = p.running + b * p.running_stride_b;

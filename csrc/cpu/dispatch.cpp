@@ -4,10 +4,10 @@
 
 namespace claa::cpu {
 
-#define CLAA_DECLARE_BUILD(isa, Params)           \
-  namespace isa {                                 \
-  Schedule schedule(const Params&);               \
-  void run(const Params&, int, int64_t, int64_t); \
+#define CLAA_DECLARE_BUILD(isa, Params) \
+  namespace isa {                       \
+  Schedule schedule(const Params&);     \
+  void run(const Params&, Portion&);    \
   }
 #define CLAA_DECLARE_BUILDS(Params)  \
   CLAA_DECLARE_BUILD(plain, Params)  \
@@ -40,11 +40,9 @@ void limit_isa(Isa best) { isa = best < best_isa() ? best : best_isa(); }
     case Isa::plain: break;                          \
   }                                                  \
   return plain::call;
-#define CLAA_DISPATCH(Params)                                        \
-  Schedule schedule(const Params& p) { CLAA_SWITCH(schedule(p)) }    \
-  void run(const Params& p, int phase, int64_t begin, int64_t end) { \
-    CLAA_SWITCH(run(p, phase, begin, end))                           \
-  }
+#define CLAA_DISPATCH(Params)                                     \
+  Schedule schedule(const Params& p) { CLAA_SWITCH(schedule(p)) } \
+  void run(const Params& p, Portion& portion) { CLAA_SWITCH(run(p, portion)) }
 CLAA_FOR_EACH_OP(CLAA_DISPATCH)
 
 }  // namespace claa::cpu

@@ -11,12 +11,12 @@ constexpr int64_t kStrip = 256;
 static int64_t strips(const GatherKvParams& p) { return ceil_div(p.kept, kStrip); }
 
 Schedule schedule(const GatherKvParams& p) {
-  return {.units = p.batch * p.kv_heads * strips(p),
+  return {.units = {p.batch * p.kv_heads * strips(p)},
           .unit_cost = 2 * kStrip * (p.key_row_bytes + p.value_row_bytes)};
 }
 
-void run(const GatherKvParams& p, int, int64_t begin, int64_t end) {
-  for (int64_t unit = begin; unit < end; ++unit) {
+void run(const GatherKvParams& p, Portion& portion) {
+  for (int64_t unit = portion.begin; unit < portion.end; ++unit) {
     const int64_t head = unit / strips(p), b = head / p.kv_heads, g = head % p.kv_heads;
     const int64_t from = unit % strips(p) * kStrip, to = min(from + kStrip, p.kept);
     const int64_t index = b * p.index_stride_b + g * p.index_stride_g;

@@ -3,7 +3,8 @@
 // As in window_attention.h the softmax needs all logits of a row first, so tiles are measured,
 // joined and multiplied once more to emit. Queries go in blocks, so that a block times the heads
 // of a group fills the vectors; a tile of keys is read for all blocks while it is in the cache. A
-// round takes as many blocks of one prompt as their measures fit in kMeasureBytes.
+// round takes as many blocks of one prompt as their measures fit in kMeasureBytes, and as many
+// rounds may be open.
 
 #include "csrc/cpu/attention.h"
 
@@ -17,7 +18,7 @@ constexpr int64_t kMeasureBytes = 16 << 20;
 struct PeakPlan {
   const PeakAttentionParams& p;
   int64_t block_queries, blocks, row_stride, tiles, tile_keys, blocks_per_round, rounds_per_prompt;
-  int64_t slot_floats, measure_floats;
+  int64_t rounds, rounds_at_once, slot_floats, measure_floats, round_floats;
 
   explicit PeakPlan(const PeakAttentionParams& params) : p(params) {
     block_queries = min(round_up(max(kRows / p.group(), int64_t(1)), 4), round_up(p.queries, 4));
@@ -30,6 +31,9 @@ struct PeakPlan {
     blocks_per_round = max(int64_t(1), kMeasureBytes / 4 / (measure_floats * p.kv_heads));
     blocks_per_round = min(blocks, blocks_per_round);
     rounds_per_prompt = ceil_div(blocks, blocks_per_round);
+    rounds = p.batch * rounds_per_prompt;
+    round_floats = blocks_per_round * p.kv_heads * measure_floats;
+    rounds_at_once = max(int64_t(1), min(rounds, kMeasureBytes / 4 / round_floats));
     slot_floats = AttentionSlot::floats(row_stride, block_queries, p.dim, tile_keys);
   }
 
@@ -37,12 +41,13 @@ struct PeakPlan {
   AttentionSlot slot(int64_t worker) const {
     return {workspace() + worker * slot_floats, row_stride, block_queries, p.dim, tile_keys};
   }
-  float* measures(int64_t block, int64_t g) const {
-    const int64_t i = block % blocks_per_round * p.kv_heads + g;
-    return workspace() + p.workers * slot_floats + i * measure_floats;
+  // `block` counts within its round.
+  float* measures(int64_t place, int64_t block, int64_t g) const {
+    return workspace() + p.workers * slot_floats + place * round_floats +
+           (block * p.kv_heads + g) * measure_floats;
   }
-  float* shift(int64_t block, int64_t g) const {
-    return measures(block, g) + 2 * tiles * row_stride;
+  float* shift(int64_t place, int64_t block, int64_t g) const {
+    return measures(place, block, g) + 2 * tiles * row_stride;
   }
 };
 
@@ -119,19 +124,21 @@ void merge_peaks(const PeakPlan& plan, int64_t b, int64_t block, int64_t g, int6
 
 Schedule schedule(const PeakAttentionParams& p) {
   const PeakPlan plan(p);
-  const int64_t measures = plan.blocks_per_round * p.kv_heads * plan.measure_floats;
-  return {.units = p.workers,
-          .unit_cost = p.heads * p.queries * p.total * p.dim / p.workers,
-          .phases = int(3 * p.batch * plan.rounds_per_prompt),
-          .workspace_bytes = 4 * (p.workers * plan.slot_floats + measures)};
+  return {.units = {p.kv_heads * plan.tiles, plan.blocks_per_round * p.kv_heads, plan.tiles},
+          .unit_cost = kTileKeys * p.dim * plan.blocks_per_round * plan.row_stride,
+          .rounds = plan.rounds,
+          .rounds_at_once = plan.rounds_at_once,
+          .workspace_bytes =
+              4 * (p.workers * plan.slot_floats + plan.rounds_at_once * plan.round_floats)};
 }
 
-void run(const PeakAttentionParams& p, int phase, int64_t begin, int64_t end) {
+void run(const PeakAttentionParams& p, Portion& portion) {
   const PeakPlan plan(p);
-  const int64_t round = phase / 3, b = round / plan.rounds_per_prompt;
-  const int64_t first_block = round % plan.rounds_per_prompt * plan.blocks_per_round;
-  const int64_t last_block = min(first_block + plan.blocks_per_round, plan.blocks);
+  const int64_t b = portion.round / plan.rounds_per_prompt, place = portion.place;
+  const int64_t first_block = portion.round % plan.rounds_per_prompt * plan.blocks_per_round;
+  const int64_t blocks = min(plan.blocks_per_round, plan.blocks - first_block);
   const int64_t start = p.start.data ? p.start[b] : 0;
+  const AttentionSlot slot = plan.slot(portion.worker);
 
   // Keys [from, to) of tile i, counted from the last key: the same sums with and without padding.
   const auto tile_begin = [&](int64_t i) { return max(int64_t(0), p.total - (i + 1) * kTileKeys); };
@@ -139,43 +146,39 @@ void run(const PeakAttentionParams& p, int phase, int64_t begin, int64_t end) {
 
   with_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    for (int64_t worker = begin; worker < end; ++worker) {
-      const AttentionSlot slot = plan.slot(worker);
-      if (phase % 3 == 0) {  // measure
-        const int64_t work = p.kv_heads * plan.tiles;
-        for (int64_t i = worker * work / p.workers; i < (worker + 1) * work / p.workers; ++i) {
-          const int64_t g = i / plan.tiles, tile = i % plan.tiles;
-          for (int64_t block = first_block; block < last_block; ++block) {
-            const PeakBlock<T> item(plan, b, block, g);
-            item.compute_tile(plan, start, tile_begin(tile), tile_end(tile), slot);
-            float* measure = plan.measures(block, g) + 2 * tile * plan.row_stride;
-            const int64_t n_keys = tile_end(tile) - tile_begin(tile);
-            measure_tile(slot.tile, n_keys, 0, n_keys, plan.row_stride, item.queries.rows(),
-                         /*keep=*/false, measure, measure + plan.row_stride);
-          }
+    const auto measure = [&](int64_t tile, int64_t g) {
+      const int64_t n_keys = tile_end(tile) - tile_begin(tile);
+      for (int64_t block = 0; block < blocks; ++block) {
+        const PeakBlock<T> item(plan, b, first_block + block, g);
+        item.compute_tile(plan, start, tile_begin(tile), tile_end(tile), slot);
+        float* measures = plan.measures(place, block, g) + 2 * tile * plan.row_stride;
+        measure_tile(slot.tile, n_keys, 0, n_keys, plan.row_stride, item.queries.rows(),
+                     /*keep=*/false, measures, measures + plan.row_stride);
+      }
+    };
+    const auto join = [&](int64_t block, int64_t g) {
+      if (block >= blocks) return;  // a prompt's last round may have fewer
+      float* shift = plan.shift(place, block, g);
+      join_measures(plan.measures(place, block, g), plan.tiles, plan.row_stride,
+                    PeakBlock<T>(plan, b, first_block + block, g).queries.rows(), nullptr, shift,
+                    shift + plan.row_stride);
+    };
+    const auto emit = [&](int64_t tile) {
+      const int64_t from = tile_begin(tile), to = tile_end(tile);
+      for (int64_t g = 0; g < p.kv_heads; ++g) {
+        for (int64_t block = 0; block < blocks; ++block) {
+          const PeakBlock<T> item(plan, b, first_block + block, g);
+          item.compute_tile(plan, start, from, to, slot);
+          peak_over_heads(plan, item.queries, slot, to - from, plan.shift(place, block, g));
+          merge_peaks(plan, b, first_block + block, g, item.queries.inner, from, to, slot.sums);
         }
-      } else if (phase % 3 == 1) {  // join
-        const int64_t work = (last_block - first_block) * p.kv_heads;
-        for (int64_t i = worker; i < work; i += p.workers) {
-          const int64_t block = first_block + i / p.kv_heads, g = i % p.kv_heads;
-          float* shift = plan.shift(block, g);
-          join_measures(plan.measures(block, g), plan.tiles, plan.row_stride,
-                        PeakBlock<T>(plan, b, block, g).queries.rows(), nullptr, shift,
-                        shift + plan.row_stride);
-        }
-      } else {  // emit
-        for (int64_t tile = worker * plan.tiles / p.workers;
-             tile < (worker + 1) * plan.tiles / p.workers; ++tile) {
-          const int64_t from = tile_begin(tile), to = tile_end(tile);
-          for (int64_t g = 0; g < p.kv_heads; ++g) {
-            for (int64_t block = first_block; block < last_block; ++block) {
-              const PeakBlock<T> item(plan, b, block, g);
-              item.compute_tile(plan, start, from, to, slot);
-              peak_over_heads(plan, item.queries, slot, to - from, plan.shift(block, g));
-              merge_peaks(plan, b, block, g, item.queries.inner, from, to, slot.sums);
-            }
-          }
-        }
+      }
+    };
+    for (int64_t i = portion.begin; i < portion.end; ++i) {
+      switch (portion.step) {
+        case 0: measure(i % plan.tiles, i / plan.tiles); break;
+        case 1: join(i / p.kv_heads, i % p.kv_heads); break;
+        case 2: emit(i); break;
       }
     }
   });

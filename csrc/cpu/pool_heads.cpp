@@ -11,13 +11,13 @@ constexpr int64_t kTile = 2048;
 static int64_t tiles(const PoolHeadsParams& p) { return ceil_div(p.context, kTile); }
 
 Schedule schedule(const PoolHeadsParams& p) {
-  return {.units = p.batch * p.kv_heads * tiles(p),
+  return {.units = {p.batch * p.kv_heads * tiles(p)},
           .unit_cost = kTile * (p.heads / p.kv_heads) * p.kernel_size};
 }
 
-void run(const PoolHeadsParams& p, int, int64_t begin, int64_t end) {
+void run(const PoolHeadsParams& p, Portion& portion) {
   const int64_t group = p.heads / p.kv_heads;
-  for (int64_t unit = begin; unit < end; ++unit) {
+  for (int64_t unit = portion.begin; unit < portion.end; ++unit) {
     const int64_t row = unit / tiles(p), b = row / p.kv_heads, g = row % p.kv_heads;
     const int64_t from = unit % tiles(p) * kTile, to = min(from + kTile, p.context);
     const float* head = p.scores + b * p.scores_stride_b + g * group * p.scores_stride_h;

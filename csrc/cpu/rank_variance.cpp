@@ -1,7 +1,7 @@
 // rank_variance: how much the ranks of the important tokens move between layers.
 //
-// Phase 0 ranks each layer's tokens: a stable radix sort of (order, position) pairs, three digits
-// of 11, 11 and 10 bits, best score first. Phase 1 goes over the tokens once. Ranks are integers,
+// Step 0 ranks each layer's tokens: a stable radix sort of (order, position) pairs, three digits
+// of 11, 11 and 10 bits, best score first. Step 1 goes over the tokens once. Ranks are integers,
 // so the variance of one token is exact up to its last division.
 
 #include "csrc/cpu/order.h"
@@ -67,21 +67,18 @@ float variance(const RankVarianceParams& p, int64_t b) {
 
 Schedule schedule(const RankVarianceParams& p) {
   return {
-      .units = p.workers,
-      .unit_cost = 64 * p.layers * p.batch * p.context / p.workers,
-      .phases = 2,
+      .units = {p.layers * p.batch, p.batch},
+      .unit_cost = 64 * p.context,
       .workspace_bytes = 4 * rank_count(p) + p.workers * 2 * p.context * int64_t(sizeof(Entry))};
 }
 
-void run(const RankVarianceParams& p, int phase, int64_t begin, int64_t end) {
-  for (int64_t worker = begin; worker < end; ++worker) {
-    if (phase == 0) {
-      Entry* scratch = entries(p, worker);
-      for (int64_t i = worker; i < p.layers * p.batch; i += p.workers)
-        rank_layer(p, i / p.batch, i % p.batch, scratch, scratch + p.context);
-    } else {
-      for (int64_t b = worker; b < p.batch; b += p.workers) p.out[b] = variance(p, b);
-    }
+void run(const RankVarianceParams& p, Portion& portion) {
+  Entry* scratch = entries(p, portion.worker);
+  for (int64_t i = portion.begin; i < portion.end; ++i) {
+    if (portion.step == 0)
+      rank_layer(p, i / p.batch, i % p.batch, scratch, scratch + p.context);
+    else
+      p.out[i] = variance(p, i);
   }
 }
 

@@ -12,9 +12,9 @@ Schedule schedule(const ScoreTokensParams& p) {
   return WindowPlan(p.attention, p.kernel_size / 2).schedule();
 }
 
-void run(const ScoreTokensParams& p, int phase, int64_t begin, int64_t end) {
+void run(const ScoreTokensParams& p, Portion& portion) {
   const WindowAttention& a = p.attention;
-  run_window(WindowPlan(a, p.kernel_size / 2), phase, begin, end,
+  run_window(WindowPlan(a, p.kernel_size / 2), portion,
              [&](int64_t b, int64_t g, float* sums, int64_t stride, const TileRange& range) {
                float* out = p.out + (b * a.kv_heads + g) * a.context() + range.begin;
                int64_t heads = a.group();

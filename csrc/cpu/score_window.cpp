@@ -8,9 +8,9 @@ namespace claa::cpu::CLAA_ISA {
 
 Schedule schedule(const ScoreWindowParams& p) { return WindowPlan(p.attention, 0).schedule(); }
 
-void run(const ScoreWindowParams& p, int phase, int64_t begin, int64_t end) {
+void run(const ScoreWindowParams& p, Portion& portion) {
   const WindowAttention& a = p.attention;
-  run_window(WindowPlan(a, 0), phase, begin, end,
+  run_window(WindowPlan(a, 0), portion,
              [&](int64_t b, int64_t g, const float* sums, int64_t stride, const TileRange& range) {
                for (int64_t i = 0; i < a.group(); ++i) {
                  const int64_t row = b * a.heads + g * a.group() + i;

@@ -11,7 +11,7 @@
 namespace claa::cpu::CLAA_ISA {
 
 Schedule schedule(const SelectTopkParams& p) {
-  return {.units = p.batch * p.inner, .unit_cost = 16 * p.context + 8 * p.k};
+  return {.units = {p.batch * p.inner}, .unit_cost = 16 * p.context + 8 * p.k};
 }
 
 namespace {
@@ -113,8 +113,8 @@ void select_row(const SelectTopkParams& p, int64_t row) {
 
 }  // namespace
 
-void run(const SelectTopkParams& p, int, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row)
+void run(const SelectTopkParams& p, Portion& portion) {
+  for (int64_t row = portion.begin; row < portion.end; ++row)
     p.out_is_int32 ? select_row<int32_t>(p, row) : select_row<int64_t>(p, row);
 }
 

@@ -25,7 +25,8 @@ constexpr int64_t kRoundBytes = 512 << 10;
 struct WindowPlan {
   const WindowAttention& a;
   int64_t halo;  // keys on each side of a tile that pooling looks at
-  int64_t rows, row_stride, tiles, tile_keys, tile_floats, heads, heads_per_round, rounds, retained;
+  int64_t rows, row_stride, tiles, tile_keys, tile_floats, retained;
+  int64_t heads, heads_per_round, rounds, rounds_at_once;
   int64_t slot_floats, measure_floats, tile_offset;
 
   WindowPlan(const WindowAttention& attention, int64_t halo) : a(attention), halo(halo) {
@@ -44,16 +45,21 @@ struct WindowPlan {
     }
     heads_per_round = max(int64_t(1), min(heads, heads_per_round));
     rounds = ceil_div(heads, heads_per_round);
+    const int64_t round_bytes = 4 * heads_per_round * retained * tile_floats;
+    rounds_at_once = max(int64_t(1), min(rounds, kRetainBytes / max(round_bytes, int64_t(1))));
     slot_floats = AttentionSlot::floats(row_stride, a.group(), a.dim, tile_keys);
     measure_floats = 2 * tiles * row_stride;  // of one head
-    tile_offset = a.workers * slot_floats + heads_per_round * measure_floats;
+    tile_offset = a.workers * slot_floats + rounds_at_once * heads_per_round * measure_floats;
   }
 
   Schedule schedule() const {
-    const int64_t logits = a.lse ? 0 : heads_per_round * retained * tile_floats;
-    return {.units = a.workers,
-            .unit_cost = heads_per_round * a.total * a.dim * rows / a.workers,
-            .phases = a.lse ? 1 : int(2 * rounds),
+    const int64_t heads_at_once = rounds_at_once * heads_per_round;
+    const int64_t logits = a.lse ? 0 : heads_at_once * retained * tile_floats;
+    const int64_t units = heads_per_round * tiles;
+    return {.units = {units, a.lse ? 0 : units},
+            .unit_cost = kTileKeys * a.dim * rows,
+            .rounds = rounds,
+            .rounds_at_once = rounds_at_once,
             // The sums read a vector that may begin in the last row and end behind it.
             .workspace_bytes = 4 * (tile_offset + logits + kRowAlign)};
   }
@@ -62,13 +68,14 @@ struct WindowPlan {
   AttentionSlot slot(int64_t worker) const {
     return {workspace() + worker * slot_floats, row_stride, a.group(), a.dim, tile_keys};
   }
-  float* measures(int64_t head) const {
-    return workspace() + a.workers * slot_floats + head % heads_per_round * measure_floats;
+  // `seat`: one of the heads that are in work at a time.
+  float* measures(int64_t seat) const {
+    return workspace() + a.workers * slot_floats + seat * measure_floats;
   }
   // Where the exponentials of a tile wait for `emit`, or nullptr.
-  float* retained_tile(int64_t head, int64_t tile) const {
+  float* retained_tile(int64_t seat, int64_t tile) const {
     if (tile >= retained) return nullptr;
-    return workspace() + tile_offset + (head % heads_per_round * retained + tile) * tile_floats;
+    return workspace() + tile_offset + (seat * retained + tile) * tile_floats;
   }
 };
 
@@ -213,39 +220,39 @@ inline void sum_queries(const WindowPlan& plan, const AttentionSlot& slot,
 }
 
 // shift and factor of each row from the measures of all tiles. Every worker joins those of its
-// heads itself: that is little work, and a phase less to wait for.
-inline void shifts_from_measures(const WindowPlan& plan, const WindowHead& head, int64_t head_index,
+// heads itself: that is little work, and a step less to wait for.
+inline void shifts_from_measures(const WindowPlan& plan, const WindowHead& head, int64_t seat,
                                  const AttentionSlot& slot) {
   for (int64_t r = plan.rows; r < plan.row_stride; ++r) slot.row[r] = 0.f;
   if (plan.a.sinks) load_sinks(plan.a, head, slot.row);
-  join_measures(plan.measures(head_index), plan.tiles, plan.row_stride, plan.rows,
+  join_measures(plan.measures(seat), plan.tiles, plan.row_stride, plan.rows,
                 plan.a.sinks ? slot.row : nullptr, slot.shift, slot.factor);
 }
 
 template <class T>
-void measure(const WindowPlan& plan, const WindowHead& head, int64_t head_index, int64_t tile_index,
+void measure(const WindowPlan& plan, const WindowHead& head, int64_t seat, int64_t tile_index,
              const AttentionSlot& slot) {
   TileRange range(plan, tile_index, plan.a.total);
-  float* tile = plan.retained_tile(head_index, tile_index);
+  float* tile = plan.retained_tile(seat, tile_index);
   const bool keep = tile != nullptr;
   if (!keep) {  // the neighbours measure the halo; it is multiplied here only to be kept
     tile = slot.tile;
     range.low = range.begin, range.high = range.end;
   }
   compute_tile<T>(plan, head, range, slot, tile);
-  float* measures = plan.measures(head_index) + 2 * tile_index * plan.row_stride;
+  float* measures = plan.measures(seat) + 2 * tile_index * plan.row_stride;
   measure_tile(tile, range.high - range.low, range.begin - range.low, range.end - range.low,
                plan.row_stride, plan.rows, keep, measures, measures + plan.row_stride);
 }
 
 // Leaves the summed probabilities of the keys [low, high) in slot.sums.
 template <class T>
-void sum_probabilities(const WindowPlan& plan, const WindowHead& head, int64_t head_index,
+void sum_probabilities(const WindowPlan& plan, const WindowHead& head, int64_t seat,
                        int64_t tile_index, const TileRange& range, const AttentionSlot& slot) {
-  float* kept = plan.a.lse ? nullptr : plan.retained_tile(head_index, tile_index);
+  float* kept = plan.a.lse ? nullptr : plan.retained_tile(seat, tile_index);
   const int64_t n_keys = range.high - range.low;
   if (kept) {
-    const float* largest = plan.measures(head_index) + 2 * tile_index * plan.row_stride;
+    const float* largest = plan.measures(seat) + 2 * tile_index * plan.row_stride;
     for_each_vector(plan.rows, [&](auto lanes, int64_t r) {
       using V = decltype(lanes);
       const V scale = exp(load<V>(largest + r) - load<V>(slot.shift + r));
@@ -265,41 +272,48 @@ void sum_probabilities(const WindowPlan& plan, const WindowHead& head, int64_t h
   }
 }
 
-// Runs one phase for the workers [begin, end). `emit(b, g, sums, sums_stride, range)` gets the
-// summed probabilities of each query head of the group for the context keys [low, high) of a tile
-// and writes the results of [begin, end).
-template <class Emit>
-void run_window(const WindowPlan& plan, int phase, int64_t begin, int64_t end, Emit emit) {
-  const WindowAttention& a = plan.a;
-  const bool measuring = !a.lse && phase % 2 == 0;
-  const int64_t first_head = phase / 2 * plan.heads_per_round;
-  const int64_t work = min(plan.heads_per_round, plan.heads - first_head) * plan.tiles;
+// What a worker's slot holds of a head: its queries, and when it emits also its shifts. Queries are
+// not packed anew for tiles of which nothing is multiplied.
+template <class T>
+void prepare(const WindowPlan& plan, const WindowHead& head, int64_t head_index, int64_t seat,
+             const AttentionSlot& slot, Portion& portion) {
+  const int64_t wanted = (head_index + 1) * kSteps + portion.step;
+  if (portion.prepared == wanted) return;
+  const bool measuring = !plan.a.lse && portion.step == 0;
+  const bool multiplies = measuring || plan.a.lse || plan.retained < plan.tiles;
+  if (multiplies && portion.prepared / kSteps != head_index + 1)
+    pack_queries<T>(head.queries, slot.panel);
+  portion.prepared = wanted;
+  if (plan.a.lse)
+    shifts_from_lse(plan, head, slot);
+  else if (!measuring)
+    shifts_from_measures(plan, head, seat, slot);
+}
 
+// Runs a portion. `emit(b, g, sums, sums_stride, range)` gets the summed probabilities of each
+// query head of the group for the context keys [low, high) of a tile and writes the results of
+// [begin, end).
+template <class Emit>
+void run_window(const WindowPlan& plan, Portion& portion, Emit emit) {
+  const WindowAttention& a = plan.a;
   with_dtype(a.dtype, [&](auto type) {
     using T = decltype(type);
-    for (int64_t worker = begin; worker < end; ++worker) {
-      const AttentionSlot slot = plan.slot(worker);
-      int64_t prepared = -1;  // the head whose queries and shifts are in the slot
-      for (int64_t i = worker * work / a.workers; i < (worker + 1) * work / a.workers; ++i) {
-        const int64_t head_index = first_head + i / plan.tiles, tile_index = i % plan.tiles;
-        const WindowHead head(a, head_index, T::kBytes);
-        if (prepared != head_index) {
-          prepared = head_index;
-          pack_queries<T>(head.queries, slot.panel);
-          if (a.lse)
-            shifts_from_lse(plan, head, slot);
-          else if (!measuring)
-            shifts_from_measures(plan, head, head_index, slot);
-        }
-        if (measuring) {
-          measure<T>(plan, head, head_index, tile_index, slot);
-          continue;
-        }
-        const TileRange range(plan, tile_index, a.context());
-        if (range.begin >= range.end) continue;  // only window keys
-        sum_probabilities<T>(plan, head, head_index, tile_index, range, slot);
-        emit(head.b, head.g, slot.sums, plan.tile_keys, range);
+    const AttentionSlot slot = plan.slot(portion.worker);
+    for (int64_t i = portion.begin; i < portion.end; ++i) {
+      const int64_t of_round = i / plan.tiles, tile_index = i % plan.tiles;
+      const int64_t head_index = portion.round * plan.heads_per_round + of_round;
+      if (head_index >= plan.heads) return;  // the last round may have fewer
+      const int64_t seat = portion.place * plan.heads_per_round + of_round;
+      const WindowHead head(a, head_index, T::kBytes);
+      prepare<T>(plan, head, head_index, seat, slot, portion);
+      if (!a.lse && portion.step == 0) {
+        measure<T>(plan, head, seat, tile_index, slot);
+        continue;
       }
+      const TileRange range(plan, tile_index, a.context());
+      if (range.begin >= range.end) continue;  // only window keys
+      sum_probabilities<T>(plan, head, seat, tile_index, range, slot);
+      emit(head.b, head.g, slot.sums, plan.tile_keys, range);
     }
   });
 }

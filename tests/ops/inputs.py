@@ -100,7 +100,7 @@ def assert_same_bits_on_any_run(call: Callable[[], Tensor]) -> None:
     with threads(1):
         alone = call()
         assert_same_bits(call(), alone)
-    for count in (2, 3):
+    for count in (2, 3, 5, 8):
         with threads(count):
             assert_same_bits(call(), alone)
 
