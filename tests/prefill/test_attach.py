@@ -291,6 +291,34 @@ def test_a_model_that_keeping_everything_changes_fails_the_self_test(monkeypatch
     attach(model)
 
 
+def test_a_family_that_cuts_the_mask_at_the_wrong_end_fails_the_self_test(monkeypatch):
+    """Its prompts are right, and what it decodes after them is not."""
+
+    def first_columns(self, module, args, kwargs):
+        whole = kwargs.get("attention_mask")
+        args, kwargs = last_columns(self, module, args, kwargs) or (args, kwargs)
+        if whole is not None:
+            kwargs["attention_mask"] = whole[..., : kwargs["attention_mask"].shape[-1]]
+        return args, kwargs
+
+    last_columns = hooks.PassCache.__call__
+    monkeypatch.setattr(hooks.PassCache, "__call__", first_columns)
+    message = "a padded row must be as the row alone, got logits of the next token that are off by"
+    with pytest.raises(ValueError, match=message):
+        attach(build("llama"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral", "smollm3"])
+def test_rounding_does_not_fail_the_self_test(family, dtype):
+    for scale in (0.4, 1.0):
+        model = build(family).to(dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(scale if parameter.dim() > 1 else 1)
+        assert attach(model) is model
+
+
 def test_positional_arguments_are_understood(model):
     ids, mask = prompt(20, 15)
     by_name, by_position = (ClaaCache(model.config, METHOD) for _ in range(2))
