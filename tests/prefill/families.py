@@ -260,8 +260,8 @@ one that it is given and says why it refuses one.
 
 For each of them: without a `ClaaCache` the model works as before; `keep=1.0` generates the plain
 model's tokens and logits; with `keep < 1` the caches shrink, and every row of a padded batch is
-prefilled and decoded as it is alone. Llama and Mistral are also compared, for `keep < 1`, with loops
-written by hand (tests/prefill/hand_loop.py).
+prefilled and decoded as it is alone. Llama and Mistral are also compared, for `keep < 1`, with
+loops written by hand (tests/prefill/hand_loop.py).
 
 | family | attention | with these releases |
 |---|---|---|

@@ -147,11 +147,11 @@ def test_small_vocabularies_are_served(tokens):
     assert logits_of(model, torch.arange(20)[None] % tokens).shape == (1, 10, tokens)
 
 
-def test_the_self_test_takes_seven_forwards():
+def test_the_self_test_takes_eight_forwards():
     model, forwards = build("llama"), []
     model.register_forward_hook(lambda *_: forwards.append(1))
     attach(model)
-    assert len(forwards) == 7
+    assert len(forwards) == 8
 
 
 UNTESTED = rf"tested with transformers<5.10, found {transformers_api.transformers.__version__}: pip"
@@ -249,10 +249,25 @@ def test_tensor_parallel_models_are_refused(monkeypatch):
         attach(model)
 
 
+def test_a_model_without_a_head_is_served():
+    model, ids = attach(build("llama").model), prompt(20)[0]
+    with torch.no_grad():
+        output = model(ids, **cache_argument(model, ClaaCache(model.config, METHOD)))
+    assert output.last_hidden_state.shape[1] == 10
+
+
+def test_a_compiled_model_that_was_attached_before_is_served(model):
+    torch.compiler.reset()
+    ids = prompt(20)[0]
+    compiled = torch.compile(model, backend="eager")
+    expected = answer(model, ids, METHOD, max_new_tokens=2)
+    assert torch.equal(answer(compiled, ids, METHOD, max_new_tokens=2), expected)
+
+
 def test_what_is_no_model_is_refused():
     with pytest.raises(TypeError, match="must be a decoder of transformers, got Linear"):
         attach(torch.nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="got OptimizedModule: attach before torch.compile"):
+    with pytest.raises(TypeError, match="attached before torch.compile, got OptimizedModule"):
         attach(torch.compile(build("llama"), backend="eager"))
 
 
@@ -289,6 +304,34 @@ def test_a_model_that_keeping_everything_changes_fails_the_self_test(monkeypatch
     # The name is shared: put the right function back for the models after this one.
     monkeypatch.undo()
     attach(model)
+
+
+def test_a_family_that_cuts_the_mask_at_the_wrong_end_fails_the_self_test(monkeypatch):
+    """Its prompts are right, and what it decodes after them is not."""
+
+    def first_columns(self, module, args, kwargs):
+        whole = kwargs.get("attention_mask")
+        args, kwargs = last_columns(self, module, args, kwargs) or (args, kwargs)
+        if whole is not None:
+            kwargs["attention_mask"] = whole[..., : kwargs["attention_mask"].shape[-1]]
+        return args, kwargs
+
+    last_columns = hooks.PassCache.__call__
+    monkeypatch.setattr(hooks.PassCache, "__call__", first_columns)
+    message = "a padded row must be as the row alone, got logits of the next token that are off by"
+    with pytest.raises(ValueError, match=message):
+        attach(build("llama"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral", "smollm3"])
+def test_rounding_does_not_fail_the_self_test(family, dtype):
+    for scale in (0.4, 1.0):
+        model = build(family).to(dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(scale if parameter.dim() > 1 else 1)
+        assert attach(model) is model
 
 
 def test_positional_arguments_are_understood(model):

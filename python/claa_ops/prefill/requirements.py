@@ -29,6 +29,8 @@ def layers_and_attentions(
         ValueError: its weights are not on one device, or a layer is of a kind not served.
     """
     name = type(model).__name__
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(f"attach: model must be attached before torch.compile, got {name}")
     obstacle = placement(model)
     if obstacle is not None:
         raise ValueError(f"attach: {name} must {obstacle}")

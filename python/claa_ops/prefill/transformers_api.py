@@ -75,8 +75,8 @@ __all__ = [
 
 
 def parameters(module: nn.Module) -> list[str]:
-    """The names of what a module's forward takes."""
-    return list(inspect.signature(module.forward).parameters)
+    """The names of what a module's forward takes, compiled or not."""
+    return list(inspect.signature(getattr(module, "_orig_mod", module).forward).parameters)
 
 
 def bind(names: list[str], args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
@@ -110,10 +110,9 @@ def decoder_of(model: PreTrainedModel) -> Any:
     Raises:
         TypeError: this is no model of transformers.
     """
-    if not hasattr(model, "get_decoder") or hasattr(model, "_orig_mod"):
-        hint = ": attach before torch.compile" if hasattr(model, "_orig_mod") else ""
+    if not hasattr(model, "get_decoder"):
         raise TypeError(
-            f"attach: model must be a decoder of transformers, got {type(model).__name__}{hint}"
+            f"attach: model must be a decoder of transformers, got {type(model).__name__}"
         )
     found = model.get_decoder()
     candidates = (found, getattr(found, "model", None), model.base_model)
