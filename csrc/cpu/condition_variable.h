@@ -1,5 +1,5 @@
-// std::condition_variable as every libstdc++ has it: GCC 12 gave `wait` another version, which older
-// systems lack.
+// std::condition_variable as every libstdc++ has it: GCC 12 gave `wait` another version, which
+// older systems lack.
 
 #pragma once
 
