@@ -178,8 +178,7 @@ def test_a_module_names_the_extra_that_it_lacks(clean, use, extra):
 
 
 def test_methods_need_torch_alone(clean):
-    use = "from claa_ops.methods import CLAA; from claa_ops.prefill import begin"
-    result = run(
-        clean, "-c", f"{use}; begin(CLAA(keep=0.1, layer=1), num_layers=4, prompt_length=100)"
-    )
+    use = "begin(CLAA(keep=0.1, layer=1), num_layers=4, prompt_length=100)"
+    bring = "from claa_ops.methods import CLAA; from claa_ops.prefill import begin"
+    result = run(clean, "-c", f"{bring}; {use}")
     assert result.returncode == 0, result.stderr
