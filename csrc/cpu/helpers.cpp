@@ -7,7 +7,7 @@
 #include <mutex>
 #include <thread>
 
-#include "csrc/cpu/condition_variable.h"
+#include "csrc/cpu/condition.h"
 
 namespace claa::cpu {
 
@@ -18,12 +18,12 @@ struct Job {
   const std::function<void(int64_t)>& work;
   int64_t workers;
   int64_t begun = 1, running = 0;  // by helpers; the caller is worker 0
-  std::condition_variable idle = {};
+  Condition idle = {};
 };
 
 struct Helpers {
   std::mutex mutex;  // of all that follows, and of the jobs
-  std::condition_variable wanted;
+  Condition wanted;
   std::list<Job*> jobs;
   int64_t threads = 0;
 

@@ -12,7 +12,7 @@
 #include <mutex>
 #include <vector>
 
-#include "csrc/cpu/condition_variable.h"
+#include "csrc/cpu/condition.h"
 #include "csrc/kernels.h"
 
 namespace claa::cpu {
@@ -56,7 +56,7 @@ class Progress {
   int64_t opened_ = 0;
   bool is_patient_ = true;
   std::atomic<int64_t> news_ = 0;  // changes when there may be units to take that there were not
-  std::condition_variable wake_;
+  Condition wake_;
 };
 
 }  // namespace claa::cpu

@@ -1,0 +1,25 @@
+// What std::condition_variable does. That one's `wait` has a version which older systems lack since
+// GCC 12.
+
+#pragma once
+
+#include <pthread.h>
+
+#include <mutex>
+
+namespace claa::cpu {
+
+class Condition {
+ public:
+  template <class Predicate>
+  void wait(std::unique_lock<std::mutex>& lock, Predicate is_met) {
+    while (!is_met()) pthread_cond_wait(&condition_, lock.mutex()->native_handle());
+  }
+  void notify_one() { pthread_cond_signal(&condition_); }
+  void notify_all() { pthread_cond_broadcast(&condition_); }
+
+ private:
+  pthread_cond_t condition_ = PTHREAD_COND_INITIALIZER;
+};
+
+}  // namespace claa::cpu
