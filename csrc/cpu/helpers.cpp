@@ -1,8 +1,11 @@
 #include "csrc/cpu/helpers.h"
 
 #include <pthread.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <list>
 #include <mutex>
 #include <thread>
@@ -13,11 +16,30 @@ namespace claa::cpu {
 
 namespace {
 
+// Threads for each helper that a call wants: on a busy machine the system lets one of them run
+// sooner than it would let a certain one.
+constexpr int64_t kCandidates = 3;
+// How long the system should let a helper run at a time; short slices come sooner. Linux 6.12 and
+// later heed it.
+constexpr uint64_t kSliceNs = 100'000;
+
+void ask_for_short_slices() {
+  struct {  // sched_attr, which the headers of old systems lack
+    uint32_t size, policy;
+    uint64_t flags;
+    int32_t nice;
+    uint32_t priority;
+    uint64_t runtime, deadline, period;
+  } attributes = {.size = sizeof attributes, .runtime = kSliceNs};
+  syscall(SYS_sched_setattr, 0, &attributes, 0);  // where it is refused, slices are as ever
+}
+
 // A call that wants help. It lies on the stack of its caller, who takes it from the list.
 struct Job {
-  const std::function<void(int64_t)>& work;
+  const Step& step;
   int64_t workers;
-  int64_t begun = 1, running = 0;  // by helpers; the caller is worker 0
+  std::atomic<int64_t> begun = 1;  // the caller is worker 0
+  int64_t running = 0;             // helpers
   Condition idle = {};
 };
 
@@ -28,6 +50,7 @@ struct Helpers {
   int64_t threads = 0;
 
   void help() {
+    ask_for_short_slices();
     std::unique_lock lock(mutex);
     for (;;) {
       auto found = jobs.end();
@@ -40,7 +63,7 @@ struct Helpers {
       const int64_t worker = job.begun++;
       ++job.running;
       lock.unlock();
-      job.work(worker);
+      work_through(job.step, worker);
       lock.lock();
       if (--job.running == 0) job.idle.notify_one();
     }
@@ -62,15 +85,23 @@ bool forked = false;
 
 bool is_forked() { return forked; }
 
-void with_helpers(int64_t workers, const std::function<void(int64_t)>& work) {
+void work_through(const Step& step, int64_t worker) {
+  for (Portion portion{.worker = worker}; step(portion);) {
+  }
+}
+
+void with_helpers(int64_t workers, const Step& step) {
   Helpers& all = *helpers;
-  Job job{.work = work, .workers = workers};
+  Job job{.step = step, .workers = workers};
   std::unique_lock lock(all.mutex);
-  for (; all.threads < workers - 1; ++all.threads) std::thread(&Helpers::help, &all).detach();
+  for (; all.threads < kCandidates * (workers - 1); ++all.threads)
+    std::thread(&Helpers::help, &all).detach();
   const auto place = all.jobs.insert(all.jobs.end(), &job);
   lock.unlock();
   for (int64_t i = 1; i < workers; ++i) all.wanted.notify_one();
-  work(0);
+  // A helper that was woken and has not begun waits for a processor; another one may find one.
+  for (Portion portion{.worker = 0}; step(portion);)
+    if (job.begun.load(std::memory_order_relaxed) < workers) all.wanted.notify_one();
   lock.lock();
   all.jobs.erase(place);
   job.idle.wait(lock, [&] { return job.running == 0; });

@@ -6,11 +6,19 @@
 #include <cstdint>
 #include <functional>
 
+#include "csrc/kernels.h"
+
 namespace claa::cpu {
 
-// Calls work(0) in this thread and work(i), 0 < i < workers, in those helpers that come before it
-// is through. Returns when every call that began has ended.
-void with_helpers(int64_t workers, const std::function<void(int64_t worker)>& work);
+// Computes a portion for portion.worker; false if nothing is left.
+using Step = std::function<bool(Portion& portion)>;
+
+// Takes steps as this worker until nothing is left.
+void work_through(const Step& step, int64_t worker);
+
+// Works through the steps in this thread, as worker 0, and in those of workers - 1 helpers that
+// come before nothing is left. Returns when all that began have ended.
+void with_helpers(int64_t workers, const Step& step);
 
 // Whether this process was forked from another one, which takes none of its parent's threads along:
 // the OpenMP that torch uses would wait for them.

@@ -14,8 +14,6 @@
 #include <pthread.h>
 #include <time.h>
 
-#include <functional>
-
 #include "csrc/cpu/helpers.h"
 #include "csrc/cpu/progress.h"
 #endif
@@ -64,28 +62,28 @@ inline bool is_running(clockid_t cpu_clock) {
   return before.tv_nsec != after.tv_nsec || before.tv_sec != after.tv_sec;
 }
 
-// Calls work(worker), 0 <= worker < workers, in this thread and in others at the same time.
+// Works through the steps in this thread and in others at the same time.
 //
 // After an op of torch's its threads spin for some milliseconds, so they begin at once, and other
 // threads would have to push them aside. But a parallel region waits until all of them have come,
 // and on a busy machine one that has spun its time slice away comes last. So torch's threads work
 // if they are running at this moment, and else our own, of which only those are waited for that
 // have begun.
-inline void spread(int64_t workers, const std::function<void(int64_t)>& work) {
+inline void spread(int64_t workers, const cpu::Step& step) {
   constexpr int64_t kWatched = 4;  // threads: a look at one takes half a microsecond
   // Of those that last worked for this thread. A clock that always runs: none has yet.
   static thread_local clockid_t clocks[kWatched] = {CLOCK_MONOTONIC, CLOCK_MONOTONIC,
                                                     CLOCK_MONOTONIC, CLOCK_MONOTONIC};
-  if (workers == 1) return work(0);
+  if (workers == 1) return cpu::work_through(step, 0);
   const auto last = clocks + std::min(workers - 1, kWatched);
   if (cpu::is_forked() || !std::all_of(clocks, last, is_running))
-    return cpu::with_helpers(workers, work);
+    return cpu::with_helpers(workers, step);
   clockid_t* const of_team = clocks;
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
       if (0 < worker && worker <= kWatched)
         pthread_getcpuclockid(pthread_self(), &of_team[worker - 1]);
-      work(worker);
+      cpu::work_through(step, worker);
     }
   });
 }
@@ -94,9 +92,10 @@ inline void spread(int64_t workers, const std::function<void(int64_t)>& work) {
 template <class Params>
 void launch(const Tensor&, const Params& params) {
   cpu::Progress progress(cpu::schedule(params), workers());
-  spread(progress.workers(), [&](int64_t worker) {
-    cpu::Portion portion{.worker = worker};
-    while (progress.next(portion)) cpu::run(params, portion);
+  spread(progress.workers(), [&](cpu::Portion& portion) {
+    if (!progress.next(portion)) return false;
+    cpu::run(params, portion);
+    return true;
   });
 }
 

@@ -66,14 +66,13 @@ void deal(int64_t seed) {
                       .last_units = seed % 4};
   Record record(plan);
   Progress progress(plan, 1 + seed % 6);
-  claa::cpu::with_helpers(progress.workers(), [&](int64_t worker) {
-    Portion portion{.worker = worker};
-    while (progress.next(portion)) {
-      // One worker is put aside for a while: the others open more rounds, or sleep.
-      if (worker == seed % 3 && portion.begin == seed % 5)
-        std::this_thread::sleep_for(std::chrono::microseconds(200));
-      record.add(portion);
-    }
+  claa::cpu::with_helpers(progress.workers(), [&](Portion& portion) {
+    if (!progress.next(portion)) return false;
+    // One worker is put aside for a while: the others open more rounds, or sleep.
+    if (portion.worker == seed % 3 && portion.begin == seed % 5)
+      std::this_thread::sleep_for(std::chrono::microseconds(200));
+    record.add(portion);
+    return true;
   });
   for (int64_t round = 0; round <= plan.rounds; ++round)
     require(record.is_complete(round), "a unit was not done once");

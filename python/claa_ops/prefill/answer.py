@@ -17,7 +17,7 @@ from claa_ops.ops.pool_heads import pool_heads
 from claa_ops.prefill.cache import ClaaCache
 from claa_ops.prefill.huggingface import attach
 from claa_ops.prefill.passes import count_positions, end_tokens, greedy
-from claa_ops.prefill.prompt import check_prompt, check_room, first_valid
+from claa_ops.prefill.prompt import check_prompt, context_length, first_valid
 from claa_ops.prefill.state import PrefillState
 from claa_ops.prefill.transformers_api import cache_argument
 from claa_ops.prefill.work import Work, count_work
@@ -80,7 +80,7 @@ def record_answer(
     Args:
         model: a decoder that :func:`claa_ops.prefill.attach` serves; it is attached if need be.
         input_ids: ``[B, N]``, int64, padded on the left.
-        max_new_tokens: the longest answer, in tokens.
+        max_new_tokens: the longest answer, in tokens; less where the model's context ends.
         eos_token_id: the tokens that end an answer; the model's own if not given.
         attention_mask: ``[B, N]``, 0 where there is padding.
 
@@ -93,7 +93,9 @@ def record_answer(
         raise ValueError(f"record_answer: max_new_tokens must be at least 1, got {max_new_tokens}")
     check_prompt("record_answer", model, input_ids)
     batch, length = input_ids.shape
-    check_room("record_answer", model, length, max_new_tokens)
+    context = context_length(model.config)
+    if context is not None:  # the last token is not fed
+        max_new_tokens = min(max_new_tokens, context - length + 1)
     start = first_valid(attention_mask, batch, length)
     attach(model)
     mask = None if start is None else attention_mask
