@@ -134,8 +134,8 @@ OURS      = --kernel-name kernel_substring=claa
 sanitize-gpu: $(addprefix sanitize-,$(TOOLS))
 $(addprefix sanitize-,$(TOOLS)): sanitize-%: build/gpu/site/claa_ops
 	$(SANITIZER) --tool $* $(if $(filter-out initcheck,$*),$(OURS)) \
-	  $(PYTHON) -m pytest -q $(PYTEST_ARGS) tests/ops/test_device.py \
-	  -k "cuda and second_run$(if $(filter racecheck,$*), and (short or lse or rows))"
+	  $(PYTHON) -m pytest -q $(PYTEST_ARGS) tests/ops/test_device.py tests/ops/test_strides.py \
+	  -k "cuda and $(if $(filter racecheck,$*),second_run and (short or lse or rows),(second_run or one_query_head))"
 
 $(VENV)/.demo: locks/demo.txt
 	$(call say,making $(VENV) and installing what the demo needs: a minute)

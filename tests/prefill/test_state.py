@@ -234,7 +234,7 @@ class Prefill(nn.Module):
         pytest.param(0.1, torch.export.Dim.AUTO, False, id="rate-auto"),
         pytest.param(0.1, torch.export.Dim("n", min=40), True, id="rate-named-and-deferred"),
         pytest.param(20, torch.export.Dim.AUTO, False, id="number-auto"),
-        pytest.param(20, torch.export.Dim("n", min=40), False, id="number-named"),
+        pytest.param(20, torch.export.Dim("n", min=40), True, id="number-named-and-deferred"),
     ],
 )
 def test_it_exports_for_all_lengths(keep, length, deferred):

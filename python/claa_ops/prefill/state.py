@@ -51,9 +51,8 @@ def begin(
 
     Under ``torch.export`` make the length of the prompt ``torch.export.Dim.AUTO``: what is kept
     depends on comparisons with it, such as ``n > max(window, n // 10)``, which become conditions
-    of the program. A named ``Dim`` asks export to prove them for its whole range. It can for a
-    number of tokens (``Dim("n", min=...)``, as export suggests), and for a rate only with
-    ``prefer_deferred_runtime_asserts_over_guards=True``.
+    of the program. A named ``Dim`` asks export to prove them for its whole range, which it cannot
+    do for all: it needs ``prefer_deferred_runtime_asserts_over_guards=True`` and a minimum.
 
     Returns:
         The state of this prefill. It belongs to this request alone; drop it when the prefill is
