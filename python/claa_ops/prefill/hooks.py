@@ -5,6 +5,7 @@ They are objects of the classes below, not closures, so that an attached model c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,7 +32,7 @@ def install_hooks(
 ) -> list[RemovableHandle]:
     """Hooks stay for good: torch.compile does not see those that come after it."""
     outer = [module for module in model.modules() if _holds(module, decoder)]
-    before: list[tuple[nn.Module, _Hook]] = [
+    before: list[tuple[nn.Module, Callable[..., Any]]] = [
         *((module, NoteArguments(parameters(module), module is model)) for module in outer),
         (decoder, BeginForward(parameters(decoder))),
         *(
@@ -55,9 +56,6 @@ class _Hook:
 
     def _arguments(self, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
         return bind(self.names, args, kwargs)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
