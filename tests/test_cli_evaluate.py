@@ -166,8 +166,10 @@ def suite(checkpoint, filler, tmp_path):
 
 
 def test_a_suite_brings_methods_rates_and_needles(suite, checkpoint):
-    result, _ = suite()
-    assert result.exit_code == 2  # half of the context has no room for a needle of bytes
+    result, facts = suite()  # of bytes, half of the context has room for one kind of needle
+    assert result.exit_code == 0, result.output
+    assert {record["task"] for record in facts["records"]} == {"needle-number"}
+    assert sum("a needle prompt must have more than" in told for told in facts["problems"]) == 2
     result, facts = suite("--lengths", "490")
     assert result.exit_code == 0, result.output
     told = "left out: speculative: it needs --draft, a smaller model with the same tokenizer"
@@ -228,6 +230,7 @@ def refuse(message: str, result) -> None:
         (["--task", "needles"], "unknown task 'needles': expected .*; did you mean 'needle'?"),
         (["--suite", "claapaper"], "unknown suite 'claapaper': did you mean 'claa-paper'?"),
         (["--layer", str(LAYERS)], rf"CLAA: layer must be in \[0, {LAYERS - 2}\]"),
+        (["--layer", "0-99999999999"], "--layer must be at most 9,999, got 0-99999999999"),
         (["--layer", "a"], "--layer must be layers such as"),
         (["--keep", "0"], r"--keep must be a rate in \(0, 1\]"),
         (["--keep", "1.5"], r"--keep must be a rate in \(0, 1\]"),

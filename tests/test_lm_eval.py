@@ -211,6 +211,29 @@ def test_a_number_of_new_tokens_that_cannot_be_is_refused(pruned, new_tokens):
         pruned.generate_until([request("generate_until", "a", options)])
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"until": [5]}, "until must be a text or a list of texts, got 5"),
+        ({"until": {"a": 1}}, "until must be a text or a list of texts, got {'a': 1}"),
+        ({"until": [["a"]]}, r"until must be a text or a list of texts, got \['a'\]"),
+        ({"max_gen_toks": "many"}, "the options .* of a request: invalid literal"),
+        ({"num_beams": 4}, "num_beams must be 1, got 4"),
+    ],
+)
+def test_options_that_cannot_be_served_are_a_sentence(pruned, options, message):
+    with pytest.raises(InputError, match=message):
+        pruned.generate_until([request("generate_until", "a", options)])
+
+
+@pytest.mark.parametrize("context", ["", "a", "a "])
+def test_an_empty_continuation_is_certain(pruned, context):
+    pairs = [(context, ""), ("a", " b"), (context, "")]
+    scored = pruned.loglikelihood([request("loglikelihood", *pair) for pair in pairs])
+    assert scored[::2] == [(0.0, True)] * 2
+    assert scored[1:2] == pruned.loglikelihood([request("loglikelihood", "a", " b")])
+
+
 def test_a_template_that_refuses_is_a_sentence(pruned, monkeypatch):
     for template in ("{{ raise_exception('a system turn is needed') }}", "{% for x in %}"):
         monkeypatch.setattr(pruned.tokenizer, "chat_template", template)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import Regex, decoders
 
 from claa_ops.evaluate.evaluation import Record, evaluate_model
 from claa_ops.evaluate.grid import MethodSpec, make_cells
@@ -53,9 +54,11 @@ def evaluate(model, folder, cells, prompts, **options):
     def refuse(problem):
         raise AssertionError(problem)
 
-    options = {"on_problem": refuse} | options
+    options = {"tokenizer": TOKENIZER, "on_problem": refuse} | options
     with Journal(folder / "records.jsonl") as journal:
-        return evaluate_model(model, TOKENIZER, "tiny", prompts, cells, journal, **options)
+        return evaluate_model(
+            model=model, name="tiny", examples=prompts, cells=cells, journal=journal, **options
+        )
 
 
 def kept(folder):
@@ -153,6 +156,21 @@ def test_another_model_of_the_same_name_is_computed(change, tmp_path, prompts):
     change(other)
     evaluate(attach(other), tmp_path, cells, prompts[-1:])
     assert kept(tmp_path) == 4
+
+
+def test_a_kept_answer_depends_on_how_tokens_are_decoded(model, tmp_path, prompts):
+    """The same token ids, another text."""
+    cells = grid("claa", keeps=[0.3])
+    other = tiny_tokenizer()
+    other.backend_tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace(Regex("."), "!")]
+    )
+    answers = [
+        evaluate(model, tmp_path, cells, prompts[-1:], tokenizer=tokenizer)[0].answer
+        for tokenizer in (tiny_tokenizer(), tiny_tokenizer(), other)
+    ]
+    assert kept(tmp_path) == 4
+    assert answers[0] == answers[1] and set(answers[2]) <= {"!", "\n"}
 
 
 def test_a_result_depends_on_the_draft(model, tmp_path, prompts):

@@ -42,7 +42,8 @@ def test_a_damaged_line_is_named(tmp_path):
     file = tmp_path / "records.jsonl"
     filled(file)
     lines = file.read_text().splitlines(keepends=True)
-    for damaged in ("{half\n", "[]\n", '{"key": {}}\n'):
+    results = [f'{{"key": 1, "result": {value}}}\n' for value in ("null", "[]", "1")]
+    for damaged in ("{half\n", "[]\n", '{"key": {}}\n', "[" * 100_000 + "\n", *results):
         file.write_text(lines[0] + damaged + lines[2])
         with pytest.raises(InputError, match="records.jsonl, line 2: expected a finished record"):
             Journal(file)

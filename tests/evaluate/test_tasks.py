@@ -81,9 +81,18 @@ def test_filler_is_text(tmp_path):
         filler_sentences(tmp_path)
 
 
-def test_a_length_without_room_is_refused():
-    with pytest.raises(InputError, match=r"must have more than \d+ tokens, .* got a length of 50"):
-        make("needle", lengths=[50])
+def test_a_length_without_room_is_left_out():
+    found, problems = make("needle-number", "needle-four-keys", lengths=[50, 300, 3000], prompts=1)
+    lengths = [(example.task, example.place["length"]) for example in found]
+    assert list(dict.fromkeys(lengths)) == [
+        ("needle-number", 300),
+        ("needle-number", 3000),
+        ("needle-four-keys", 3000),
+    ]
+    for problem, (kind, length) in zip(
+        problems, [("number", 50), ("four-keys", 50), ("four-keys", 300)], strict=True
+    ):
+        assert problem.startswith(f"needle-{kind}, {length} tokens: a needle prompt must have more")
 
 
 # Records.
@@ -246,6 +255,7 @@ def without(record, field):
         ("longbench", longbench(), longbench(dataset="trec")),
         ("longbench", longbench(), without(longbench(dataset="trec"), "all_classes")),
         ("longbench", longbench(), longbench(dataset="lsht", all_classes=["", "Ann"])),
+        ("longbench", longbench(), longbench(dataset="trec", all_classes=["Food", "City"])),
         # A right answer that this task's metric cannot read.
         ("longbench", longbench(), longbench(dataset="passage_retrieval_en", answers=["three"])),
         ("infinitebench/longbook_qa_en", INFINITE, INFINITE | {"answer": None}),
@@ -254,6 +264,9 @@ def without(record, field):
         ("infinitebench/passkey", INFINITE, INFINITE | {"answer": {}}),
         ("infinitebench/longbook_choice_en", CHOICE, CHOICE | {"options": None}),
         ("infinitebench/code_debug", CHOICE, CHOICE | {"options": [1, None]}),
+        # A right answer that is no option, or none that the prompt shows.
+        ("infinitebench/code_debug", CHOICE, CHOICE | {"answer": ["no option"]}),
+        ("infinitebench/longbook_choice_en", CHOICE, CHOICE | {"options": [*"1234", "Ann"]}),
     ],
 )
 def test_what_cannot_be_graded_is_left_out_before_a_model_runs(task, good, bad, tmp_path):
@@ -262,6 +275,14 @@ def test_what_cannot_be_graded_is_left_out_before_a_model_runs(task, good, bad, 
     assert [example.source for example in found] == [f"{file}, line 2"]
     (problem,) = problems
     assert problem.startswith(f"{file}, line 1: ")
+
+
+@harness
+def test_a_metric_that_cannot_read_the_right_answers_is_named(tmp_path):
+    record = longbench(dataset="passage_retrieval_en", answers=["three"])
+    _, (problem,) = make(f"longbench:{write(tmp_path / 'a.jsonl', record)}")
+    told = "the metric of longbench/passage_retrieval_en cannot read the right answers ['three']: "
+    assert told in problem
 
 
 @harness
@@ -388,6 +409,37 @@ def test_a_file_that_cannot_be_read_leaves_the_others(tmp_path):
     (tmp_path / "a.jsonl").mkdir()
     found, (problem,) = make(f"ruler:{tmp_path}")
     assert len(found) == 1 and problem.startswith(f"cannot read {tmp_path}/a.jsonl: ")
+
+
+@pytest.mark.parametrize("content", ["", "\n \n", "\ufeff"])
+def test_a_file_without_records_is_told(content, tmp_path):
+    write(tmp_path / "b.jsonl", ruler())
+    (tmp_path / "a.jsonl").write_text(content, encoding="utf-8")
+    found, (problem,) = make(f"ruler:{tmp_path}")
+    assert len(found) == 1 and problem == f"cannot read {tmp_path}/a.jsonl: it has no records"
+
+
+def test_suffixes_count_in_capitals_too(tmp_path):
+    write(tmp_path / "folder" / "A.JSONL", ruler())
+    with zipfile.ZipFile(tmp_path / "DATA.ZIP", "w") as archive:
+        archive.write(tmp_path / "folder" / "A.JSONL", "A.JSONL")
+    for source in ("folder", "folder/A.JSONL", "DATA.ZIP"):
+        assert len(make(f"ruler:{tmp_path / source}")[0]) == 1
+
+
+@pytest.mark.parametrize("at, value", [(6, 99), (9, 8)])
+def test_an_archive_whose_directory_is_damaged_is_refused(at, value, tmp_path):
+    """The version it needs, and a name said to be UTF-8."""
+    file = tmp_path / "data.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.jsonl", json.dumps(ruler()))
+    content = bytearray(file.read_bytes())
+    entry = content.find(b"PK\x01\x02")
+    content[entry + at] = value
+    content[entry + 46] = 0xFF
+    file.write_bytes(bytes(content))
+    with pytest.raises(InputError, match="cannot read .*data.zip"):
+        make(f"ruler:{file}")
 
 
 def test_missing_records_are_refused(tmp_path):

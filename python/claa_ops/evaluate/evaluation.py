@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from claa_ops.evaluate.answer import decode_until, force
 from claa_ops.evaluate.grid import Cell
 from claa_ops.evaluate.guard import left_out
-from claa_ops.evaluate.identity import cell_key, ids_digest, model_key
+from claa_ops.evaluate.identity import cell_key, decoder_digest, ids_digest, model_key
 from claa_ops.evaluate.journal import Journal, Json
 from claa_ops.evaluate.prompt import check_fits, encode_prompt
 from claa_ops.evaluate.shared import SharedPrefill
@@ -71,8 +71,9 @@ def evaluate_model(
 ) -> list[Record]:
     """Answer every example in every cell, except what the journal has already.
 
-    The journal keeps answers, under all that they depend on: the content of the model, the tokens
-    of prompt and target, the settings of the cell and how an answer ends. Grades are made anew
+    The journal keeps answers, under all that they depend on: the content of the model, how its
+    tokenizer decodes, the tokens of prompt and target, the settings of the cell and how an answer
+    ends. Grades are made anew
     each time, so that corrected answers and metrics count.
 
     Args:
@@ -95,7 +96,7 @@ def evaluate_model(
         InputError: the journal cannot be written.
     """
     on_total(len(examples) * len(cells))
-    of_model = model_key(model)
+    of_model = {**model_key(model), "decoder": decoder_digest(tokenizer)}
     keys = [{**of_model, **cell_key(cell)} for cell in cells]
     records = []
     for example in examples:

@@ -19,6 +19,8 @@ from claa_ops.models import InputError, load_model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_HIGHEST_LAYER = 9_999  # no model has as many, and a range is a list
+
 Budget = float | int
 Layer = int | tuple[int, ...] | None
 Keep = Budget | tuple[Budget, ...] | None
@@ -162,6 +164,8 @@ def parse_layers(text: str) -> list[int]:
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise InputError(f"--layer must be layers such as 10,15,20-22, got {text}")
         between = range(int(first), int(last or first) + 1)
+        if int(last or first) > _HIGHEST_LAYER:
+            raise InputError(f"--layer must be at most {_HIGHEST_LAYER:,}, got {part}")
         if not between:
             raise InputError(f"--layer must have ranges that ascend, got {part}")
         layers.extend(between)

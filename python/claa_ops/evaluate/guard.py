@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from zipfile import BadZipFile
 
 
 @contextlib.contextmanager
@@ -31,7 +32,7 @@ def reason(error: Exception) -> str:
         return type(error).__name__
     return (
         message
-        if isinstance(error, ValueError | TypeError)
+        if isinstance(error, ValueError | TypeError | BadZipFile)
         else f"{type(error).__name__}: {message}"
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from claa_ops import __version__
 from claa_ops.evaluate.grid import Cell
@@ -45,6 +45,18 @@ def cell_key(cell: Cell) -> dict[str, Any]:
     if draft is not None:
         key["draft"] = model_key(draft)
     return key
+
+
+def decoder_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of what makes text of tokens, on which a decoded answer depends, and its end."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a tokenizer in Python
+        parts = {"class": type(tokenizer).__name__, "model": tokenizer.get_vocab()}
+    else:
+        whole = json.loads(backend.to_str())
+        parts = {name: whole[name] for name in ("model", "added_tokens", "decoder")}
+    cleans = getattr(tokenizer, "clean_up_tokenization_spaces", None)
+    return _digest({**parts, "cleans": cleans, "special": tokenizer.all_special_tokens})
 
 
 def weights_digest(model: PreTrainedModel) -> str:

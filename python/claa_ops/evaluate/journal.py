@@ -73,8 +73,11 @@ class Journal:
         for number, line in enumerate(content[:whole].splitlines(), start=1):
             try:
                 record = json.loads(line)
-                self._results[_canonical(record["key"])] = record["result"]
-            except (ValueError, KeyError, TypeError) as error:
+                key, result = record["key"], record["result"]
+                if not isinstance(result, dict):
+                    raise TypeError("a result is an object")
+                self._results[_canonical(key)] = result
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InputError(
                     f"{self.file}, line {number}: expected a finished record, got {line[:40]!r}; "
                     "remove the line to compute it again"

@@ -168,6 +168,12 @@ class ClaaLM(TemplateLM):
             special = not (begin and string.startswith(begin))
         return self.tokenizer(string, add_special_tokens=special).input_ids
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[_Scored]:
+        """Log-probability of each continuation; that of none is 0, after whatever context."""
+        asked = [request for request in requests if request.args[1]]
+        scored = iter(super().loglikelihood(asked, disable_tqdm))
+        return [next(scored) if request.args[1] else (0.0, True) for request in requests]
+
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[tuple[str, str], list[int], list[int]]],
@@ -216,15 +222,11 @@ class ClaaLM(TemplateLM):
         answers = []
         for request in tqdm(requests, disable=disable_tqdm, desc="generate_until"):
             context, options = request.args
-            options = normalize_gen_kwargs(options)
-            if options.get("do_sample"):
-                raise InputError("claa_ops decodes greedily: do_sample must be false, got true")
+            options = _generation(options)
             ids = self.tok_encode(context)
             longest = self._fitting(len(ids), options["max_gen_toks"])
             prefilled = self._prefill(self._cut(ids, longest))
-            answer = decode_until(
-                self.model, self.tokenizer, prefilled, longest, options.get("until") or ()
-            )
+            answer = decode_until(self.model, self.tokenizer, prefilled, longest, options["until"])
             self.cache_hook.add_partial("generate_until", request.args, answer)
             answers.append(answer)
         return answers
@@ -278,6 +280,23 @@ def _max_length(given: int | None, positions: int | None) -> int:
         limit = f"in [2, {positions:,}], what the model holds" if positions else "at least 2"
         raise InputError(f"max_length must be {limit}, got {given!r}")
     return given
+
+
+def _generation(options: dict[str, Any]) -> dict[str, Any]:
+    """A request's options as `generate_until` reads them; InputError if it cannot serve them."""
+    try:
+        normal = dict(normalize_gen_kwargs(options))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"the options {options} of a request: {reason(error)}") from error
+    if normal.get("do_sample"):
+        raise InputError("claa_ops decodes greedily: do_sample must be false, got true")
+    if (beams := normal.get("num_beams") or 1) != 1:
+        raise InputError(f"claa_ops decodes greedily: num_beams must be 1, got {beams!r}")
+    normal["until"] = [mark for mark in normal["until"] if mark is not None]
+    for mark in normal["until"]:
+        if not isinstance(mark, str):
+            raise InputError(f"until must be a text or a list of texts, got {mark!r}")
+    return normal
 
 
 def _branch(prefilled: Prefilled) -> Prefilled:

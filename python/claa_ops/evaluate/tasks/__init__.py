@@ -71,7 +71,7 @@ def examples(
     count_tokens: CountTokens,
     on_problem: Callable[[str], None],
 ) -> Iterator[Example]:
-    """Yield the prompts of all tasks, in order; tell ``on_problem`` of records left out.
+    """Yield the prompts of all tasks, in order; tell ``on_problem`` of what is left out.
 
     What is asked for twice comes once, and no two prompts of a task have the same name: the
     second of two files of one name has its records named by its folder too.
@@ -110,4 +110,5 @@ def _task_examples(
             prompts=settings.prompts,
             seed=settings.seed,
             filler=settings.filler,
+            on_problem=on_problem,
         )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+from claa_ops.evaluate.guard import left_out
 from claa_ops.evaluate.needle import manual_prose
 from claa_ops.evaluate.tasks.example import Example, require_text
 from claa_ops.models import InputError
@@ -47,6 +48,7 @@ def needle_examples(
     prompts: int,
     seed: int,
     filler: Path | None = None,
+    on_problem: Callable[[str], None],
 ) -> Iterator[Example]:
     """Yield ``prompts`` examples for each length and depth, the same ones for the same seed.
 
@@ -60,38 +62,52 @@ def needle_examples(
         seed: decides the facts and where the filler begins.
         filler: a folder of .txt files; CPython's own manual if not given. Text that is shorter
             than a prompt is repeated.
+        on_problem: told of a length that leaves no room for any text; the others are yielded.
 
     Raises:
-        InputError: the folder has no text, or a length leaves no room for any.
+        InputError: the folder has no text.
     """
     sentences = filler_sentences(filler)
     count = cache(count_tokens)
     for length in lengths:
-        for depth in depths:
-            for index in range(prompts):
-                name = f"{length} tokens, depth {depth:g}, seed {seed}, {index}"
-                draw = random.Random(f"{kind}, {name}")
-                facts, question, prefix, target = _FACTS[kind](draw)
-                frame = f"{_INSTRUCTION}\n\n\n\n{question}{prefix}{target}"
-                room = length - count(frame) - sum(count(fact) + 1 for fact in facts)
-                if room < 1:
-                    raise InputError(
-                        f"a needle prompt must have more than {length - room} tokens, the facts "
-                        f"and the question alone, got a length of {length}"
-                    )
-                text = _fill(sentences, draw.randrange(len(sentences)), count, room)
-                text.insert(round(depth * len(text)), facts[0])
-                for other in facts[1:]:
-                    text.insert(draw.randrange(len(text) + 1), other)
-                yield Example(
-                    task=f"needle-{kind}",
-                    name=name,
-                    prompt=f"{_INSTRUCTION}\n\n{' '.join(text)}\n\n{question}",
-                    answer_prefix=prefix,
-                    target=target,
-                    fact=facts[0],
-                    place={"length": length, "depth": depth},
+        with left_out(f"needle-{kind}, {length:,} tokens", on_problem):
+            yield from _of_length(kind, sentences, count, length, depths, prompts, seed)
+
+
+def _of_length(
+    kind: str,
+    sentences: list[str],
+    count: CountTokens,
+    length: int,
+    depths: Sequence[float],
+    prompts: int,
+    seed: int,
+) -> Iterator[Example]:
+    for depth in depths:
+        for index in range(prompts):
+            name = f"{length} tokens, depth {depth:g}, seed {seed}, {index}"
+            draw = random.Random(f"{kind}, {name}")
+            facts, question, prefix, target = _FACTS[kind](draw)
+            frame = f"{_INSTRUCTION}\n\n\n\n{question}{prefix}{target}"
+            room = length - count(frame) - sum(count(fact) + 1 for fact in facts)
+            if room < 1:
+                raise InputError(
+                    f"a needle prompt must have more than {length - room} tokens, the facts "
+                    f"and the question alone, got a length of {length}"
                 )
+            text = _fill(sentences, draw.randrange(len(sentences)), count, room)
+            text.insert(round(depth * len(text)), facts[0])
+            for other in facts[1:]:
+                text.insert(draw.randrange(len(text) + 1), other)
+            yield Example(
+                task=f"needle-{kind}",
+                name=name,
+                prompt=f"{_INSTRUCTION}\n\n{' '.join(text)}\n\n{question}",
+                answer_prefix=prefix,
+                target=target,
+                fact=facts[0],
+                place={"length": length, "depth": depth},
+            )
 
 
 def filler_sentences(folder: Path | None) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import itertools
 import json
 import math
 import reprlib
@@ -11,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 from zipfile import Path as ZipPath
+from zipfile import ZipFile
 
-from claa_ops.evaluate.guard import left_out
+from claa_ops.evaluate.guard import left_out, reason
 from claa_ops.evaluate.tasks.example import Example, require_text
 from claa_ops.evaluate.tasks.harness import harness_task, harness_tasks
 from claa_ops.models import InputError
@@ -33,6 +34,7 @@ _CHOICES = {
     "longbook_choice_en": "options",
     "code_debug": "options",
 }
+_LETTERS = ["A", "B", "C", "D"]  # of the options that InfiniteBench's prompts show
 # Graded before a model runs, so that a metric which cannot read a record's answers says so first.
 _ANY_ANSWER = "A 0"
 
@@ -65,14 +67,16 @@ def record_examples(
         lines: Iterator[tuple[int, str]] = iter(())
         with left_out(f"cannot read {place}", on_problem):
             lines = _lines(file.read_bytes())  # all of it: an archive checks what it holds last
-        for taken, (number, line) in enumerate(lines):
-            if taken == limit:
-                break
+            lines = itertools.islice(lines, limit)
+            first = next(lines, None)
+            if first is None:
+                raise InputError("it has no records")
+            lines = itertools.chain([first], lines)
+        for number, line in lines:
             where, example = f"{place}, line {number}", None
             with left_out(where, on_problem):
                 made = make(_record(line), task, PurePath(place), f"{name}, line {number}")
-                assert made.grade is not None  # it has no target
-                made.grade(_ANY_ANSWER)
+                _try_grade(made)
                 example = replace(made, source=where)
             if example is not None:
                 yield example
@@ -91,6 +95,18 @@ def check_records(benchmark: str, task: str | None, source: str) -> None:
         harness_tasks(benchmark)
     else:
         harness_task(benchmark, _KINDS[benchmark](task))
+
+
+def _try_grade(example: Example) -> None:
+    """Raise InputError if the metric cannot read the right answers."""
+    assert example.grade is not None  # it has no target
+    try:
+        example.grade(_ANY_ANSWER)
+    except Exception as error:
+        raise InputError(
+            f"the metric of {example.task} cannot read the right answers "
+            f"{reprlib.repr(list(example.answers))}: {reason(error)}"
+        ) from error
 
 
 def _ruler(record: Record, task: str | None, file: PurePath, name: str) -> Example:
@@ -129,6 +145,8 @@ def _longbench(record: Record, task: str | None, file: PurePath, name: str) -> E
     kind = _KINDS["longbench"](task or _text(record, "dataset"))
     answers = _texts(record, "answers")
     document = _document(record, kind, answers=answers)
+    if kind in _CHOICES:
+        _require_choice("answers", answers, document[_CHOICES[kind]])
     return Example(
         task=f"longbench/{kind}",
         name=name,
@@ -144,6 +162,9 @@ def _infinitebench(record: Record, task: str | None, file: PurePath, name: str) 
     answer = _field(record, "answer")
     answers = _texts({"answer": answer if isinstance(answer, list) else [answer]}, "answer")
     document = _document(record, kind, answer=answers)
+    if kind in _CHOICES:
+        options = document[_CHOICES[kind]][: len(_LETTERS)]
+        _require_choice("answer", answers[:1], [*options, *_LETTERS[: len(options)]])
     return Example(
         task=f"infinitebench/{kind}",
         name=name,
@@ -157,6 +178,16 @@ def _document(record: Record, kind: str, **answers: list[str]) -> Record:
     texts = {"context": _text(record, "context"), "input": _any(record, "input")}
     choices = {_CHOICES[kind]: _texts(record, _CHOICES[kind])} if kind in _CHOICES else {}
     return {**record, **texts, **choices, **answers}
+
+
+def _require_choice(field: str, answers: list[str], choices: list[str]) -> None:
+    """Refuse answers of which none can be given: whatever a model says would count as wrong."""
+    known = {choice.strip() for choice in choices}
+    if not any(answer.strip() in known for answer in answers):
+        raise InputError(
+            f"{field} must be among the choices {reprlib.repr(choices)}, got "
+            f"{reprlib.repr(answers)}"
+        )
 
 
 def _asked(benchmark: str, kind: str, document: Record) -> dict[str, Any]:
@@ -192,17 +223,23 @@ def _files(source: str) -> list[tuple[str, str, Path | ZipPath]]:
         return [(path.name, source, path)]
     files: dict[str, Path | ZipPath] = {}
     if path.is_dir():
-        files = {str(file.relative_to(path)): file for file in sorted(path.rglob("*.jsonl"))}
+        found = sorted(file for file in path.rglob("*") if _is_lines(file.name))
+        files = {str(file.relative_to(path)): file for file in found}
     else:
         try:
             with ZipFile(path) as archive:
                 names = sorted(set(archive.namelist()))
-        except (OSError, BadZipFile) as error:
-            raise InputError(f"cannot read {source}: {error}") from error
-        files = {name: ZipPath(path, name) for name in names if name.endswith(".jsonl")}
+        # A directory that is damaged raises whatever its bytes happen to mean.
+        except Exception as error:
+            raise InputError(f"cannot read {source}: {reason(error)}") from error
+        files = {name: ZipPath(path, name) for name in names if _is_lines(name)}
     if not files:
         raise InputError(f"{source} has no .jsonl files")
     return [(name, f"{source.rstrip('/')}/{name}", file) for name, file in files.items()]
+
+
+def _is_lines(name: str) -> bool:
+    return name.lower().endswith(".jsonl")
 
 
 def _from_hub(source: str) -> Path:
