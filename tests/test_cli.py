@@ -246,6 +246,13 @@ NAMES = f"expected {', '.join(METHODS)}"
         (["--method", "speculative:draft=x"], "speculative: a setting must be one of window"),
         (["--method", "gemfilter", "--window", "3"], "GemFilter: window must be 1, got 3"),
         (["--schedule", "3"], "--schedule must be LAYER:KEEP"),
+        (["--schedule", "9" * 5000 + ":1"], "--schedule must be LAYER:KEEP"),
+        (["--schedule", "3:" + "9" * 5000], "--schedule must be a rate in (0, 1]"),
+        (["--keep", "9" * 26], "CLAA: keep must be a rate in (0, 1] or a number of tokens"),
+        (["--method", "claa:last_n=2:last_n=3"], "claa: last_n must be set once, got it twice"),
+        (["--method", f"claa:sink={2**63}"], "CLAA: sink must be an integer of at least 0"),
+        (["--method", f"claa:kernel_size={2**16 + 1}"], "CLAA: kernel_size must be below 65,536"),
+        (["--method", f"random:seed={2**63}"], "Random: seed must be an integer of at least 0"),
         (["--schedule", "3:1,1:1"], "CLAA: layer must be in ascending order"),
         (["--schedule", "1:50%", "--layer", "3"], "got both --layer and --schedule: expected one"),
         (["--schedule", "1:50%", "--method", "snapkv"], "snapkv does not select in stages"),
@@ -370,7 +377,7 @@ def test_bad_input_is_refused_before_transformers_is_loaded(checkpoint, tmp_path
 
 def test_a_number_out_of_range_is_refused(checkpoint):
     options = [(name, "0") for name in ("--runs", "--max-new-tokens", "--window", "--threads")]
-    for option in [*options, ("--threads", "100000")]:
+    for option in [*options, ("--threads", "100000"), ("--runs", "9" * 18)]:
         result = generate(checkpoint, "--prompt", PROMPT, *option)
         assert result.exit_code == 2 and "Traceback" not in result.stderr
         assert f"Invalid value for '{option[0]}'" in result.stderr

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import logging
 import os
+import pickle
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ from claa_ops._extras import require
 require("models", "transformers", "safetensors")
 
 if TYPE_CHECKING:
+    from gguf import GGUFReader
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # transformers takes seconds to import, which a refusal need not wait for.
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Of converted GGUF files; another number when what is kept changes, so that none of before is used.
-_FORMAT = 2
+_FORMAT = 3
 
 
 class InputError(ValueError):
@@ -48,7 +50,7 @@ def load_model(
             dequantised once and kept as a checkpoint in `cache_folder`.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``: float32 on the CPU, else
             bfloat16.
-        device: ``auto`` (CUDA if there is one), or any torch device.
+        device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         on_step: called with a line of text before each slow step.
 
     Raises:
@@ -81,6 +83,8 @@ def resolve_device(device: str) -> torch.device:
         raise InputError(
             f"unknown device {device!r}: expected auto, cpu, cuda or cuda:N"
         ) from error
+    if place.type not in ("cpu", "cuda"):
+        raise InputError(f"no ops for device {device!r}: expected auto, cpu, cuda or cuda:N")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise InputError(f"no device {device!r}: torch sees {torch.cuda.device_count()} GPUs")
     return place
@@ -150,12 +154,13 @@ def cache_folder() -> Path:
 
 def _convert_gguf(file: Path, dtype: torch.dtype, on_step: Callable[[str], None]) -> Path:
     """Dequantise `file` into the cache unless it is there already; return the checkpoint."""
-    target = cache_folder() / f"{file.stem}-{_identity(file, dtype)}"
+    stem = file.stem.encode(errors="replace").decode()  # transformers reads no other names
+    target = cache_folder() / f"{stem}-{_identity(file, dtype)}"
     if target.is_dir():
         return target
 
     on_step(f"converting {file.name} (once; kept in {target.parent})")
-    _check_gguf(file)
+    reader = _check_gguf(file)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written aside and renamed: whatever interrupts this, a folder called `target` is complete.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as aside:
@@ -167,6 +172,8 @@ def _convert_gguf(file: Path, dtype: torch.dtype, on_step: Callable[[str], None]
             model, tokenizer = _read_model(
                 str(file), aside, dtype, torch.device("cpu"), gguf_file=link.name
             )
+        if loss := _lost_from_gguf(reader, model):
+            raise _cannot_load(file, loss)
         if quantizer := getattr(model, "hf_quantizer", None):
             # The weights are plain by now, but save_pretrained refuses while this is attached.
             quantizer.remove_quantization_config(model)
@@ -195,8 +202,8 @@ def _identity(file: Path, dtype: torch.dtype) -> str:
     return digest.hexdigest()[:12]
 
 
-def _check_gguf(file: Path) -> None:
-    """Refuse a GGUF file that does not hold a whole model, as far as its header tells."""
+def _check_gguf(file: Path) -> GGUFReader:
+    """Open a GGUF file; refuse one that holds no whole model, as far as its header tells."""
     try:
         from gguf import GGUFReader
 
@@ -222,6 +229,34 @@ def _check_gguf(file: Path) -> None:
         raise _cannot_load(file, f"it holds {kind!r}, expected a whole model")
     if not reader.tensors:
         raise _cannot_load(file, "it holds a vocabulary alone, without any weights")
+    return reader
+
+
+def _lost_from_gguf(reader: GGUFReader, model: PreTrainedModel) -> str | None:
+    """What of a GGUF file transformers passed over without a word, if that changes answers."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope, *(of_layers for of_layers in rope.values() if isinstance(of_layers, dict))]
+    scaled = any(tensor.name.startswith("rope_f") for tensor in reader.tensors) or any(
+        name.endswith(".rope.scaling.type") and field.contents() != "none"
+        for name, field in reader.fields.items()
+    )
+    if scaled and all(kind.get("rope_type", "default") == "default" for kind in kinds):
+        return (
+            "its rotary embeddings are scaled, which transformers does not read from this GGUF "
+            "file: expected the model in the Hugging Face layout"
+        )
+    # Converted weights are permuted, split or joined, but none is lost. Layers that predict
+    # further tokens ("nextn") stand beside the model.
+    held = sum(
+        int(tensor.n_elements)
+        for tensor in reader.tensors
+        if not tensor.name.startswith("rope_f") and ".nextn." not in tensor.name
+    )
+    distinct = {weight.data_ptr(): weight.numel() for weight in model.state_dict().values()}
+    if held > (places := sum(distinct.values())):
+        architecture = type(model).__name__
+        return f"{architecture} has no place for {held - places:,} of the {held:,} weights in it"
+    return None
 
 
 def _read_model(
@@ -316,8 +351,16 @@ def _cannot_load(name: str | Path, reason: BaseException | str) -> InputError:
 
 
 def _sentence(error: BaseException) -> str:
-    """The first line of what an error says, with its kind where the words alone say little."""
-    kind, words = type(error).__name__, str(error).strip().split("\n")[0]
+    """The first line of what an error says, with its kind where the words alone say little.
+
+    A line that ends in a colon goes on with the next one.
+    """
+    if isinstance(error, pickle.UnpicklingError):
+        return "its weights are pickled together with other objects: expected tensors alone"
+    kind, lines = type(error).__name__, [line.strip() for line in str(error).strip().split("\n")]
+    words = lines.pop(0)
+    while words.endswith(":") and lines:
+        words = f"{words} {lines.pop(0)}"
     if not words:
         return kind
     said = isinstance(error, ImportError | OSError | ValueError | RuntimeError)

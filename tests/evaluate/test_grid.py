@@ -99,6 +99,7 @@ def test_lists():
         (lambda: cells("claa:zscores=true"), "a setting must be one of .*, got zscores"),
         (lambda: cells("claa", layers=[29]), r"layer must be in \[0, 28\], .* got 29"),
         (lambda: parse_layers("a"), "--layer must be layers such as 10,15,20-22, got a"),
+        (lambda: parse_layers("0-999999999999"), "--layer must be layers"),
         (lambda: parse_layers("10-"), "--layer must be layers"),
         (lambda: parse_layers("4,9-7"), "--layer must have ranges that ascend, got 9-7"),
         (lambda: parse_keeps("1.5"), r"--keep must be a rate in \(0, 1\]"),

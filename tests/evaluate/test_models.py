@@ -93,7 +93,17 @@ def test_what_an_older_version_kept_is_not_used(gguf, monkeypatch):
     assert len(reads) == 2 * 2
 
 
-@pytest.mark.parametrize("name", ["MODEL.GGUF", "größe 7.gguf", "sha256-blob", "link.gguf"])
+@pytest.mark.parametrize("change", [{"rope": "none"}, {"more": "blk.6.nextn.eh_proj.weight"}])
+def test_what_a_gguf_file_holds_beside_the_model_is_no_fault(change, tmp_path, cache):
+    load_model(str(save_tiny_gguf(tmp_path / "model.gguf", **change)), device="cpu")
+
+
+NOT_UTF8 = os.fsdecode(b"\xff.gguf")
+
+
+@pytest.mark.parametrize(
+    "name", ["MODEL.GGUF", "größe 7.gguf", NOT_UTF8, "sha256-blob", "link.gguf"]
+)
 def test_a_gguf_file_is_known_by_its_first_bytes(name, tmp_path, cache):
     (tmp_path / "config.json").write_text("another model's")  # which is not read
     file = tmp_path / name
@@ -157,6 +167,12 @@ def cut(file: Path, share: float) -> None:
         ({"weights": 0}, "it holds a vocabulary alone, without any weights"),
         ({"weights": 20}, "of the 57 weights of LlamaForCausalLM are missing: .*, ..."),
         ({"kind": "adapter", "weights": 2}, "it holds 'adapter', expected a whole model"),
+        ({"layers": 5}, "no place for 7,744 of the 63,008 weights in it"),
+        ({"layers": 0}, "no place for 46,464 of the 63,008 weights in it"),
+        ({"more": "blk.1.attn_q.bias"}, "no place for 32 of the 63,040 weights in it"),
+        ({"more": "blk.9.attn_q.bias"}, "no place for 32 of the 63,040 weights in it"),
+        ({"more": "rope_freqs.weight"}, "its rotary embeddings are scaled"),
+        ({"rope": "yarn"}, "its rotary embeddings are scaled"),
         (lambda file: cut(file, 0.99), "the file is cut off or damaged"),
         (lambda file: cut(file, 0.5), "the file is cut off or damaged"),
         (lambda file: cut(file, 0.05), "the file is cut off or damaged"),
@@ -184,6 +200,11 @@ def with_weights(folder: Path, change) -> None:
 def with_config(folder: Path, **settings) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | settings))
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(tiny_model(), folder / "pytorch_model.bin")
 
 
 def in_shards(folder: Path) -> list[Path]:
@@ -227,6 +248,11 @@ QUERY = "model.layers.1.self_attn.q_proj"
         (lambda at: cut(at / "model.safetensors", 0.9), ""),
         (lambda at: (at / "config.json").write_text("[]"), ""),
         (lambda at: (at / "config.json").write_text("{"), ""),
+        (pickled, "its weights are pickled together with other objects: expected tensors alone"),
+        (
+            lambda at: with_config(at, num_hidden_layers="six"),
+            "for field 'num_hidden_layers': .*expected int, got str",
+        ),
         (
             lambda at: with_config(at, vocab_size=300),
             r"not of the size that the config says: lm_head.weight is \[258, 32\], not \[300, 32\]",
@@ -319,6 +345,9 @@ def test_dtypes_and_devices():
         models.resolve_dtype("int8", cpu)
     with pytest.raises(InputError, match="unknown device 'tpu9': expected auto, cpu"):
         models.resolve_device("tpu9")
+    for other in ("meta", "mps"):
+        with pytest.raises(InputError, match=f"no ops for device '{other}': expected auto, cpu"):
+            models.resolve_device(other)
     with pytest.raises(InputError, match="no device 'cuda:99': torch sees"):
         models.resolve_device("cuda:99")
 

@@ -37,6 +37,7 @@ def with_template(template: str):
         ("{{ messages[1]['content'] }}", "fails: .*has no element 1"),
         ("{{ 'turn ' + 1 }}", "fails: can only concatenate str"),
         ("{{ 1 / 0 }}", "fails: division by zero"),
+        ("{{ raise_exception('') }}", "fails: TemplateError"),
         ("", "leaves the prompt out"),
         (" \n", "leaves the prompt out"),
         ("<s>You are helpful</s><s>", "leaves the prompt out"),
@@ -47,6 +48,14 @@ def test_a_template_that_fails_is_one_sentence(template, reason):
     with pytest.raises(InputError, match=f"^the chat template {reason}.*: use --no-chat$"):
         encode_prompt(tokenizer, "hello there", chat=True)
     assert encode_prompt(tokenizer, "hello there", chat=False).ids.numel() == 11
+
+
+def test_a_template_that_writes_half_a_character_is_refused():
+    tokenizer = with_template("{{ messages[0]['content'] + '\\ud83d' }}")
+    with pytest.raises(
+        InputError, match="the chat template must be UTF-8 text, got half surrogate"
+    ):
+        encode_prompt(tokenizer, "hello there")
 
 
 @pytest.mark.parametrize("text", ["  hello \n there ", 'say "hello"', "???", "größer"])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import gguf
+import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -32,14 +33,20 @@ def save_tiny_gguf(
     weights: int | None = None,
     kind: str = "model",
     parts: int | None = None,
+    layers: int | None = None,
+    rope: str | None = None,
+    more: str | None = None,
 ) -> Path:
-    """Write the model with its first ``weights`` alone, as the first of ``parts`` parts."""
+    """Write the model with its first ``weights`` alone, as the first of ``parts`` parts.
+
+    The header may tell of other ``layers`` and of scaling of ``rope``; ``more`` is one more tensor.
+    """
     model = model or tiny_model()
     config = model.config
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_type(kind)
     writer.add_name("tiny")
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(config.num_hidden_layers if layers is None else layers)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -60,6 +67,10 @@ def save_tiny_gguf(
     if parts is not None:
         writer.add_uint16("split.no", 0)
         writer.add_uint16("split.count", parts)
+    if rope is not None:
+        writer.add_string("llama.rope.scaling.type", rope)
+    if more is not None:
+        writer.add_tensor(more, torch.ones(32).numpy())
     for name, weight in list(model.state_dict().items())[:weights]:
         heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
         short = name.partition("self_attn.")[2][:1]

@@ -79,7 +79,9 @@ Device = Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cud
 Threads = Annotated[  # torch ends without a word where there are many more
     int | None, typer.Option(min=1, max=1024, help="CPU threads. Default: torch's choice.")
 ]
-Runs = Annotated[int, typer.Option(min=1, help="Timed prefills of each way; the median counts.")]
+Runs = Annotated[
+    int, typer.Option(min=1, max=10_000, help="Timed prefills of each way; the median counts.")
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object with everything measured.")
 ]

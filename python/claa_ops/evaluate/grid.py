@@ -92,6 +92,8 @@ class MethodSpec:
                 raise InputError(
                     f"{name}: a setting must be one of {', '.join(fields)}, got {setting}"
                 )
+            if setting in settings:
+                raise InputError(f"{name}: {setting} must be set once, got it twice in {text}")
             settings[setting] = _value(value)
         return cls(text, name, settings, other or None)
 
@@ -156,12 +158,17 @@ def plain_settings(method: Method) -> dict[str, Any]:
     return {name: _plain(getattr(method, name)) for name in _settings_of(type(method))}
 
 
+def _is_layer(text: str) -> bool:
+    """Whether the text is a layer of some model: no model has as many as 10,000."""
+    return text.isdecimal() and len(text) <= 4
+
+
 def parse_layers(text: str) -> list[int]:
     """Read layers and ranges of layers: ``10,15,20-22``."""
     layers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        if not _is_layer(first) or (dash and not _is_layer(last)):
             raise InputError(f"--layer must be layers such as 10,15,20-22, got {text}")
         between = range(int(first), int(last or first) + 1)
         if int(last or first) > _HIGHEST_LAYER:
@@ -182,7 +189,7 @@ def parse_schedule(text: str) -> tuple[tuple[int, ...], tuple[Budget, ...]]:
     layers, keeps = [], []
     for part in text.split(","):
         layer, colon, keep = part.partition(":")
-        if not colon or not layer.isdecimal():
+        if not colon or not _is_layer(layer):
             raise InputError(f"--schedule must be LAYER:KEEP,... such as 7:50%,23:10%, got {text}")
         layers.append(int(layer))
         keeps.append(parse_budget("--schedule", keep))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def parse_budget(option: str, text: str) -> float | int:
         number = -1.0
     if 0 < number <= 1:
         return number
-    if number > 1 and text.isdecimal():
+    if 1 < number < math.inf and text.isdecimal():
         return int(text)
     raise InputError(
         f"{option} must be a rate in (0, 1] such as 0.1, or a number of tokens such as 400, "

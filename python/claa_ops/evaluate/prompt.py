@@ -43,6 +43,7 @@ def encode_prompt(
         chat = bool(tokenizer.chat_template)
     if chat:
         text = _as_chat(tokenizer, text)
+        require_text(text, "the prompt in the chat template")
     text += answer_prefix
     # A template writes the special tokens itself.
     encoding = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)
@@ -61,7 +62,7 @@ def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     try:
         chat = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
     except Exception as error:
-        reason = f"the chat template fails: {error or type(error).__name__}"
+        reason = f"the chat template fails: {str(error) or type(error).__name__}"
         raise InputError(f"{' '.join(reason.split())}: use --no-chat") from error
     # Templates may trim a text or escape characters in it, but words stay.
     longest = max(re.findall(r"\w+", text), key=len, default="")

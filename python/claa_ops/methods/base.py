@@ -56,6 +56,8 @@ class Method:
         self.require(is_count(self.window, 1), "window", "a positive integer")
         odd = is_count(self.kernel_size, 1) and self.kernel_size % 2 == 1
         self.require(odd, "kernel_size", "a positive odd integer")
+        # Every score is pooled over so many: far more would run for ever.
+        self.require(self.kernel_size < 2**16, "kernel_size", "below 65,536")
         self.require(self.pooling in ("avg", "max"), "pooling", "'avg' or 'max'")
 
     @classmethod

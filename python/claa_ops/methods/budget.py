@@ -96,8 +96,8 @@ def larger(a: Size, b: Size) -> Size:
 
 
 def is_count(value: object, least: int) -> bool:
-    """Whether the value is an integer of at least ``least``."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    """Whether the value is an integer of at least ``least`` that a tensor can hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
 
 
 def is_number(value: object) -> bool:
