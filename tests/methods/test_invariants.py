@@ -80,6 +80,7 @@ PADDED = {  # what rates, and other numbers that follow the length, each method 
     "streaming": lambda a, b: StreamingLLM(keep=a, sink=3),
     "pyramidkv": lambda a, b: PyramidKV(keep=a, window=5),
     "pyramidkv-count": lambda a, b: PyramidKV(keep=30, window=5),
+    "pyramidkv-window": lambda a, b: PyramidKV(keep=a, window=32),
     "pyramidinfer": lambda a, b: PyramidInfer(rho=a, recent=b / 2, least=9),
     "fastkv": lambda a, b: FastKV(keep=a, keep_kv=b, layer=2, window=5),
     "fastkv-layer": lambda a, b: FastKV(keep=a, keep_kv=b, layer=2, window=5, rates_of="layer"),
@@ -87,6 +88,15 @@ PADDED = {  # what rates, and other numbers that follow the length, each method 
     "claa-zscore": lambda a, b: CLAA(keep=a, layer=3, last_n=2, zscore=True, window=5),
     "claa-staged": lambda a, b: CLAA(keep=(max(a, b), min(a, b)), layer=(1, 3), window=5),
     "claa-count": lambda a, b: CLAA(keep=30, keep_kv=20, layer=2, last_n=2, window=5),
+    # Prompts below `keep_kv` are left alone.
+    "claa-left-alone": lambda a, b: CLAA(keep=20, keep_kv=45, layer=2, last_n=2, window=5),
+    "fastkv-left-alone": lambda a, b: FastKV(keep=a, keep_kv=45, layer=2, window=5),
+    # Rates after numbers: where the longest row fits, a shorter one may not.
+    "claa-mixed": lambda a, b: CLAA(keep=(30, a), layer=(1, 3), zscore=True, window=5),
+    "claa-mixed-plain": lambda a, b: CLAA(keep=(30, 30, a), layer=(0, 2, 4), window=5),
+    "fastkv-mixed": lambda a, b: FastKV(keep=30, keep_kv=a, layer=0, window=5),
+    "peak-mixed": lambda a, b: Peak(keep=(30, 12, a), layer=(1, 2, 4), window=5),
+    "claa-near": lambda a, b: CLAA(keep=(a, 0.98 * a), keep_kv=0.97 * a, layer=(1, 3), window=2),
     "claa-equal": lambda a, b: CLAA(
         keep=max(a, 0.5), layer=3, first_full=1, equal_cache=True, window=2
     ),
@@ -106,12 +116,13 @@ PADDED = {  # what rates, and other numbers that follow the length, each method 
 @given(
     first=st.floats(0.02, 1.0),
     second=st.floats(0.02, 1.0),
-    length=st.integers(12, 110),
+    length=st.integers(1, 110),
     padding=st.lists(st.integers(0, 109), min_size=1, max_size=3),
 )
 def test_a_padded_row_keeps_what_it_keeps_alone(name, first, second, length, padding):
     method = dataclasses.replace(PADDED[name](first, second), kernel_size=3)
     shortest = 10 if name.startswith("claa-equal") else 1  # shorter ones are refused alone
+    length = max(length, shortest)
     start = torch.tensor([min(n, length - shortest) for n in padding])
     generator = torch.Generator().manual_seed(length)
     query, key = (

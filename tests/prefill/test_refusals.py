@@ -178,6 +178,9 @@ def test_masks_and_positions_of_other_kinds_are_served(model):
 
 def test_turns_that_are_not_served(model):
     turn = prompt(5, 5)[0]
+    whole = torch.cat([MASK, torch.ones(2, 5, dtype=MASK.dtype)], dim=1)
+    hole = whole.clone()
+    hole[:, 30:33] = 0
     for ids, arguments, message in (
         (
             turn,
@@ -185,16 +188,89 @@ def test_turns_that_are_not_served(model):
             r"must have shape \[2, 45\].*got \[2, 5\].*reset",
         ),
         (turn, {"attention_mask": torch.ones(2, 1, 5, 45)}, r"must have shape \[2, 45\]"),
-        (turn, {"position_ids": COUNT[None, :5]}, "must ascend after the tokens that the cache"),
-        (turn, {"position_ids": 45 - COUNT[None, :5]}, "must ascend after the tokens that the ca"),
+        *(
+            (
+                turn[:, :n],
+                {"attention_mask": whole[:, : 40 + n], "position_ids": positions[None, :n]},
+                "must ascend after the tokens that the cache",
+            )
+            for positions, n in ((COUNT, 5), (45 - COUNT, 5), (COUNT, 1))
+        ),
+        *((turn[:, -n:], {}, "attention_mask must be given after a padded") for n in (1, 5)),
+        *(
+            (turn[:, -n:], {"attention_mask": mask[:, : 40 + n]}, "the padding of the prompt")
+            for n in (1, 5)
+            for mask in (torch.ones_like(whole), hole, whole.flip(0))
+        ),
+        (turn, {"attention_mask": {"full_attention": whole}}, "must be a tensor.*got dict"),
         (turn[:1], {}, "the batch must have its 2 rows, got 1"),
         (turn, {"use_cache": False}, "use_cache must not be False"),
     ):
         cache, _ = filled(model)
-        with torch.no_grad(), pytest.raises(ValueError, match=message):
+        with torch.no_grad(), pytest.raises((ValueError, TypeError), match=message):
             model(ids, past_key_values=cache, **arguments)
         # What was refused has changed nothing.
         assert cache.get_seq_length() == 40 and not cache.in_forward
+
+
+def test_a_cache_of_another_attention_is_refused(model):
+    """Layers of the same number and shape may still attend otherwise."""
+    other, short = attach(build("mistral")), prompt(40)[0]
+    for one, config in ((model, other.config), (other, model.config)):
+        with torch.no_grad(), pytest.raises(ValueError, match="sliding_attention over 16 tokens"):
+            one(short, past_key_values=ClaaCache(config, METHOD))
+    cache = ClaaCache(model.config, METHOD)
+    with torch.no_grad():
+        model(short, past_key_values=cache)
+        with pytest.raises(ValueError, match="StaticClaaCache: the cache must be one of this mod"):
+            other(short[:, :1], past_key_values=StaticClaaCache(cache, 4))
+
+
+def test_static_turns_that_are_not_served(model):
+    cache, mask = filled(model)
+    for ids, mask_of, message in (
+        (IDS[:1, :1], None, "the batch must have its 2 rows, got 1"),
+        (IDS[:, :1], mask, "attention_mask must have 41 columns.*got 40"),
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            model(ids, attention_mask=mask_of, past_key_values=StaticClaaCache(cache, 4))
+
+
+@pytest.mark.parametrize("number", [2.5, "3", None, True])
+def test_a_number_of_new_tokens_is_an_integer(model, number):
+    ids, message = prompt(9)[0], "max_new_tokens must be an integer, got"
+    with pytest.raises(TypeError, match=message):
+        generate(model, ids, METHOD, max_new_tokens=number)
+    with pytest.raises(TypeError, match=message):
+        decode(model, run(model, ids, METHOD), max_new_tokens=number)
+    with pytest.raises(TypeError, match=message):
+        StaticClaaCache(filled(model)[0], number)
+
+
+def test_arguments_of_other_types_are_named(model):
+    ids = prompt(9)[0]
+    prefilled = run(model, ids, METHOD)
+    for call, message in (
+        (lambda: run(model, ids.tolist(), METHOD), "run: input_ids must be a tensor.*got list"),
+        (lambda: run("llama", ids, METHOD), "run: model must be a model of transformers, got str"),
+        (lambda: run(model, ids, METHOD, [[1] * 9]), "attention_mask must be a tensor.*got list"),
+        (lambda: run(model, ids, METHOD, prepared=(1, 2)), "run: prepared must be what method.pre"),
+        (lambda: decode(model, ids, max_new_tokens=1), "decode: prefilled must be what run return"),
+        (
+            lambda: decode(model, prefilled, max_new_tokens=1, eos_token_id="</s>"),
+            "eos_token_id must be a token or several of them, got '</s>'",
+        ),
+        (lambda: ClaaCache(model, METHOD), "ClaaCache: config must be that of a model, got Llama"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+def test_what_was_decoded_is_not_decoded_again(model):
+    prefilled = run(model, prompt(30)[0], METHOD)
+    decode(model, prefilled, max_new_tokens=3)
+    with pytest.raises(ValueError, match="must be decoded once.*call run again"):
+        decode(model, prefilled, max_new_tokens=3)
 
 
 def test_a_forward_that_failed_half_way_is_noticed(model, cache):

@@ -164,10 +164,8 @@ class Method:
             stands before it.
         """
         counts = None if state.row_sizes is None else tokens(state.row_sizes)
-        if counts is None or grows:
-            kept = tokens(state.sizes)
-        else:
-            kept = min(state.length, int(counts.max()))
+        most = tokens(state.sizes) if counts is None or grows else int(counts.max())
+        kept = min(state.length, most)
         return select_topk(scores, kept, window=window, sink=sink, start=state.start, counts=counts)
 
     # For the settings of a system.

@@ -85,6 +85,13 @@ def equal_share(total: Size, lengths: Sequence[Size]) -> Size:
     return share
 
 
+def either(condition: Any, a: Size, b: Size) -> Size:
+    """The first where the condition holds, else the second; of the numbers of each row."""
+    if isinstance(a, Tensor):
+        return torch.where(condition, a, b)
+    return a if condition else b
+
+
 def smaller(a: Size, b: Size) -> Size:
     """The minimum; of the numbers of each row."""
     return torch.minimum(a, b) if isinstance(a, Tensor) else min(a, b)

@@ -76,7 +76,7 @@ class CLAA(Pruning):
 
     def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
         """The scores; the ones that are aggregated as they are join ``state.importance``."""
-        if not self._is_plain or not self.informs(state.layer):
+        if not self._is_plain or not self._informs_drop(state, state.layer):
             return super().score(state, query, key, **attention)
         if state.importance is None or state.layer == self._first_aggregated(state.layer):
             shape = (key.shape[0], key.shape[2] - query.shape[2])

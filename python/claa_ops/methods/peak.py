@@ -57,6 +57,10 @@ class Peak(Pruning):
         """Every layer up to the last selection."""
         return layer <= max(self._stages)
 
+    def _informs_drop(self, state: PrefillState, layer: int) -> bool:
+        """Whether any selection from this layer on drops tokens: all layers before it count."""
+        return any(stage >= layer and self._drops(state, stage) for stage in self._stages)
+
     def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
         """The window's scores, if the layer's cache is compressed by them, else the peaks.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from claa_ops.methods.base import Method
-from claa_ops.methods.budget import Budget, Size, Sizes, equal_share, is_count, smaller
+from claa_ops.methods.budget import Budget, Size, Sizes, either, equal_share, is_count, smaller
 
 if TYPE_CHECKING:
     from claa_ops.prefill.state import PrefillState
@@ -44,8 +44,7 @@ class Pruning(Method):
 
     Budgets are of the whole prompt at every layer, and never below the window: a prompt that is
     not longer than the window is kept whole. A prompt shorter than ``keep_kv`` is left alone and
-    nothing is selected. In a padded batch each row keeps what it keeps alone; only that last rule
-    is decided by the longest row.
+    nothing is selected. In a padded batch each row keeps what it keeps alone.
 
     Raises:
         ValueError: a setting is out of its range; or, when a prefill begins, ``equal_cache``
@@ -135,12 +134,11 @@ class Pruning(Method):
 
     def needs_scores(self, state: PrefillState, layer: int) -> bool:
         """Whether this layer informs a selection, or its cache is compressed."""
-        selects = self.informs(layer) and self._drops(state, self._next_stage(layer))
-        return selects or self._compresses(state, layer)
+        return self._informs_drop(state, layer) or self._compresses(state, layer)
 
     def observe(self, state: PrefillState, layer: int) -> None:
         """Bring ``state.importance`` up to date."""
-        if self.informs(layer):
+        if self._informs_drop(state, layer):
             state.importance = self.rank(state, layer)
 
     def compress(self, state: PrefillState, layer: int) -> Tensor | None:
@@ -159,7 +157,11 @@ class Pruning(Method):
     def _best_at(self, state: PrefillState, stage: int) -> Tensor:
         """The most important tokens, as many as go on after a selection layer."""
         assert state.importance is not None  # a layer that selects needs scores
-        return self._best(state, state.importance, partial(self._tokens, stage=stage))
+        kept, cached = self._stages[stage], self._keep_kv
+        # A row that is left alone may keep more than a longer one.
+        grows = bool(cached.per) or (not kept.per and kept.count >= cached.count)
+        tokens = partial(self._tokens, stage=stage)
+        return self._best(state, state.importance, tokens, grows=grows)
 
     def _best(
         self,
@@ -188,17 +190,40 @@ class Pruning(Method):
         return layer >= self.first_full
 
     def _compresses(self, state: PrefillState, layer: int) -> bool:
+        if not self.compressible(state, layer) or state.length <= self.window:
+            return False
         fits = state.length <= self.capacity(state.sizes, layer)
-        return self.compressible(state, layer) and not fits
+        return not fits or (state.start is not None and self._only_longest_fits(layer))
+
+    def _only_longest_fits(self, layer: int) -> bool:
+        """Whether a shorter row may see more than its cache may hold where the longest does not."""
+        return self.equal_cache or self._uneven(self._keep_kv, layer)
+
+    def _uneven(self, budget: Budget, layer: int) -> bool:
+        """Whether earlier stages leave rows of different lengths different shares of a budget.
+
+        Of a number that went on, a rate of the prompt is less for a short row than for a long one;
+        and of two rates that are nearly the same, integers may be the same for one length alone.
+        """
+        before = [kept for stage, kept in self._stages.items() if stage < layer]
+        return bool(budget.per) and any(not kept.per or kept.exceeds(budget) for kept in before)
 
     def _tokens(self, sizes: Sizes[Size], stage: int) -> Size:
-        return self._stages[stage].tokens(sizes.prompt, self.window)
+        """How many go on after a selection layer: all of a prompt that is below the capacity."""
+        kept = self._stages[stage].tokens(sizes.prompt, self.window)
+        capacity = self._keep_kv.tokens(sizes.prompt, self.window)
+        return either(sizes.prompt < capacity, sizes.prompt, kept)
 
     def _drops(self, state: PrefillState, stage: int) -> bool:
-        """Whether the selection layer drops tokens; a prompt below the capacity is untouched."""
-        capacity = self._keep_kv.tokens(state.prompt_length, self.window)
-        drops = state.length > self._tokens(state.sizes, stage)
-        return state.prompt_length >= capacity and drops
+        """Whether the selection layer drops tokens, or may drop some of a row."""
+        if state.length <= self.window:
+            return False
+        uneven = state.start is not None and self._uneven(self._stages[stage], stage)
+        return state.length > self._tokens(state.sizes, stage) or uneven
+
+    def _informs_drop(self, state: PrefillState, layer: int) -> bool:
+        """Whether this layer's scores enter the ranking of a selection that drops tokens."""
+        return self.informs(layer) and self._drops(state, self._next_stage(layer))
 
     def _next_stage(self, layer: int) -> int:
         return min(stage for stage in self._stages if stage >= layer)

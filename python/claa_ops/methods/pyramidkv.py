@@ -46,7 +46,9 @@ class PyramidKV(SnapKV):
 
     def needs_scores(self, state: PrefillState, layer: int) -> bool:
         """Whether the layer sees more tokens than its cache may keep, or a row of it may."""
-        return state.row_sizes is not None or super().needs_scores(state, layer)
+        if state.row_sizes is not None:
+            return state.length > self.window
+        return super().needs_scores(state, layer)
 
     def compress(self, state: PrefillState, layer: int) -> Tensor | None:
         """The tokens with this layer's best scores, ``[B, G, k]``, and the window."""

@@ -18,7 +18,7 @@ from claa_ops.prefill.cache import ClaaCache
 from claa_ops.prefill.huggingface import attach
 from claa_ops.prefill.passes import count_positions, end_tokens, greedy
 from claa_ops.prefill.prompt import check_prompt, context_length, first_valid
-from claa_ops.prefill.state import PrefillState
+from claa_ops.prefill.state import PrefillState, check_count
 from claa_ops.prefill.transformers_api import cache_argument
 from claa_ops.prefill.work import Work, count_work
 
@@ -89,8 +89,7 @@ def record_answer(
             not on the left, a token is not in the model's vocabulary, or prompt and answer do not
             fit into its context.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"record_answer: max_new_tokens must be at least 1, got {max_new_tokens}")
+    check_count("record_answer", "max_new_tokens", max_new_tokens)
     check_prompt("record_answer", model, input_ids)
     batch, length = input_ids.shape
     context = context_length(model.config)

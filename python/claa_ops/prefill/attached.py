@@ -17,6 +17,7 @@ class AttachedCache(Cache):
     """A cache that only an attached model may fill."""
 
     in_forward = False
+    kinds: tuple[tuple[str, int | None], ...]  # of each layer: its attention, and the window of it
     prefilling = False  # whether this forward is that of the prompt
 
     def begin_forward(

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from claa_ops.methods.base import Method
 from claa_ops.prefill.attached import AttachedCache, Request
-from claa_ops.prefill.prompt import check_positions, first_valid
+from claa_ops.prefill.prompt import (
+    check_mask,
+    check_positions,
+    check_same_padding,
+    first_valid,
+)
 from claa_ops.prefill.state import PrefillState, begin, check_method
 from claa_ops.prefill.transformers_api import DynamicLayer, PreTrainedConfig, cache_layers
 
@@ -68,7 +73,12 @@ class ClaaCache(AttachedCache):
         keep_scores: bool = False,
     ) -> None:
         check_method("ClaaCache", method, self.first_pass)
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(
+                f"ClaaCache: config must be that of a model, got {type(config).__name__}"
+            )
         kinds = cache_layers(config)
+        self.kinds = tuple(kinds)
         self.layer_types = [kind for kind, _ in kinds]
         method.check(len(kinds))
         layers: list[Any] = []
@@ -92,6 +102,8 @@ class ClaaCache(AttachedCache):
         self.state: PrefillState | None = None
         self.prefilling = False
         self.in_forward = False
+        # Of the prompt, [B]: the first token of each row that is not padding; None without any.
+        self.start: Tensor | None = None
         # What the last `generate` left, [B, T]: prompt and answer; None if not known.
         self.tokens: Tensor | None = None
         # The number of tokens seen is the length of an empty tensor: torch.compile keeps sizes
@@ -133,18 +145,23 @@ class ClaaCache(AttachedCache):
         batch, new = tokens.shape[:2]
         seen = self.get_seq_length()
         if seen == 0:
+            self.start = first_valid(attention_mask, batch, new)
             self.state = begin(
                 self.method,
                 num_layers=len(self.layers),
                 prompt_length=new,
-                start=first_valid(attention_mask, batch, new),
+                start=self.start,
                 ranking=self.ranking,
                 keep_scores=self.keep_scores,
                 first_pass=self.first_pass,
             )
         else:
             self._check_turn(batch, new, attention_mask)
-        if position_ids is not None and position_ids.dim() == 2 and (seen == 0 or new > 1):
+        if (
+            position_ids is not None
+            and position_ids.dim() == 2
+            and (seen == 0 or new > 1 or not position_ids.is_cuda)
+        ):
             mask = None if attention_mask is None else attention_mask[:, seen:]
             check_positions(position_ids, mask, seen)
         self.prefilling, self.in_forward = seen == 0, True
@@ -153,12 +170,22 @@ class ClaaCache(AttachedCache):
         rows, seen = self.layers[0].keys.shape[0], self.get_seq_length()
         if batch != rows:
             raise ValueError(f"ClaaCache: the batch must have its {rows} rows, got {batch}")
-        if attention_mask is not None and tuple(attention_mask.shape) != (batch, seen + new):
+        if attention_mask is None:
+            if self.start is not None:
+                raise ValueError(
+                    "ClaaCache: attention_mask must be given after a padded prompt, got None"
+                )
+            return
+        check_mask(attention_mask)
+        if tuple(attention_mask.shape) != (batch, seen + new):
             raise ValueError(
                 f"ClaaCache: attention_mask must have shape [{batch}, {seen + new}], of the {seen} "
                 f"tokens that the cache has seen and {new} new ones, "
                 f"got {list(attention_mask.shape)}; for another prompt call reset() first"
             )
+        if new > 1 or not attention_mask.is_cuda:  # no step of decoding waits for a GPU
+            assert self.state is not None  # the prefill made it
+            check_same_padding(attention_mask[:, : self.state.prompt_length], self.start)
 
     def end_forward(self) -> None:
         """Called by an attached model after its layers."""
@@ -235,17 +262,21 @@ class ClaaCache(AttachedCache):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the batch for beam search."""
         super().reorder_cache(beam_idx)
-        self.tokens = None
+        self._change_rows(lambda x: x[beam_idx.to(x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch."""
         super().batch_repeat_interleave(repeats)
-        self.tokens = None
+        self._change_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch."""
         super().batch_select_indices(indices)
+        self._change_rows(lambda x: x[indices])
+
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self.tokens = None
+        self.start = None if self.start is None else change(self.start)
 
     @property
     def is_croppable(self) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,14 @@ from claa_ops.ops.gather_tokens import gather_tokens
 from claa_ops.prefill.attached import AttachedCache
 from claa_ops.prefill.attention import check_attention
 from claa_ops.prefill.cache import ClaaCache, hide_before
-from claa_ops.prefill.transformers_api import Arguments, bind, cache_of, parameters
+from claa_ops.prefill.transformers_api import (
+    Arguments,
+    PreTrainedModel,
+    bind,
+    cache_layers,
+    cache_of,
+    parameters,
+)
 
 
 class FirstPassDone(Exception):
@@ -25,7 +32,7 @@ class FirstPassDone(Exception):
 
 
 def install_hooks(
-    model: nn.Module,
+    model: PreTrainedModel,
     decoder: nn.Module,
     layers: list[nn.Module],
     attentions: list[nn.Module],
@@ -34,7 +41,7 @@ def install_hooks(
     outer = [module for module in model.modules() if _holds(module, decoder)]
     before: list[tuple[nn.Module, Callable[..., Any]]] = [
         *((module, NoteArguments(parameters(module), module is model)) for module in outer),
-        (decoder, BeginForward(parameters(decoder))),
+        (decoder, BeginForward(parameters(decoder), tuple(cache_layers(model.config)))),
         *(
             (layer, ContinueWithSelected(parameters(layer), index))
             for index, layer in enumerate(layers[1:], start=1)
@@ -89,6 +96,8 @@ class NoteArguments(_Hook):
 class BeginForward(_Hook):
     """Before the decoder: the cache learns what comes."""
 
+    kinds: tuple[tuple[str, int | None], ...]  # of each layer, as `cache_layers` has them
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
         """Act on a cache of an attached model."""
         arguments = self._arguments(args, kwargs)
@@ -98,7 +107,7 @@ class BeginForward(_Hook):
         check_attention(module)
         if isinstance(cache, ClaaCache):
             arguments.update(cache.given)
-        name, layers = type(cache).__name__, len(cast(Any, module).layers)
+        name, layers = type(cache).__name__, len(self.kinds)
         if module.training:
             raise ValueError(f"{name}: the model must be in eval mode, call model.eval()")
         if arguments.get("use_cache") is False:
@@ -108,10 +117,21 @@ class BeginForward(_Hook):
                 f"{name}: the cache must be one of this model, which has {layers} layers, "
                 f"got one of {len(cache.layers)}"
             )
+        if cache.kinds != self.kinds:
+            layer = next(i for i, kind in enumerate(self.kinds) if cache.kinds[i] != kind)
+            raise ValueError(
+                f"{name}: the cache must be one of this model, whose layer {layer} has "
+                f"{_described(self.kinds[layer])}, got one with {_described(cache.kinds[layer])}"
+            )
         tokens = arguments.get("input_ids")
         if tokens is None:
             tokens = arguments["inputs_embeds"]
         cache.begin_forward(tokens, arguments.get("attention_mask"), arguments.get("position_ids"))
+
+
+def _described(kind: tuple[str, int | None]) -> str:
+    name, window = kind
+    return name if window is None else f"{name} over {window} tokens"
 
 
 @dataclass(frozen=True)

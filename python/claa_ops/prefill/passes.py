@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from claa_ops.prefill.cache import ClaaCache, hide_before
 from claa_ops.prefill.hooks import FirstPassDone
 from claa_ops.prefill.huggingface import attach
 from claa_ops.prefill.prompt import check_prompt, check_room, first_valid
-from claa_ops.prefill.state import PrefillState, begin, check_method
+from claa_ops.prefill.state import PrefillState, begin, check_count, check_method
 from claa_ops.prefill.transformers_api import cache_argument, decoder_of
 from claa_ops.prefill.work import Work, count_work
 
@@ -90,6 +92,10 @@ def run(
     cache: ClaaCache = kind(model.config, method, keep_scores=keep_scores)
     if start is None:
         attention_mask = None
+    if prepared is not None and not isinstance(prepared, Preparation):
+        raise TypeError(
+            f"run: prepared must be what method.prepare returned, got {type(prepared).__name__}"
+        )
     if prepared is None:
         prepared = method.prepare(model, input_ids, attention_mask)
     cache.ranking, computed = (None, Work()) if prepared is None else prepared
@@ -158,9 +164,21 @@ def decode(
         one that ends the answer; shorter rows are filled up with that token.
 
     Raises:
-        ValueError: ``max_new_tokens`` is below 1, or more than the model's context has room for.
+        TypeError: an argument is of another type.
+        ValueError: ``max_new_tokens`` is below 1, or more than the model's context has room for,
+            or the prefilled batch was decoded before.
     """
-    _check_new_tokens("decode", max_new_tokens)
+    if not isinstance(prefilled, Prefilled):
+        raise TypeError(
+            f"decode: prefilled must be what run returned, got {type(prefilled).__name__}"
+        )
+    check_count("decode", "max_new_tokens", max_new_tokens)
+    state, seen = prefilled.cache.state, prefilled.cache.get_seq_length()
+    if state is None or seen != state.prompt_length:
+        raise ValueError(
+            "decode: prefilled must be decoded once, because its cache takes the answer in, "
+            f"got one of which the cache has {seen} tokens: call run again"
+        )
     check_room("decode", model, int(prefilled.next_position.max()), max_new_tokens)
     tokens = greedy(
         model,
@@ -223,18 +241,13 @@ def generate(
 
         answer = generate(model, input_ids, GemFilter(keep=0.1), max_new_tokens=64)
     """
-    _check_new_tokens("generate", max_new_tokens)
+    check_count("generate", "max_new_tokens", max_new_tokens)
     check_method("generate", method, first_pass=True)
     check_prompt("generate", model, input_ids)
     if not method.two_pass or method.keeps_positions:  # else the answer comes after fewer tokens
         check_room("generate", model, input_ids.shape[1], max_new_tokens)
     prefilled = run(model, input_ids, method, attention_mask)
     return decode(model, prefilled, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id)
-
-
-def _check_new_tokens(caller: str, max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"{caller}: max_new_tokens must be at least 1, got {max_new_tokens}")
 
 
 def end_tokens(
@@ -244,7 +257,14 @@ def end_tokens(
     if eos_token_id is None:
         config = model.generation_config
         eos_token_id = () if config is None or config.eos_token_id is None else config.eos_token_id
-    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    tokens: list[Any] = [eos_token_id]
+    if isinstance(eos_token_id, (Sequence, Tensor)) and not isinstance(eos_token_id, str):
+        tokens = list(eos_token_id)
+    if not all(isinstance(token, (Integral, Tensor)) for token in tokens):
+        raise TypeError(
+            f"decode: eos_token_id must be a token or several of them, got {eos_token_id!r}"
+        )
+    return [int(token) for token in tokens]
 
 
 class _FirstPassCache(ClaaCache):

@@ -29,10 +29,12 @@ def first_valid(attention_mask: Tensor | None, batch: int, tokens: int) -> Tenso
     """``[B]``: the first token of each row that is not padding; None where there is no padding.
 
     Raises:
+        TypeError: the mask is no tensor.
         ValueError: the mask is not ``[B, N]``, or not 0s and then at least one 1 in each row.
     """
     if attention_mask is None:
         return None
+    check_mask(attention_mask)
     if tuple(attention_mask.shape) != (batch, tokens):
         raise ValueError(
             f"ClaaCache: attention_mask of the prompt must have shape [{batch}, {tokens}], "
@@ -48,6 +50,32 @@ def first_valid(attention_mask: Tensor | None, batch: int, tokens: int) -> Tenso
     if not torch.compiler.is_compiling() and not _capturing(valid) and valid.all():
         return None
     return tokens - valid.sum(dim=1)
+
+
+def check_mask(attention_mask: object) -> None:
+    """Raise TypeError unless the mask is a tensor: models also take one for each kind of layer."""
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(
+            "ClaaCache: attention_mask must be a tensor [batch, tokens], "
+            f"got {type(attention_mask).__name__}"
+        )
+
+
+def check_same_padding(attention_mask: Tensor, start: Tensor | None) -> None:
+    """Raise ValueError unless a later mask of the prompt, ``[B, N]``, is that of its prefill.
+
+    Args:
+        attention_mask: 0 where there is padding.
+        start: ``[B]``: the first token of each row that was not padding; None without padding.
+    """
+    valid = attention_mask.bool()
+    if start is not None:
+        valid = valid == (torch.arange(valid.shape[1], device=valid.device) >= start[:, None])
+    require(
+        valid.all(),
+        "ClaaCache: attention_mask must have the padding of the prompt where it was prefilled, "
+        "got other padding",
+    )
 
 
 def check_positions(position_ids: Tensor, mask: Tensor | None, seen: int) -> None:
@@ -70,10 +98,18 @@ def check_positions(position_ids: Tensor, mask: Tensor | None, seen: int) -> Non
 
 
 def check_prompt(caller: str, model: PreTrainedModel, input_ids: Tensor) -> None:
-    """Raise ValueError unless these are token ids ``[B, N]`` of the model, which has room for them.
+    """Raise unless these are token ids ``[B, N]`` of the model, which has room for them.
 
     On a GPU it waits for the ids.
     """
+    if not hasattr(model, "get_input_embeddings"):  # a compiled one is of another class
+        raise TypeError(
+            f"{caller}: model must be a model of transformers, got {type(model).__name__}"
+        )
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            f"{caller}: input_ids must be a tensor [batch, tokens], got {type(input_ids).__name__}"
+        )
     if input_ids.dim() != 2:
         raise ValueError(
             f"{caller}: input_ids must have shape [batch, tokens], got {list(input_ids.shape)}"

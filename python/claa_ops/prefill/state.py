@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -59,25 +60,32 @@ def begin(
         over, or keep it to read what was selected.
 
     Raises:
-        TypeError: the method is none.
+        TypeError: the method is none, or another argument is of another type.
         ValueError: ``prompt_length`` is below 1, the method does not fit the model, prefills
             twice, or needs a ranking and got none; or ``start`` or ``ranking`` is of another
-            shape.
+            shape or dtype.
 
     Example:
         >>> from claa_ops.methods import CLAA
         >>> state = begin(CLAA(keep=0.1), num_layers=32, prompt_length=4096)
     """
     check_method("begin", method, first_pass)
-    if prompt_length < 1:
-        raise ValueError(f"begin: prompt_length must be at least 1, got {prompt_length}")
+    check_count("begin", "prompt_length", prompt_length)
+    check_count("begin", "num_layers", num_layers)
     method.check(num_layers)
+    for name, value in (("start", start), ("ranking", ranking)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"begin: {name} must be a tensor, got {type(value).__name__}")
+    if start is not None and start.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"begin: start must be int64 or int32, got {start.dtype}")
     if start is not None and start.dim() != 1:
         raise ValueError(f"begin: start must have shape [batch], got {list(start.shape)}")
     if ranking is not None and (ranking.dim() != 2 or ranking.shape[1] != prompt_length):
         raise ValueError(
             f"begin: ranking must have shape [batch, {prompt_length}], got {list(ranking.shape)}"
         )
+    if ranking is not None and ranking.dtype != torch.float32:
+        raise ValueError(f"begin: ranking must be float32, got {ranking.dtype}")
     if method.needs_ranking and ranking is None:
         raise ValueError(
             f"begin: {type(method).__name__} needs a ranking of the prompt, which "
@@ -86,6 +94,14 @@ def begin(
     state = PrefillState(method, num_layers, prompt_length, start, ranking, keep_scores)
     method.begin(state)
     return state
+
+
+def check_count(caller: str, name: str, value: Any) -> None:
+    """Raise unless the value, one of ours or of numpy's, is an integer of at least 1."""
+    if not isinstance(value, (Integral, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{caller}: {name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{caller}: {name} must be at least 1, got {value}")
 
 
 def check_method(door: str, method: Method, first_pass: bool) -> None:
@@ -199,6 +215,11 @@ class PrefillState:
         """
         self._advance(layer, "observe")
         self._layer_scores = None
+        if self.ranking is not None and self.ranking.shape[0] != key.shape[0]:
+            raise ValueError(
+                f"observe: ranking must be of the {key.shape[0]} prompts of the batch, "
+                f"got one of {self.ranking.shape[0]}"
+            )
         if key.shape[2] != self.length:
             raise ValueError(
                 f"observe: key of layer {layer} must have the {self.length} tokens that the layer "

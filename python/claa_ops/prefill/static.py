@@ -9,6 +9,8 @@ from torch import Tensor
 
 from claa_ops.prefill.attached import AttachedCache, Request
 from claa_ops.prefill.cache import ClaaCache, visible_columns
+from claa_ops.prefill.prompt import check_mask
+from claa_ops.prefill.state import check_count
 from claa_ops.prefill.transformers_api import StaticLayer
 
 
@@ -46,10 +48,7 @@ class StaticClaaCache(AttachedCache):
             raise TypeError(
                 f"StaticClaaCache: cache must be a ClaaCache, got {type(cache).__name__}"
             )
-        if max_new_tokens < 1:
-            raise ValueError(
-                f"StaticClaaCache: max_new_tokens must be at least 1, got {max_new_tokens}"
-            )
+        check_count("StaticClaaCache", "max_new_tokens", max_new_tokens)
         if cache.get_seq_length() == 0:
             raise ValueError("StaticClaaCache: a prompt must have been prefilled, got none")
         if any(layer.is_sliding for layer in cache.layers):
@@ -58,11 +57,30 @@ class StaticClaaCache(AttachedCache):
         for layer, held in zip(self.layers, cache.layers, strict=True):
             layer.update(held.keys, held.values)
             layer.start = held.start
+        self.kinds = cache.kinds
         first, seen = cache.layers[0], cache.get_seq_length()
         # A tensor, like the lengths of the layers: torch.compile compiles anew for another int.
         self._dropped = torch.tensor(seen - first.get_seq_length(), device=first.keys.device)
         longest = max(cache.lengths)
         self._mask_sizes = (longest + max_new_tokens, seen - longest)
+
+    def begin_forward(
+        self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> None:
+        """Called by an attached model before its layers."""
+        (batch, new), rows = tokens.shape[:2], self.layers[0].keys.shape[0]
+        if batch != rows:
+            raise ValueError(f"StaticClaaCache: the batch must have its {rows} rows, got {batch}")
+        if attention_mask is not None:
+            check_mask(attention_mask)
+        if attention_mask is not None and self._may_look(tokens):
+            total = int(self.get_seq_length()) + new
+            if attention_mask.dim() == 2 and attention_mask.shape[1] < total:
+                raise ValueError(
+                    f"StaticClaaCache: attention_mask must have {total} columns, of the tokens "
+                    f"seen and {new} new ones, or more, got {attention_mask.shape[1]}"
+                )
+        super().begin_forward(tokens, attention_mask, position_ids)
 
     def begin_generate(self, request: Request) -> None:
         """Refuse more tokens than there is room for."""
@@ -80,10 +98,16 @@ class StaticClaaCache(AttachedCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write the keys and values of a layer; return its whole buffers."""
-        # A graph cannot look, and a GPU is not waited for: its own check of indices stops it.
-        if layer_idx == 0 and not key_states.is_cuda and not torch.compiler.is_compiling():
+        if layer_idx == 0 and self._may_look(key_states):
             self._require_room(key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _may_look(self, tensor: Tensor) -> bool:
+        """Whether a length may be read: a graph cannot, and a GPU is not waited for.
+
+        Its own check of indices stops it.
+        """
+        return not tensor.is_cuda and not torch.compiler.is_compiling()
 
     def _require_room(self, tokens: int) -> None:
         layer = self.layers[0]
