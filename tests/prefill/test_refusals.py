@@ -266,6 +266,22 @@ def test_arguments_of_other_types_are_named(model):
             call()
 
 
+def test_no_turn_comes_after_a_beam_search(model, cache):
+    """The rows of the cache are its last beams, in whatever order."""
+    settings = {**SETTINGS, "num_beams": 3}
+    model.generate(prompt(40)[0], past_key_values=cache, **settings)
+    with pytest.raises(ValueError, match=r"beam search must be the last turn.*call reset\(\)"):
+        model.generate(prompt(70, seed=5)[0], past_key_values=cache, **settings)
+    cache.reset()
+    model.generate(prompt(70, seed=5)[0], past_key_values=cache, **settings)
+
+
+def test_generate_stays_within_the_context(model, cache):
+    settings = {**SETTINGS, "max_new_tokens": 218}
+    with pytest.raises(ValueError, match="context of 256 tokens, got one of 40 and 218 may follow"):
+        model.generate(prompt(40)[0], past_key_values=cache, **settings)
+
+
 def test_what_was_decoded_is_not_decoded_again(model):
     prefilled = run(model, prompt(30)[0], METHOD)
     decode(model, prefilled, max_new_tokens=3)

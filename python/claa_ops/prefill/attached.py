@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from claa_ops.prefill.prompt import check_prompt
+from claa_ops.prefill.prompt import check_prompt, check_room
 from claa_ops.prefill.transformers_api import Cache, GenerationMixin
 
 
@@ -90,6 +90,9 @@ def _watch(generate: Callable[..., Any]) -> Callable[..., Any]:
         request = Request(self, dict(signature.bind(self, *args, **kwargs).arguments))
         if request.input_ids is not None:
             check_prompt("generate", self, request.input_ids)
+            new = request.setting("max_new_tokens")
+            if new is not None:
+                check_room("generate", self, request.input_ids.shape[1], new)
         cache.begin_generate(request)
         output = generate(self, *args, **kwargs)
         cache.end_generate(request, output)

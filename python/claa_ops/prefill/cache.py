@@ -106,6 +106,7 @@ class ClaaCache(AttachedCache):
         self.start: Tensor | None = None
         # What the last `generate` left, [B, T]: prompt and answer; None if not known.
         self.tokens: Tensor | None = None
+        self.holds_beams = False
         # The number of tokens seen is the length of an empty tensor: torch.compile keeps sizes
         # symbolic, but compiles anew for every value of an int that it finds on an object.
         self._seen = torch.empty(0, 0)
@@ -203,6 +204,11 @@ class ClaaCache(AttachedCache):
         ids, mask, seen = request.input_ids, request.attention_mask, self.get_seq_length()
         if seen == 0 or ids is None:
             return
+        if self.holds_beams:
+            raise ValueError(
+                "ClaaCache: a beam search must be the last turn, because the cache holds its beams "
+                "and not its answer, got another one: call reset() first"
+            )
         if mask is not None and mask.shape[1] != ids.shape[1]:
             return  # a turn without what came before it
         if ids.shape[1] <= seen or not self._has_seen(ids):
@@ -223,9 +229,10 @@ class ClaaCache(AttachedCache):
     def end_generate(self, request: Request, output: Any) -> None:
         """Remember the tokens, to know the next turn by them."""
         tokens = output if isinstance(output, Tensor) else output.sequences
-        # Only the last new token was not fed. Beams are not what the rows of the cache are.
+        self.holds_beams = (request.setting("num_beams") or 1) > 1
+        # Only the last new token was not fed.
         whole = tokens.shape[1] == self.get_seq_length() + 1
-        self.tokens = tokens if whole and (request.setting("num_beams") or 1) == 1 else None
+        self.tokens = tokens if whole and not self.holds_beams else None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
