@@ -230,7 +230,10 @@ def refuse(message: str, result) -> None:
         (["--task", "needles"], "unknown task 'needles': expected .*; did you mean 'needle'?"),
         (["--suite", "claapaper"], "unknown suite 'claapaper': did you mean 'claa-paper'?"),
         (["--layer", str(LAYERS)], rf"CLAA: layer must be in \[0, {LAYERS - 2}\]"),
-        (["--layer", "0-99999999999"], "--layer must be at most 9,999, got 0-99999999999"),
+        (
+            ["--layer", "0-99999999999"],
+            "--layer must be layers such as 10,15,20-22, got 0-99999999999",
+        ),
         (["--layer", "a"], "--layer must be layers such as"),
         (["--keep", "0"], r"--keep must be a rate in \(0, 1\]"),
         (["--keep", "1.5"], r"--keep must be a rate in \(0, 1\]"),

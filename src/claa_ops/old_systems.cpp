@@ -8,6 +8,10 @@ template class std::basic_stringbuf<char>;
 template class std::basic_ostringstream<char>;
 template class std::basic_stringstream<char>;
 
+// GCC 13's <iostream> has the library set its streams up; none is used here.
+void no_streams() asm("_ZSt21ios_base_library_initv");
+void no_streams() {}
+
 // Since glibc 2.32 shared_ptr reads this there. 0: other threads may be running.
 extern "C" {
 char __libc_single_threaded = 0;
