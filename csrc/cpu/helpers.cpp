@@ -30,7 +30,9 @@ void ask_for_short_slices() {
     int32_t nice;
     uint32_t priority;
     uint64_t runtime, deadline, period;
-  } attributes = {.size = sizeof attributes, .runtime = kSliceNs};
+  } attributes{};
+  attributes.size = sizeof attributes;
+  attributes.runtime = kSliceNs;
   syscall(SYS_sched_setattr, 0, &attributes, 0);  // where it is refused, slices are as ever
 }
 
