@@ -16,11 +16,12 @@ from torch import Tensor
 
 from bench.quality import CHOSEN, WHOLE
 from bench.signals import KERNEL, SINK, WINDOW, Laboratory, Trial, by_ranking, main, ranking_of
+from claa_ops.huggingface.work import count_work
 from claa_ops.methods import CLAA, Peak
-from claa_ops.methods.base import Preparation
 from claa_ops.ops.pool_heads import pool_heads
 from claa_ops.prefill import PrefillState
-from claa_ops.prefill.work import Work, count_work
+from claa_ops.selection.method import Preparation
+from claa_ops.selection.work import Work
 
 # Chosen on development prompts: the part, the layer behind which it is taken, the layer that ranks
 # it, and the rates at which the prefill then resumes.
@@ -65,7 +66,7 @@ def coarse_pass(
     The prefill resumes behind the layer at which the part was taken; the pass counts as work.
     """
     settings: dict[str, Any] = {"last_n": 3} if kind is CLAAOnPart else {"kernel_size": 1}
-    settings |= {"sink": SINK, "window": WINDOW, **WHOLE}
+    settings |= {"num_sinks": SINK, "window": WINDOW, **WHOLE}
     # How much the late layer would select does not matter, but it must select.
     method = kind(keep=(share, 0.05), layer=(layer, late), **settings)
     state = laboratory.run(method, Preparation(part, Work())).state

@@ -24,8 +24,8 @@ from claa_ops.evaluate.prompt import Prompt, encode_prompt
 from claa_ops.evaluate.shared import SharedPrefill
 from claa_ops.evaluate.tasks.example import Example
 from claa_ops.evaluate.tasks.needle import KINDS, needle_examples
+from claa_ops.huggingface.models import load_model, smollm2_file
 from claa_ops.methods import Method, make_method
-from claa_ops.models import load_model, smollm2_file
 from claa_ops.prefill import Prefilled, attach
 
 LAYERS = range(4, 29)
@@ -40,7 +40,7 @@ TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "gemfilter": ("gemfilter", {}),  # it has no caches before its second pass
     "claa": ("claa", WHOLE),
     "claa, z-scored": ("claa", {"zscore": True, **WHOLE}),
-    "claa, wide": ("claa", {"sink": 4, "window": 16, "kernel_size": 25, "last_n": 8, **WHOLE}),
+    "claa, wide": ("claa", {"num_sinks": 4, "window": 16, "kernel_size": 25, "last_n": 8, **WHOLE}),
     "peak": ("peak", WHOLE),
     "oracle": ("oracle", {"max_new_tokens": 12, **WHOLE}),
 }
@@ -107,7 +107,7 @@ def others_grid(num_layers: int) -> Iterator[Cell]:
     changes: tuple[dict[str, int], ...] = (
         {},
         {"kernel_size": 7},
-        {"sink": 0},
+        {"num_sinks": 0},
         {"window": 8},
         {"window": 32},
     )
@@ -201,7 +201,7 @@ class Batch:
         return {
             "right": exact.int().tolist(),
             "found": self._found(prefilled),
-            "work": round(prefilled.work, 5),
+            "work": round(prefilled.work_share, 5),
             "bytes": cached,
         }
 

@@ -20,13 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bench.quality import TABLE, WHOLE, Batch, Cell, Lines, batches, load, options
 from claa_ops.evaluate.prompt import encode_prompt
 from claa_ops.evaluate.shared import SharedPrefill
+from claa_ops.huggingface.answer import Answer, record_answer
+from claa_ops.huggingface.cache import first_valid
+from claa_ops.huggingface.transformers_api import decoder_of
+from claa_ops.huggingface.work import count_work
 from claa_ops.methods import FullKV, Method, Oracle, SpeculativePrefill, make_method
-from claa_ops.methods.base import Preparation
-from claa_ops.prefill import Prefilled, attach, run
-from claa_ops.prefill.answer import Answer, record_answer
-from claa_ops.prefill.cache import first_valid
-from claa_ops.prefill.transformers_api import decoder_of
-from claa_ops.prefill.work import Work, count_work
+from claa_ops.prefill import Prefilled, attach, prefill
+from claa_ops.selection.method import Preparation
+from claa_ops.selection.work import Work
 
 KEEPS = (0.1, 0.2)
 LAYERS = (7, 8, 12)  # after which an early signal selects
@@ -70,7 +71,7 @@ class Laboratory:
         if prepared is None:
             return self.shared.run(method)
         with self.shared.replay():
-            return run(self.model, self.ids, method, self.mask, prepared=prepared)
+            return prefill(self.model, self.ids, method, self.mask, prepared=prepared)
 
     def column(self, label: str, layer: Any, **changes: Any) -> Any:
         """The method of a column of docs/quality.md."""
@@ -95,7 +96,7 @@ def first_layers(model: PreTrainedModel, depth: int) -> PreTrainedModel:
 
 def by_ranking(label: str, layer: int, ranking: Tensor, work: Work, **certain: int) -> Trial:
     """A selection by a ranking ``[B, M]`` of the tokens before the window."""
-    kept: dict[str, Any] = {"sink": SINK, "window": WINDOW, **WHOLE, **certain}
+    kept: dict[str, Any] = {"num_sinks": SINK, "window": WINDOW, **WHOLE, **certain}
     return Trial(label, Oracle(layer=layer, **kept), Preparation(ranking, work))
 
 
@@ -162,7 +163,7 @@ def look_aheads(laboratory: Laboratory) -> Iterator[Trial]:
         whose = "the model's" if depth == all_layers else "its own"
         for layer, label in product(LAYERS if depth == all_layers else (depth - 1,), RANKED):
             method = laboratory.column(label, layer)
-            certain = {"sink": method.sink, "window": method.window}
+            certain = {"num_sinks": method.num_sinks, "window": method.window}
             method = replace(method, window=method.window + tokens.shape[1])
             ranking = ranking_of(shared, method, layer)
             label = f"{label}, {ahead} of {whose} tokens ahead"
@@ -189,7 +190,7 @@ def windows(laboratory: Laboratory) -> Iterator[Trial]:
             ranking[row, before] = ranking_of(shared, method, layer)[0]
     for (layer, label), ranking in rankings.items():
         method = laboratory.column(label, layer)
-        certain = {"sink": method.sink, "window": method.window}
+        certain = {"num_sinks": method.num_sinks, "window": method.window}
         yield by_ranking(f"{label}, window the question", layer, ranking, Work(), **certain)
 
 

@@ -39,12 +39,12 @@ struct Indices {
 // The last `window` queries of a prompt and all its keys: what score_window and score_tokens share.
 // Query row i stands at position total - window + i; context = total - window.
 struct WindowAttention {
-  const void* query;  // [batch, heads, window, dim]
-  const void* key;    // [batch, kv_heads, total, dim]
-  const float* lse;   // [batch, heads, window], may be nullptr
-  Indices start;      // [batch], may be nullptr
-  const void* sinks;  // [heads], may be nullptr
-  void* workspace;    // scratch memory, as much as the device asks for
+  const void* query;        // [batch, heads, window, dim]
+  const void* key;          // [batch, kv_heads, total, dim]
+  const float* lse;         // [batch, heads, window], may be nullptr
+  Indices start;            // [batch], may be nullptr
+  const void* sink_logits;  // [heads], may be nullptr
+  void* workspace;          // scratch memory, as much as the device asks for
 
   DType dtype;  // of query and key
   DType sinks_dtype;
@@ -71,7 +71,7 @@ struct ScoreTokensParams {
   WindowAttention attention;
   float* out;  // [batch, kv_heads, context]
   int64_t kernel_size;
-  PoolMode mode;
+  PoolMode pool_mode;
 };
 
 struct PoolHeadsParams {
@@ -80,7 +80,7 @@ struct PoolHeadsParams {
   int64_t batch, heads, kv_heads, context;
   int64_t scores_stride_b, scores_stride_h;
   int64_t kernel_size;
-  PoolMode mode;
+  PoolMode pool_mode;
 };
 
 struct AggregateScoresParams {
@@ -97,12 +97,12 @@ struct ScoreLayerParams {
   float* running;  // [batch, context], becomes the maximum of itself and the scores
   int64_t running_stride_b;
   int64_t kernel_size;
-  PoolMode mode;
+  PoolMode pool_mode;
 
   // The op in two steps: score_tokens, then aggregate_scores in place. Inlined for the same reason
   // as `tiers` below.
   CLAA_HOST_DEVICE __attribute__((always_inline)) inline ScoreTokensParams scores() const {
-    return {.attention = attention, .out = out, .kernel_size = kernel_size, .mode = mode};
+    return {.attention = attention, .out = out, .kernel_size = kernel_size, .pool_mode = pool_mode};
   }
   CLAA_HOST_DEVICE __attribute__((always_inline)) inline AggregateScoresParams maximum() const {
     const int64_t context = attention.context();
@@ -126,7 +126,7 @@ struct SelectTopkParams {
   void* out;            // [batch, inner, k], int32 or int64
   void* workspace;      // scratch memory, as much as the device asks for
   bool out_is_int32;
-  int64_t batch, inner, context, k, window, sink;
+  int64_t batch, inner, context, k, window, num_sinks;
   int64_t scores_stride_b, scores_stride_inner;
 
   // What a row keeps: four tiers, best first: window, sinks, scored tokens, padding; `n_empty`
@@ -134,7 +134,7 @@ struct SelectTopkParams {
   // processor does not have.
   struct Tiers {
     int64_t n_window, n_sinks, n_scored, n_padding, n_empty;
-    int64_t first_valid, first;  // the first token that is not padding, and behind the sinks
+    int64_t first_valid, first;  // the first token that is not padding, and after the sinks
   };
   CLAA_HOST_DEVICE __attribute__((always_inline)) inline Tiers tiers(int64_t b) const {
     Tiers t;
@@ -144,7 +144,7 @@ struct SelectTopkParams {
     const int64_t wanted = count < 0 ? 0 : count < k ? count : k;
     t.n_empty = k - wanted;
     t.n_window = wanted < window ? wanted : window;
-    t.n_sinks = sink < context - t.first_valid ? sink : context - t.first_valid;
+    t.n_sinks = num_sinks < context - t.first_valid ? num_sinks : context - t.first_valid;
     if (t.n_sinks > wanted - t.n_window) t.n_sinks = wanted - t.n_window;
     t.first = t.first_valid + t.n_sinks;
     t.n_scored = wanted - t.n_window - t.n_sinks;

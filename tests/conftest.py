@@ -44,6 +44,6 @@ def single_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The directory of a tiny random model."""
-    from evaluate.tiny_checkpoint import save_tiny_checkpoint  # not for tests without models
+    from support.tiny_checkpoint import save_tiny_checkpoint  # not for tests without models
 
     return str(save_tiny_checkpoint(tmp_path_factory.mktemp("tiny")))

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import claa_ops
 from claa_ops.cli import app
 from claa_ops.methods import METHODS
-from evaluate.tiny_checkpoint import CONTEXT, LAYERS
+from support.tiny_checkpoint import CONTEXT, LAYERS
 
 RUNNER = CliRunner()
 PROMPT = "A prompt of many words, " * 10
@@ -250,7 +250,10 @@ NAMES = f"expected {', '.join(METHODS)}"
         (["--schedule", "3:" + "9" * 5000], "--schedule must be a rate in (0, 1]"),
         (["--keep", "9" * 26], "CLAA: keep must be a rate in (0, 1] or a number of tokens"),
         (["--method", "claa:last_n=2:last_n=3"], "claa: last_n must be set once, got it twice"),
-        (["--method", f"claa:sink={2**63}"], "CLAA: sink must be an integer of at least 0"),
+        (
+            ["--method", f"claa:num_sinks={2**63}"],
+            "CLAA: num_sinks must be an integer of at least 0",
+        ),
         (["--method", f"claa:kernel_size={2**16 + 1}"], "CLAA: kernel_size must be below 65,536"),
         (["--method", f"random:seed={2**63}"], "Random: seed must be an integer of at least 0"),
         (["--schedule", "3:1,1:1"], "CLAA: layer must be in ascending order"),

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from claa_ops.cli import app
 from claa_ops.methods import METHODS
-from evaluate.tiny_checkpoint import LAYERS
+from support.tiny_checkpoint import LAYERS
 
 RUNNER = CliRunner()
 pytestmark = pytest.mark.usefixtures("single_thread")

@@ -14,11 +14,11 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
+from claa_ops.huggingface.models import InputError
 from claa_ops.lm_eval import ClaaLM
 from claa_ops.methods import CLAA, FullKV
-from claa_ops.models import InputError
-from claa_ops.prefill import decode, run
-from evaluate.tiny_checkpoint import CONTEXT, LAYERS, tiny_tokenizer
+from claa_ops.prefill import decode, prefill
+from support.tiny_checkpoint import CONTEXT, LAYERS, tiny_tokenizer
 
 CONTEXT_TEXT = "A context of many words, " * 8
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -59,7 +59,7 @@ def test_full_prefill_gives_the_likelihoods_of_a_plain_forward(checkpoint):
 
 def test_the_context_is_pruned_and_the_continuation_is_not(pruned):
     ids = torch.tensor([pruned.tok_encode(CONTEXT_TEXT.rstrip())])
-    written = decode(pruned.model, run(pruned.model, ids, pruned.method), max_new_tokens=5)
+    written = decode(pruned.model, prefill(pruned.model, ids, pruned.method), max_new_tokens=5)
     scored = pruned._loglikelihood_tokens(
         [(("", ""), ids[0].tolist(), written[0].tolist()), (("", ""), ids[0].tolist(), [0, 0])]
     )
@@ -73,7 +73,7 @@ def test_the_context_is_pruned_and_the_continuation_is_not(pruned):
 def test_choices_share_a_prefill(pruned, monkeypatch):
     prefills = []
     monkeypatch.setattr(
-        "claa_ops.lm_eval.run", lambda *arguments: prefills.append(1) or run(*arguments)
+        "claa_ops.lm_eval.run", lambda *arguments: prefills.append(1) or prefill(*arguments)
     )
     choices = [request("loglikelihood", CONTEXT_TEXT, f" {word}") for word in ("a", "bc", "def")]
     together = pruned.loglikelihood(choices)
@@ -132,7 +132,7 @@ def prefilled(pruned, monkeypatch):
 
     def recording(model, ids, method):
         lengths.append(ids.shape[1])
-        return run(model, ids, method)
+        return prefill(model, ids, method)
 
     monkeypatch.setattr("claa_ops.lm_eval.run", recording)
     monkeypatch.setattr(pruned, "_said", set())
@@ -175,7 +175,7 @@ def test_an_empty_context_is_the_prefix_token(pruned, prefilled):
     options = {"until": [], "max_gen_toks": 4}
     (answer,) = pruned.generate_until([request("generate_until", "", options)])
     ids = torch.tensor([[pruned.prefix_token_id]])
-    written = decode(pruned.model, run(pruned.model, ids, pruned.method), max_new_tokens=4)
+    written = decode(pruned.model, prefill(pruned.model, ids, pruned.method), max_new_tokens=4)
     assert answer == pruned.tokenizer.decode(written[0], skip_special_tokens=True)
     assert prefilled == [1]
     assert len(pruned.loglikelihood([request("loglikelihood", "", " word")])) == 1

@@ -30,7 +30,7 @@ def window_options(batch: int, context: int, device: str) -> dict:
         "start": torch.arange(batch, device=device),
         "sliding_window": context // 2,
         "softcap": 20.0,
-        "sinks": torch.randn(4, device=device),
+        "sink_logits": torch.randn(4, device=device),
     }
 
 
@@ -48,7 +48,7 @@ def score_window(b: int, m: int, device: str) -> list[Sample]:
 def score_tokens(b: int, m: int, device: str) -> list[Sample]:
     return [
         Sample(scoring(b, m, device)),
-        Sample(scoring(b, m, device), {"kernel_size": 5, "mode": "max"}),
+        Sample(scoring(b, m, device), {"kernel_size": 5, "pool_mode": "max"}),
         Sample(scoring(b, m, device), window_options(b, m, device)),
     ]
 
@@ -57,14 +57,14 @@ def score_layer(b: int, m: int, device: str) -> list[Sample]:
     running = torch.rand(b, m, device=device)
     return [
         Sample((running, *scoring(b, m, device))),
-        Sample((running, *scoring(b, m, device)), {"kernel_size": 5, "mode": "max"}),
+        Sample((running, *scoring(b, m, device)), {"kernel_size": 5, "pool_mode": "max"}),
         Sample((running, *scoring(b, m, device)), window_options(b, m, device)),
     ]
 
 
 def pool_heads(b: int, m: int, device: str) -> list[Sample]:
     scores = torch.rand(b, 6, m, device=device)
-    return [Sample((scores, 2)), Sample((scores, 3), {"kernel_size": 3, "mode": "max"})]
+    return [Sample((scores, 2)), Sample((scores, 3), {"kernel_size": 3, "pool_mode": "max"})]
 
 
 def aggregate_scores(b: int, m: int, device: str) -> list[Sample]:
@@ -75,7 +75,7 @@ def aggregate_scores(b: int, m: int, device: str) -> list[Sample]:
 def select_topk(b: int, m: int, device: str) -> list[Sample]:
     scores = torch.rand(b, 3, m, device=device)
     start = torch.arange(b, device=device)
-    options = {"window": 8, "sink": 2, "start": start, "int32": True}
+    options = {"window": 8, "num_sinks": 2, "start": start, "int32": True}
     return [Sample((scores, m // 3)), Sample((scores, m // 2 + 8), options)]
 
 
@@ -152,9 +152,8 @@ def test_opcheck(op, number, device):
     """Schema, fake shapes with symbolic sizes, autograd registration."""
     args, options = SAMPLES[op](2, 30, device)[number]
     options = dict(options)
-    if "mode" in options:  # in C++ a mode is a number
-        name = "pool_mode" if op == "score_layer" else "mode"
-        options[name] = ["avg", "max"].index(options.pop("mode"))
+    if "pool_mode" in options:  # in C++ a mode is a number
+        options["pool_mode"] = ["avg", "max"].index(options.pop("pool_mode"))
     torch.library.opcheck(getattr(torch.ops.claa, op).default, args, options)
 
 
@@ -243,8 +242,8 @@ def test_a_graph_serves_arguments_that_want_gradients(op, device):
 def test_modes_are_refused_by_number(device):
     """The ops take a mode as a number; one that is not there is an error, not a guess."""
     scores = torch.rand(1, 2, 9, device=device)
-    with pytest.raises(RuntimeError, match="pool_heads: mode must .*, got 2"):
-        torch.ops.claa.pool_heads(scores, 1, mode=2)
+    with pytest.raises(RuntimeError, match="pool_heads: pool_mode must .*, got 2"):
+        torch.ops.claa.pool_heads(scores, 1, pool_mode=2)
     query, key = scoring(1, 9, device)
-    with pytest.raises(RuntimeError, match="score_tokens: mode must .*, got -1"):
-        torch.ops.claa.score_tokens(query, key, mode=-1)
+    with pytest.raises(RuntimeError, match="score_tokens: pool_mode must .*, got -1"):
+        torch.ops.claa.score_tokens(query, key, pool_mode=-1)

@@ -166,7 +166,7 @@ def test_a_command_names_the_extra_that_it_lacks(clean, command):
         ("from claa_ops.prefill import attach", "models"),
         ("from claa_ops.prefill import ClaaCache", "models"),
         ("import claa_ops.prefill; claa_ops.prefill.generate", "models"),
-        ("import claa_ops.models", "models"),
+        ("import claa_ops.huggingface.models", "models"),
         ("import claa_ops.evaluate", "cli"),
         ("import claa_ops.lm_eval", "evaluate"),
     ],

@@ -41,12 +41,12 @@ inline void max_taps(const float* in, int64_t low, int64_t high, int64_t strip, 
 // Every pool is summed anew: a running sum would carry a NaN or a rounding error on to every later
 // token.
 inline void pool_row(const float* in, int64_t low, int64_t high, int64_t begin, int64_t end,
-                     int64_t kernel_size, PoolMode mode, bool accumulate, float* out) {
+                     int64_t kernel_size, PoolMode pool_mode, bool accumulate, float* out) {
   float pooled[kStrip];
   for (int64_t strip = begin; strip < end; strip += kStrip) {
     const int64_t strip_end = min(strip + kStrip, end);
     float* to = out + (strip - begin);
-    if (mode == PoolMode::avg) {
+    if (pool_mode == PoolMode::avg) {
       sum_taps(in, low, high, strip, strip_end, kernel_size / 2, pooled);
       for (int64_t i = 0; i < strip_end - strip; ++i) pooled[i] /= float(kernel_size);
     } else {

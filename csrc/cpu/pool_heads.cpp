@@ -22,8 +22,8 @@ void run(const PoolHeadsParams& p, Portion& portion) {
     const int64_t from = unit % tiles(p) * kTile, to = min(from + kTile, p.context);
     const float* head = p.scores + b * p.scores_stride_b + g * group * p.scores_stride_h;
     for (int64_t i = 0; i < group; ++i)
-      pool_row(head + i * p.scores_stride_h, 0, p.context, from, to, p.kernel_size, p.mode, i > 0,
-               p.out + row * p.context + from);
+      pool_row(head + i * p.scores_stride_h, 0, p.context, from, to, p.kernel_size, p.pool_mode,
+               i > 0, p.out + row * p.context + from);
   }
 }
 

@@ -18,7 +18,7 @@ void run(const ScoreTokensParams& p, Portion& portion) {
              [&](int64_t b, int64_t g, float* sums, int64_t stride, const TileRange& range) {
                float* out = p.out + (b * a.kv_heads + g) * a.context() + range.begin;
                int64_t heads = a.group();
-               if (p.mode == PoolMode::avg) {  // the mean commutes with the sum over heads
+               if (p.pool_mode == PoolMode::avg) {  // the mean commutes with the sum over heads
                  for (int64_t i = 1; i < heads; ++i)
                    for (int64_t j = 0; j < range.high - range.low; ++j)
                      sums[j] += sums[i * stride + j];
@@ -26,7 +26,7 @@ void run(const ScoreTokensParams& p, Portion& portion) {
                }
                for (int64_t i = 0; i < heads; ++i)
                  pool_row(sums + i * stride, range.low, range.high, range.begin, range.end,
-                          p.kernel_size, p.mode, i > 0, out);
+                          p.kernel_size, p.pool_mode, i > 0, out);
              });
 }
 

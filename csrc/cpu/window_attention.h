@@ -153,10 +153,10 @@ void compute_tile(const WindowPlan& plan, const WindowHead& head, const TileRang
 inline void load_sinks(const WindowAttention& a, const WindowHead& head, float* rows) {
   with_dtype(a.sinks_dtype, [&](auto type) {
     using T = decltype(type);
-    const char* sinks = static_cast<const char*>(a.sinks);
+    const char* sink_logits = static_cast<const char*>(a.sink_logits);
     for (int64_t r = 0; r < a.window * a.group(); ++r) {
       const int64_t h = head.g * a.group() + r % a.group();
-      rows[r] = T::to_float_one(sinks + h * T::kBytes);
+      rows[r] = T::to_float_one(sink_logits + h * T::kBytes);
     }
   });
 }
@@ -165,12 +165,12 @@ inline void load_sinks(const WindowAttention& a, const WindowHead& head, float* 
 inline void shifts_from_lse(const WindowPlan& plan, const WindowHead& head,
                             const AttentionSlot& slot) {
   const WindowAttention& a = plan.a;
-  if (a.sinks) load_sinks(a, head, slot.row);
+  if (a.sink_logits) load_sinks(a, head, slot.row);
   for (int64_t r = 0; r < plan.rows; ++r) {
     const int64_t w = r / a.group(), h = head.g * a.group() + r % a.group();
     const bool is_padding = a.context() + w < head.start;
     float lse = a.lse[head.b * a.lse_stride_b + h * a.lse_stride_h + w];
-    if (a.sinks) {
+    if (a.sink_logits) {
       const float top = max(lse, slot.row[r]);
       lse = top + std::log(std::exp(lse - top) + std::exp(slot.row[r] - top));
     }
@@ -224,9 +224,9 @@ inline void sum_queries(const WindowPlan& plan, const AttentionSlot& slot,
 inline void shifts_from_measures(const WindowPlan& plan, const WindowHead& head, int64_t seat,
                                  const AttentionSlot& slot) {
   for (int64_t r = plan.rows; r < plan.row_stride; ++r) slot.row[r] = 0.f;
-  if (plan.a.sinks) load_sinks(plan.a, head, slot.row);
+  if (plan.a.sink_logits) load_sinks(plan.a, head, slot.row);
   join_measures(plan.measures(seat), plan.tiles, plan.row_stride, plan.rows,
-                plan.a.sinks ? slot.row : nullptr, slot.shift, slot.factor);
+                plan.a.sink_logits ? slot.row : nullptr, slot.shift, slot.factor);
 }
 
 template <class T>

@@ -94,9 +94,9 @@ struct Visibility {
 // The sink logit of a query head.
 __device__ inline float load_sink(const WindowAttention& a, int64_t head) {
   switch (a.sinks_dtype) {
-    case DType::f32: return static_cast<const float*>(a.sinks)[head];
-    case DType::f16: return to_float(static_cast<const __half*>(a.sinks)[head]);
-    default: return to_float(static_cast<const __nv_bfloat16*>(a.sinks)[head]);
+    case DType::f32: return static_cast<const float*>(a.sink_logits)[head];
+    case DType::f16: return to_float(static_cast<const __half*>(a.sink_logits)[head]);
+    default: return to_float(static_cast<const __nv_bfloat16*>(a.sink_logits)[head]);
   }
 }
 
@@ -167,7 +167,7 @@ __device__ float2 column_of_lse(const WindowAttention& a, int64_t b, int64_t g,
   if (a.start.data && a.context() + column.query < a.start[b]) return {0.f, 0.f};
   const int64_t head = g * a.group() + column.head;
   float lse = a.lse[b * a.lse_stride_b + head * a.lse_stride_h + column.query];
-  if (a.sinks) {
+  if (a.sink_logits) {
     const float sink = load_sink(a, head), top = fmaxf(lse, sink);
     lse = top + logf(expf(lse - top) + expf(sink - top));
   }
@@ -179,7 +179,7 @@ template <class Math>
 __device__ float2 column_of_measure(const WindowAttention& a, int64_t g, const Column& column,
                                     Measure measure) {
   if (!column.exists(a)) return {INFINITY, 0.f};
-  if (a.sinks) {
+  if (a.sink_logits) {
     const int64_t head = g * a.group() + column.head;
     measure.join<Math>({load_sink(a, head) * Math::kUnit, 1.f});
   }

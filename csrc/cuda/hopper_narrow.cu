@@ -525,7 +525,7 @@ __global__ __launch_bounds__(kThreads,
       for (int slot = 0; slot < p.slots; ++slot) {
         float pooled[kBatch];
         pool_tokens<kConsumers>(pooled, sums + slot * p.sums_stride, first, known, p.halo,
-                                p.scores.mode);
+                                p.scores.pool_mode);
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
           const int at = first + i * kConsumers;
@@ -538,7 +538,7 @@ __global__ __launch_bounds__(kThreads,
       for (int i = 0; i < kBatch; ++i) {
         const int at = first + i * kConsumers;
         if (at >= end) break;
-        if (p.scores.mode == PoolMode::avg) score[i] *= p.pool_factor;
+        if (p.scores.pool_mode == PoolMode::avg) score[i] *= p.pool_factor;
         out[at] = score[i];
         join_running(p.scores, unit.b, unit.low + at, score[i]);
       }

@@ -425,7 +425,7 @@ __global__ __launch_bounds__(kThreads,
       for (int slot = 0; slot < slots; ++slot) {
         float pooled[kBatch];
         pool_tokens<kConsumers>(pooled, sums_of(slot), from, known, p.halo,
-                                Shape::kPlain ? PoolMode::avg : p.scores.mode);
+                                Shape::kPlain ? PoolMode::avg : p.scores.pool_mode);
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
           const int at = from + i * kConsumers;
@@ -439,7 +439,7 @@ __global__ __launch_bounds__(kThreads,
       for (int i = 0; i < kBatch; ++i) {
         const int at = from + i * kConsumers;
         if (at >= end) break;
-        if (Shape::kPlain || p.scores.mode == PoolMode::avg) score[i] *= p.pool_factor;
+        if (Shape::kPlain || p.scores.pool_mode == PoolMode::avg) score[i] *= p.pool_factor;
         out[unit.low + at] = score[i];
         join_running(p.scores, unit.b, unit.low + at, score[i]);
       }
@@ -516,7 +516,7 @@ struct Plan {
 
   bool is_plain() const {
     return !params.measures && !params.has_fillers && params.scores.pooled &&
-           params.scores.mode == PoolMode::avg;
+           params.scores.pool_mode == PoolMode::avg;
   }
 };
 

@@ -142,7 +142,7 @@ WindowAttention attention_of(const PeakAttentionParams& p) {
           .key = p.key,
           .lse = nullptr,
           .start = p.start,
-          .sinks = nullptr,
+          .sink_logits = nullptr,
           .workspace = p.workspace,
           .dtype = p.dtype,
           .sinks_dtype = DType::f32,

@@ -10,10 +10,10 @@ namespace claa::cuda {
 // Every pool is summed anew: a running sum would carry a NaN on to every later token.
 template <class Index>
 __device__ float pool_token(const float* in, Index j, Index low, Index high, Index kernel_size,
-                            PoolMode mode) {
+                            PoolMode pool_mode) {
   const Index half = kernel_size / 2;
   const Index from = max(j - half, low), to = min(j + half + 1, high);
-  if (mode == PoolMode::max) {
+  if (pool_mode == PoolMode::max) {
     float largest = -INFINITY;
     for (Index i = from; i < to; ++i) largest = max_or_nan(largest, in[i]);
     return largest;
@@ -28,7 +28,7 @@ __device__ float pool_token(const float* in, Index j, Index low, Index high, Ind
 // the usual kernel are on their way together, without branches in which they would wait.
 template <int kStep, int kCount, class Row>
 __device__ void pool_tokens(float (&pooled)[kCount], const Row& row, int first, int known, int halo,
-                            PoolMode mode) {
+                            PoolMode pool_mode) {
   constexpr int kTaps = 7;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) pooled[i] = 0.f;
@@ -40,7 +40,7 @@ __device__ void pool_tokens(float (&pooled)[kCount], const Row& row, int first, 
       const int middle = first + t % kCount * kStep, at = middle + tap + t / kCount;
       value[t] = unsigned(at) < unsigned(min(middle + halo + 1, known)) ? row[at] : 0.f;
     }
-    if (mode == PoolMode::max) {
+    if (pool_mode == PoolMode::max) {
 #pragma unroll
       for (int t = 0; t < kTaps * kCount; ++t)
         pooled[t % kCount] = max_or_nan(pooled[t % kCount], value[t]);

@@ -20,10 +20,10 @@ __global__ __launch_bounds__(kThreads) void pool_kernel(const PoolHeadsParams p)
   if (j >= p.context) return;
   const int64_t group = p.heads / p.kv_heads;
   const float* head = p.scores + b * p.scores_stride_b + g * group * p.scores_stride_h;
-  float sum = pool_token(head, j, int64_t(0), p.context, p.kernel_size, p.mode);
+  float sum = pool_token(head, j, int64_t(0), p.context, p.kernel_size, p.pool_mode);
   for (int64_t i = 1; i < group; ++i)
-    sum +=
-        pool_token(head + i * p.scores_stride_h, j, int64_t(0), p.context, p.kernel_size, p.mode);
+    sum += pool_token(head + i * p.scores_stride_h, j, int64_t(0), p.context, p.kernel_size,
+                      p.pool_mode);
   p.out[row * p.context + j] = sum;
 }
 

@@ -13,7 +13,7 @@ WindowScores scores_of(const ScoreLayerParams& p) {
           .out = p.out,
           .pooled = true,
           .kernel_size = p.kernel_size,
-          .mode = p.mode,
+          .pool_mode = p.pool_mode,
           .running = p.running,
           .running_stride_b = p.running_stride_b};
 }

@@ -13,7 +13,7 @@ WindowScores scores_of(const ScoreTokensParams& p) {
           .out = p.out,
           .pooled = true,
           .kernel_size = p.kernel_size,
-          .mode = p.mode};
+          .pool_mode = p.pool_mode};
 }
 
 // Beyond the context a pooling kernel sees nothing, so a halo need not be wider than that.
@@ -54,7 +54,7 @@ cudaError_t run(const ScoreTokensParams& p, cudaStream_t stream) {
                              .scores_stride_b = a.heads * a.context(),
                              .scores_stride_h = a.context(),
                              .kernel_size = p.kernel_size,
-                             .mode = p.mode},
+                             .pool_mode = p.pool_mode},
              stream);
 }
 

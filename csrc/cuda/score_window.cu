@@ -10,7 +10,7 @@ WindowScores scores_of(const ScoreWindowParams& p) {
           .out = p.out,
           .pooled = false,
           .kernel_size = 1,
-          .mode = PoolMode::avg};
+          .pool_mode = PoolMode::avg};
 }
 
 }  // namespace

@@ -193,7 +193,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     float score = 0.f;
     for (int slot = 0; slot < slots; ++slot)
       score += pool_token(sums + slot * p.sums_stride, at, 0, n_keys, int(p.scores.kernel_size),
-                          p.scores.mode);
+                          p.scores.pool_mode);
     p.scores.out[bg * context + j] = score;
     // b anew: kept until here, it spills in the kernels that mask.
     join_running(p.scores, unit / unsigned(p.ranges * a.kv_heads), j, score);

@@ -12,14 +12,14 @@ struct WindowScores {
   float* out;  // pooled: [batch, kv_heads, context]; else [batch, heads, context]
   bool pooled;
   int64_t kernel_size;
-  PoolMode mode;
+  PoolMode pool_mode;
   float* running = nullptr;  // pooled: [batch, context], or nullptr
   int64_t running_stride_b = 0;
 
   CLAA_HOST_DEVICE int64_t halo() const { return pooled ? kernel_size / 2 : 0; }
   // Sums that a key has in shared memory: the average commutes with the sum over heads.
   CLAA_HOST_DEVICE int64_t slots() const {
-    return pooled && mode == PoolMode::avg ? 1 : attention.group();
+    return pooled && pool_mode == PoolMode::avg ? 1 : attention.group();
   }
 };
 

@@ -1,7 +1,7 @@
 """Fused ops that rank prompt tokens, keep the important ones and prefill the rest on those alone.
 
 Importing the package loads ``torch.ops.claa.*``; the functions here are the same ops with their
-manual pages. In both, whatever has a default is given by name. A ``mode`` is a number in
+manual pages. In both, whatever has a default is given by name. A ``pool_mode`` is a number in
 ``torch.ops.claa``: 0 avg, 1 max (``pool_mode`` of ``score_layer``).
 
 ``claa_ops.reference`` has each op in plain PyTorch, ``claa_ops.methods`` has the ranking systems,

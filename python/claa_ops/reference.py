@@ -22,7 +22,7 @@ def score_window(
     start: Tensor | None = None,  # [B]
     sliding_window: int = 0,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,  # [H]
+    sink_logits: Tensor | None = None,  # [H]
 ) -> Tensor:
     """Attention that the last W queries pay to each context key, summed over those queries."""
     window, total = query.shape[2], key.shape[2]
@@ -40,14 +40,14 @@ def score_window(
 
     if lse is None:
         columns = logits
-        if sinks is not None:
-            sink_column = sinks.to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)
+        if sink_logits is not None:
+            sink_column = sink_logits.to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)
             columns = torch.cat([logits, sink_column], dim=-1)
         probability = columns.softmax(dim=-1)[..., :total]
     else:
         lse = lse.to(logits.dtype)
-        if sinks is not None:
-            lse = torch.logaddexp(lse, sinks.to(logits.dtype)[:, None])
+        if sink_logits is not None:
+            lse = torch.logaddexp(lse, sink_logits.to(logits.dtype)[:, None])
         probability = torch.exp(logits - lse[..., None])
     # A query that sees no key is padding: it has no vote.
     probability = probability.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
@@ -55,10 +55,10 @@ def score_window(
 
 
 def pool_heads(
-    scores: Tensor, num_kv_heads: int, *, kernel_size: int = 7, mode: str = "avg"
+    scores: Tensor, num_kv_heads: int, *, kernel_size: int = 7, pool_mode: str = "avg"
 ) -> Tensor:
     """Pool [B, H, M] along the tokens of each head, then sum the heads of each group."""
-    pool = F.avg_pool1d if mode == "avg" else F.max_pool1d
+    pool = F.avg_pool1d if pool_mode == "avg" else F.max_pool1d
     if scores.numel():
         scores = pool(scores, kernel_size, stride=1, padding=kernel_size // 2)
     return scores.unflatten(1, (num_kv_heads, -1)).sum(dim=2)
@@ -69,13 +69,13 @@ def score_tokens(
     key: Tensor,
     *,
     kernel_size: int = 7,
-    mode: str = "avg",
+    pool_mode: str = "avg",
     scale: float | None = None,
     lse: Tensor | None = None,
     start: Tensor | None = None,
     sliding_window: int = 0,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """`score_window`, then `pool_heads`: [B, G, M]."""
     scores = score_window(
@@ -86,9 +86,9 @@ def score_tokens(
         start=start,
         sliding_window=sliding_window,
         softcap=softcap,
-        sinks=sinks,
+        sink_logits=sink_logits,
     )
-    return pool_heads(scores, key.shape[1], kernel_size=kernel_size, mode=mode)
+    return pool_heads(scores, key.shape[1], kernel_size=kernel_size, pool_mode=pool_mode)
 
 
 def aggregate_scores(running: Tensor, scores: Tensor) -> Tensor:
@@ -104,26 +104,26 @@ def score_layer(
     key: Tensor,
     *,
     kernel_size: int = 7,
-    mode: str = "avg",
+    pool_mode: str = "avg",
     scale: float | None = None,
     lse: Tensor | None = None,
     start: Tensor | None = None,
     sliding_window: int = 0,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """`score_tokens`, and `running` becomes `aggregate_scores` of itself and them."""
     scores = score_tokens(
         query,
         key,
         kernel_size=kernel_size,
-        mode=mode,
+        pool_mode=pool_mode,
         scale=scale,
         lse=lse,
         start=start,
         sliding_window=sliding_window,
         softcap=softcap,
-        sinks=sinks,
+        sink_logits=sink_logits,
     )
     running.copy_(aggregate_scores(running, scores))
     return scores
@@ -134,7 +134,7 @@ def select_topk(
     k: int,
     *,
     window: int = 0,
-    sink: int = 0,
+    num_sinks: int = 0,
     start: Tensor | None = None,  # [B] for scores [B, ..., M]
     counts: Tensor | None = None,  # [B]
     int32: bool = False,
@@ -151,7 +151,7 @@ def select_topk(
     first = first.view(-1, *[1] * (scores.dim() - 1))
     in_window = position >= context
     is_padding = ~in_window & (position < first)
-    is_sink = ~in_window & ~is_padding & (position < first + sink)
+    is_sink = ~in_window & ~is_padding & (position < first + num_sinks)
 
     tier = 1 + is_sink.long() + 2 * in_window.long() - is_padding.long()
     value = F.pad(scores, (0, window))

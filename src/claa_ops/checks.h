@@ -167,9 +167,10 @@ inline Indices row_integers(const char* op, const char* name, const std::optiona
   return indices_of(op, name, *t);
 }
 
-inline PoolMode pool_mode_of(const char* op, int64_t mode) {
-  check(mode == 0 || mode == 1, op, "mode must be 0 (avg) or 1 (max), got ", mode);
-  return mode == 0 ? PoolMode::avg : PoolMode::max;
+inline PoolMode pool_mode_of(const char* op, int64_t pool_mode) {
+  check(pool_mode == 0 || pool_mode == 1, op, "pool_mode must be 0 (avg) or 1 (max), got ",
+        pool_mode);
+  return pool_mode == 0 ? PoolMode::avg : PoolMode::max;
 }
 
 inline void check_kernel_size(const char* op, int64_t kernel_size) {

@@ -4,7 +4,7 @@
 //
 // Enumerations are ints here: the stable ABI leaks `str` arguments before torch 2.14. Sizes are
 // SymInt, so one compiled graph serves every prompt length. torch.compile cannot trace an op that
-// writes to an argument and has another that is called `mode`.
+// writes to an argument and has another that is called `mode`: hence `pool_mode`.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -61,22 +61,22 @@ STABLE_TORCH_LIBRARY_IMPL(claa, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY(claa, m) {
   m.def(
       "score_window(Tensor query, Tensor key, *, float? scale=None, Tensor? lse=None, "
-      "Tensor? start=None, SymInt sliding_window=0, float softcap=0.0, Tensor? sinks=None) "
+      "Tensor? start=None, SymInt sliding_window=0, float softcap=0.0, Tensor? sink_logits=None) "
       "-> Tensor");
   m.def(
-      "pool_heads(Tensor scores, SymInt num_kv_heads, *, SymInt kernel_size=7, int mode=0) "
+      "pool_heads(Tensor scores, SymInt num_kv_heads, *, SymInt kernel_size=7, int pool_mode=0) "
       "-> Tensor");
   m.def(
-      "score_tokens(Tensor query, Tensor key, *, SymInt kernel_size=7, int mode=0, "
+      "score_tokens(Tensor query, Tensor key, *, SymInt kernel_size=7, int pool_mode=0, "
       "float? scale=None, Tensor? lse=None, Tensor? start=None, SymInt sliding_window=0, "
-      "float softcap=0.0, Tensor? sinks=None) -> Tensor");
+      "float softcap=0.0, Tensor? sink_logits=None) -> Tensor");
   m.def("aggregate_scores(Tensor running, Tensor scores) -> Tensor");
   m.def(
       "score_layer(Tensor(a!) running, Tensor query, Tensor key, *, SymInt kernel_size=7, "
       "int pool_mode=0, float? scale=None, Tensor? lse=None, Tensor? start=None, "
-      "SymInt sliding_window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor");
+      "SymInt sliding_window=0, float softcap=0.0, Tensor? sink_logits=None) -> Tensor");
   m.def(
-      "select_topk(Tensor scores, SymInt k, *, SymInt window=0, SymInt sink=0, "
+      "select_topk(Tensor scores, SymInt k, *, SymInt window=0, SymInt num_sinks=0, "
       "Tensor? start=None, Tensor? counts=None, bool int32=False) -> Tensor");
   m.def("gather_kv(Tensor key, Tensor value, Tensor index) -> (Tensor, Tensor)");
   m.def("gather_tokens(Tensor x, Tensor index) -> Tensor");

@@ -14,23 +14,26 @@ using torch::stable::Tensor;
 
 Tensor score_window(const Tensor& query, const Tensor& key, std::optional<double> scale,
                     const std::optional<Tensor>& lse, const std::optional<Tensor>& start,
-                    int64_t sliding_window, double softcap, const std::optional<Tensor>& sinks);
+                    int64_t sliding_window, double softcap,
+                    const std::optional<Tensor>& sink_logits);
 
-Tensor pool_heads(const Tensor& scores, int64_t num_kv_heads, int64_t kernel_size, int64_t mode);
+Tensor pool_heads(const Tensor& scores, int64_t num_kv_heads, int64_t kernel_size,
+                  int64_t pool_mode);
 
-Tensor score_tokens(const Tensor& query, const Tensor& key, int64_t kernel_size, int64_t mode,
+Tensor score_tokens(const Tensor& query, const Tensor& key, int64_t kernel_size, int64_t pool_mode,
                     std::optional<double> scale, const std::optional<Tensor>& lse,
                     const std::optional<Tensor>& start, int64_t sliding_window, double softcap,
-                    const std::optional<Tensor>& sinks);
+                    const std::optional<Tensor>& sink_logits);
 
 Tensor aggregate_scores(const Tensor& running, const Tensor& scores);
 
 Tensor score_layer(const Tensor& running, const Tensor& query, const Tensor& key,
-                   int64_t kernel_size, int64_t mode, std::optional<double> scale,
+                   int64_t kernel_size, int64_t pool_mode, std::optional<double> scale,
                    const std::optional<Tensor>& lse, const std::optional<Tensor>& start,
-                   int64_t sliding_window, double softcap, const std::optional<Tensor>& sinks);
+                   int64_t sliding_window, double softcap,
+                   const std::optional<Tensor>& sink_logits);
 
-Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t sink,
+Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t num_sinks,
                    const std::optional<Tensor>& start, const std::optional<Tensor>& counts,
                    bool int32);
 

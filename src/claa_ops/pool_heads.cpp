@@ -5,7 +5,8 @@
 
 namespace claa {
 
-Tensor pool_heads(const Tensor& scores, int64_t num_kv_heads, int64_t kernel_size, int64_t mode) {
+Tensor pool_heads(const Tensor& scores, int64_t num_kv_heads, int64_t kernel_size,
+                  int64_t pool_mode) {
   constexpr const char* op = "pool_heads";
   check_rank(op, "scores", scores, 3, "[B, H, M]");
   check_dtype(op, "scores", scores, ScalarType::Float);
@@ -13,7 +14,7 @@ Tensor pool_heads(const Tensor& scores, int64_t num_kv_heads, int64_t kernel_siz
   check(num_kv_heads > 0 && scores.size(1) % num_kv_heads == 0, op,
         "num_kv_heads must divide H = ", scores.size(1), ", got ", num_kv_heads);
   check_kernel_size(op, kernel_size);
-  const PoolMode pool_mode = pool_mode_of(op, mode);
+  const PoolMode mode = pool_mode_of(op, pool_mode);
 
   const int64_t batch = scores.size(0), context = scores.size(2);
   const Tensor out = allocate(scores, {batch, num_kv_heads, context});
@@ -29,7 +30,7 @@ Tensor pool_heads(const Tensor& scores, int64_t num_kv_heads, int64_t kernel_siz
                      .scores_stride_b = scores.stride(0),
                      .scores_stride_h = scores.stride(1),
                      .kernel_size = kernel_size,
-                     .mode = pool_mode,
+                     .pool_mode = mode,
                  });
   return out;
 }

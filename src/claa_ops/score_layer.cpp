@@ -6,14 +6,15 @@
 namespace claa {
 
 Tensor score_layer(const Tensor& running, const Tensor& query, const Tensor& key,
-                   int64_t kernel_size, int64_t mode, std::optional<double> scale,
+                   int64_t kernel_size, int64_t pool_mode, std::optional<double> scale,
                    const std::optional<Tensor>& lse, const std::optional<Tensor>& start,
-                   int64_t sliding_window, double softcap, const std::optional<Tensor>& sinks) {
+                   int64_t sliding_window, double softcap,
+                   const std::optional<Tensor>& sink_logits) {
   constexpr const char* op = "score_layer";
   const WindowAttention attention =
-      window_attention(op, query, key, scale, lse, start, sliding_window, softcap, sinks);
+      window_attention(op, query, key, scale, lse, start, sliding_window, softcap, sink_logits);
   check_kernel_size(op, kernel_size);
-  const PoolMode pool_mode = pool_mode_of(op, mode);
+  const PoolMode mode = pool_mode_of(op, pool_mode);
   check_rank(op, "running", running, 2, "[B, M]");
   check_size(op, "running", running, 0, "B", attention.batch, "query");
   check_size(op, "running", running, 1, "M", attention.context(), "the context of key");
@@ -30,7 +31,7 @@ Tensor score_layer(const Tensor& running, const Tensor& query, const Tensor& key
                                 .running = running.mutable_data_ptr<float>(),
                                 .running_stride_b = running.stride(0),
                                 .kernel_size = kernel_size,
-                                .mode = pool_mode};
+                                .pool_mode = mode};
   launch_window(params, out);
   // Scores of no queries are zeros that nothing has computed; they count.
   if (!attention.has_queries() && out.numel() > 0) launch(out, params.maximum());

@@ -5,21 +5,21 @@
 
 namespace claa {
 
-Tensor score_tokens(const Tensor& query, const Tensor& key, int64_t kernel_size, int64_t mode,
+Tensor score_tokens(const Tensor& query, const Tensor& key, int64_t kernel_size, int64_t pool_mode,
                     std::optional<double> scale, const std::optional<Tensor>& lse,
                     const std::optional<Tensor>& start, int64_t sliding_window, double softcap,
-                    const std::optional<Tensor>& sinks) {
+                    const std::optional<Tensor>& sink_logits) {
   constexpr const char* op = "score_tokens";
   const WindowAttention attention =
-      window_attention(op, query, key, scale, lse, start, sliding_window, softcap, sinks);
+      window_attention(op, query, key, scale, lse, start, sliding_window, softcap, sink_logits);
   check_kernel_size(op, kernel_size);
-  const PoolMode pool_mode = pool_mode_of(op, mode);
+  const PoolMode mode = pool_mode_of(op, pool_mode);
   const Tensor out = allocate(query, {attention.batch, attention.kv_heads, attention.context()},
                               ScalarType::Float);
   return launch_window(ScoreTokensParams{.attention = attention,
                                          .out = out.mutable_data_ptr<float>(),
                                          .kernel_size = kernel_size,
-                                         .mode = pool_mode},
+                                         .pool_mode = mode},
                        out);
 }
 

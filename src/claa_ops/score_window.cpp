@@ -7,9 +7,10 @@ namespace claa {
 
 Tensor score_window(const Tensor& query, const Tensor& key, std::optional<double> scale,
                     const std::optional<Tensor>& lse, const std::optional<Tensor>& start,
-                    int64_t sliding_window, double softcap, const std::optional<Tensor>& sinks) {
+                    int64_t sliding_window, double softcap,
+                    const std::optional<Tensor>& sink_logits) {
   const WindowAttention attention = window_attention("score_window", query, key, scale, lse, start,
-                                                     sliding_window, softcap, sinks);
+                                                     sliding_window, softcap, sink_logits);
   const Tensor out =
       allocate(query, {attention.batch, attention.heads, attention.context()}, ScalarType::Float);
   return launch_window(

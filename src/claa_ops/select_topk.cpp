@@ -7,7 +7,7 @@
 
 namespace claa {
 
-Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t sink,
+Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t num_sinks,
                    const std::optional<Tensor>& start, const std::optional<Tensor>& counts,
                    bool int32) {
   constexpr const char* op = "select_topk";
@@ -16,7 +16,7 @@ Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t sink
   check_dtype(op, "scores", scores, ScalarType::Float);
   check_last_dim_contiguous(op, "scores", scores);
   check(window >= 0, op, "window must not be negative, got ", window);
-  check(sink >= 0, op, "sink must not be negative, got ", sink);
+  check(num_sinks >= 0, op, "num_sinks must not be negative, got ", num_sinks);
   const int64_t context = scores.size(rank - 1);
   check(k >= 0 && k <= context + window, op, "k must be in [0, M + window] = [0, ",
         context + window, "], got ", k);
@@ -51,7 +51,7 @@ Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t sink
       .context = context,
       .k = k,
       .window = window,
-      .sink = sink,
+      .num_sinks = num_sinks,
       .scores_stride_b = rank > 1 ? scores.stride(0) : 0,
       .scores_stride_inner = rank > 2 ? scores.stride(rank - 2) : 0,
   };

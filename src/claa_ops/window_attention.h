@@ -34,7 +34,7 @@ inline WindowAttention window_attention(const char* op, const Tensor& query, con
                                         std::optional<double> scale,
                                         const std::optional<Tensor>& lse,
                                         const std::optional<Tensor>& start, int64_t sliding_window,
-                                        double softcap, const std::optional<Tensor>& sinks) {
+                                        double softcap, const std::optional<Tensor>& sink_logits) {
   check_query_key(op, query, key, "[B, H, W, D]");
   const int64_t batch = query.size(0), heads = query.size(1), window = query.size(2);
   const int64_t total = key.size(2);
@@ -51,22 +51,23 @@ inline WindowAttention window_attention(const char* op, const Tensor& query, con
     check_last_dim_contiguous(op, "lse", *lse);
   }
   DType sinks_dtype = DType::f32;
-  if (sinks) {
-    check_rank(op, "sinks", *sinks, 1, "[H]");
-    check_size(op, "sinks", *sinks, 0, "H", heads, "query");
-    check(sinks->scalar_type() == ScalarType::Float || sinks->scalar_type() == query.scalar_type(),
-          op, "sinks must have dtype float32 or that of query (", name_of(query.scalar_type()),
-          "), got ", name_of(sinks->scalar_type()));
-    sinks_dtype = float_dtype(op, "sinks", *sinks);
-    check_device_like(op, "sinks", *sinks, query, "query");
-    check_last_dim_contiguous(op, "sinks", *sinks);
+  if (sink_logits) {
+    check_rank(op, "sink_logits", *sink_logits, 1, "[H]");
+    check_size(op, "sink_logits", *sink_logits, 0, "H", heads, "query");
+    check(sink_logits->scalar_type() == ScalarType::Float ||
+              sink_logits->scalar_type() == query.scalar_type(),
+          op, "sink_logits must have dtype float32 or that of query (",
+          name_of(query.scalar_type()), "), got ", name_of(sink_logits->scalar_type()));
+    sinks_dtype = float_dtype(op, "sink_logits", *sink_logits);
+    check_device_like(op, "sink_logits", *sink_logits, query, "query");
+    check_last_dim_contiguous(op, "sink_logits", *sink_logits);
   }
   return {
       .query = query.const_data_ptr(),
       .key = key.const_data_ptr(),
       .lse = lse ? lse->const_data_ptr<float>() : nullptr,
       .start = row_integers(op, "start", start, batch, query, "query"),
-      .sinks = sinks ? sinks->const_data_ptr() : nullptr,
+      .sink_logits = sink_logits ? sink_logits->const_data_ptr() : nullptr,
       .workspace = nullptr,
       .dtype = float_dtype(op, "query", query),
       .sinks_dtype = sinks_dtype,

@@ -10,6 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from claa_ops.evaluate.compare import Comparison, compare
 from claa_ops.evaluate.plots import plot_scores
 from claa_ops.evaluate.report import as_table, to_json
+from claa_ops.huggingface.models import InputError
+from claa_ops.huggingface.prefill import end_tokens
+from claa_ops.huggingface.work import count_work
 from claa_ops.methods import (
     CLAA,
     METHODS,
@@ -24,12 +27,9 @@ from claa_ops.methods import (
     StreamingLLM,
     make_method,
 )
-from claa_ops.models import InputError
 from claa_ops.prefill import ClaaCache, attach
 from claa_ops.prefill import generate as generate_with
-from claa_ops.prefill.passes import end_tokens
-from claa_ops.prefill.work import count_work
-from evaluate.tiny_checkpoint import LAYERS, tiny_model, tiny_tokenizer
+from support.tiny_checkpoint import LAYERS, tiny_model, tiny_tokenizer
 
 TOKENS = 200
 
@@ -74,7 +74,7 @@ def test_any_method_can_be_compared(model, tokenizer, ids, name):
 
 
 def of_full(model, *forwards) -> float:
-    """The multiplications of these forwards, each given by what its layers see, to full."""
+    """The multiply-adds of these forwards, each given by what its layers see, to full."""
     full = count_work(model, [TOKENS] * LAYERS)
     both = [count_work(model, tokens, logits) for tokens, logits in forwards]
     return sum(work.total for work in both) / full.total

@@ -13,8 +13,8 @@ from claa_ops.evaluate.journal import Journal
 from claa_ops.evaluate.pictures import plot_frontier, plot_needles
 from claa_ops.evaluate.summary import as_markdown, summarise
 from claa_ops.evaluate.tasks import Example, TaskSettings, examples
-from claa_ops.prefill import attach, run
-from evaluate.tiny_checkpoint import CONTEXT, LAYERS, tiny_model, tiny_tokenizer
+from claa_ops.prefill import attach, prefill
+from support.tiny_checkpoint import CONTEXT, LAYERS, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 METHODS = ("claa", "fastkv", "random", "gemfilter", "oracle:max_new_tokens=3")
@@ -78,10 +78,10 @@ def test_records_are_those_of_prefills_of_their_own(model, tmp_path, prompts):
         if record.cell.label == "random":
             continue  # its seed is the prompt's own
         ids = torch.zeros(1, record.tokens, dtype=torch.int64)  # work depends on the length alone
-        prefilled = run(model, ids, record.cell.method)
+        prefilled = prefill(model, ids, record.cell.method)
         assert record.cache_bytes == prefilled.cache.nbytes()
         if record.cell.label != "oracle:max_new_tokens=3":
-            assert record.work == pytest.approx(prefilled.work)
+            assert record.work == pytest.approx(prefilled.work_share)
 
 
 def test_nothing_is_computed_twice(model, tmp_path, monkeypatch, prompts):

@@ -9,8 +9,8 @@ from claa_ops.evaluate.grid import (
     parse_layers,
     parse_schedule,
 )
+from claa_ops.huggingface.models import InputError
 from claa_ops.methods import CLAA, FastKV, FullKV
-from claa_ops.models import InputError
 
 DEPTH = 30
 
@@ -37,9 +37,9 @@ def test_defaults_follow_the_depth():
 
 
 def test_settings_belong_to_a_method():
-    plain, scored = cells("claa", "claa:zscore=true:last_n=2:pooling=max", layers=[9])[1:]
+    plain, scored = cells("claa", "claa:zscore=true:last_n=2:pool_mode=max", layers=[9])[1:]
     assert not plain.method.zscore
-    assert scored.method == CLAA(layer=9, zscore=True, last_n=2, pooling="max")
+    assert scored.method == CLAA(layer=9, zscore=True, last_n=2, pool_mode="max")
     assert plain.key() != scored.key()
 
 

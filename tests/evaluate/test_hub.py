@@ -16,7 +16,7 @@ FILES = {"/datasets/owner/data/resolve/main/4k/vt.jsonl": json.dumps(RECORD).enc
 SCRIPT = """
 import sys
 from claa_ops.evaluate.tasks import TaskSettings, examples
-from claa_ops.models import InputError
+from claa_ops.huggingface.models import InputError
 
 for source in sys.argv[1:]:
     try:

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from claa_ops.evaluate.journal import Journal
-from claa_ops.models import InputError
+from claa_ops.huggingface.models import InputError
 
 
 def filled(file, records=3):

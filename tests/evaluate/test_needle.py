@@ -1,5 +1,5 @@
 from claa_ops.evaluate.needle import manual_prose, needle_task
-from evaluate.tiny_checkpoint import tiny_tokenizer
+from support.tiny_checkpoint import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer(chat=False)
 

@@ -19,13 +19,13 @@ from claa_ops.evaluate.oracle_page import write_page
 from claa_ops.evaluate.oracle_pictures import draw_heat_map, draw_measure
 from claa_ops.evaluate.oracle_report import study_table
 from claa_ops.evaluate.tasks import Example
+from claa_ops.huggingface.answer import answer_attention, pool
+from claa_ops.huggingface.models import InputError
 from claa_ops.methods import CLAA, FastKV, GemFilter, Random
-from claa_ops.models import InputError
 from claa_ops.prefill import ClaaCache, attach, generate
-from claa_ops.prefill.answer import answer_attention, pool
-from evaluate.tiny_checkpoint import CONTEXT, LAYERS, save_tiny_checkpoint, tiny_model
-from evaluate.tiny_checkpoint import tiny_tokenizer as make_tokenizer
-from ops.inputs import vector_key, vector_query
+from support.inputs import vector_key, vector_query
+from support.tiny_checkpoint import CONTEXT, LAYERS, save_tiny_checkpoint, tiny_model
+from support.tiny_checkpoint import tiny_tokenizer as make_tokenizer
 
 RUNNER = CliRunner()
 FACT = "The code is 4711."

@@ -1,8 +1,8 @@
 import pytest
 
 from claa_ops.evaluate.prompt import check_fits, encode_prompt
-from claa_ops.models import InputError
-from evaluate.tiny_checkpoint import CONTEXT, tiny_model, tiny_tokenizer
+from claa_ops.huggingface.models import InputError
+from support.tiny_checkpoint import CONTEXT, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 

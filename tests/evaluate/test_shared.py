@@ -21,14 +21,14 @@ from claa_ops.methods import (
     SpeculativePrefill,
     StreamingLLM,
 )
-from claa_ops.prefill import ClaaCache, attach, decode, run
-from prefill.tiny_models import build, prompt
+from claa_ops.prefill import ClaaCache, attach, decode, prefill
+from support.tiny_models import build, prompt
 
 LENGTHS = {"alone": (50,), "padded batch": (50, 41)}
 
 
 @torch.no_grad()
-def prefill(model, ids, mask, method):
+def forward(model, ids, mask, method):
     cache = ClaaCache(model.config, method)
     positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
     output = model(
@@ -59,9 +59,9 @@ def test_a_replayed_prefill_is_the_prefill(family, lengths, method):
     model = attach(build(family))
     ids, mask = prompt(*lengths)
     shared = SharedPrefill(model, ids, mask)
-    expected, expected_cache = prefill(model, ids, mask, method)
+    expected, expected_cache = forward(model, ids, mask, method)
     with shared.replay():
-        logits, cache = prefill(model, ids, mask, method)
+        logits, cache = forward(model, ids, mask, method)
     assert torch.equal(logits, expected)
     assert_same_cache(cache, expected_cache)
 
@@ -71,7 +71,7 @@ def test_a_replayed_prefill_is_the_prefill(family, lengths, method):
 def test_what_is_decoded_is_what_run_decodes(family, lengths):
     model, method = attach(build(family)), CLAA(keep=0.4, layer=1)
     ids, mask = prompt(*lengths)
-    expected = run(model, ids, method, mask)
+    expected = prefill(model, ids, method, mask)
     prefilled = SharedPrefill(model, ids, mask).run(method)
     assert_same_cache(prefilled.cache, expected.cache)
     assert torch.equal(prefilled.next_position, expected.next_position)
@@ -116,16 +116,16 @@ METHODS = {
 def test_run_is_run(name):
     model, method = attach(build("llama")), METHODS[name]
     ids, _ = prompt(80)
-    expected = run(model, ids, method)
+    expected = prefill(model, ids, method)
     shared = SharedPrefill(model, ids)
     for _ in range(2):  # nothing that a run does changes the record
         prefilled = shared.run(method)
         assert torch.equal(prefilled.logits, expected.logits)
         assert torch.equal(prefilled.next_position, expected.next_position)
-        assert prefilled.work == expected.work
+        assert prefilled.work_share == expected.work_share
         assert_same_cache(prefilled.cache, expected.cache)
         decode(model, prefilled, max_new_tokens=3)
-        expected = run(model, ids, method)
+        expected = prefill(model, ids, method)
 
 
 def test_what_goes_before_a_prefill_is_done_once(monkeypatch):
@@ -144,23 +144,23 @@ def test_what_goes_before_a_prefill_is_done_once(monkeypatch):
         changed = replace(method, **settings)
         prefilled = shared.run(changed)
         assert len(answers) == number
-        expected = run(model, ids, changed, prepared=prepare(changed, model, ids, None))
+        expected = prefill(model, ids, changed, prepared=prepare(changed, model, ids, None))
         assert torch.equal(prefilled.logits, expected.logits)
-        assert prefilled.work == expected.work
+        assert prefilled.work_share == expected.work_share
 
 
 def test_only_layers_that_were_recorded_can_select():
     model = attach(build("llama"))
     ids, mask = prompt(50)
     shared = SharedPrefill(model, ids, mask, layers=[1])
-    expected, _ = prefill(model, ids, mask, CLAA(keep=0.4, layer=1))
+    expected, _ = forward(model, ids, mask, CLAA(keep=0.4, layer=1))
     with shared.replay():
-        assert torch.equal(prefill(model, ids, mask, CLAA(keep=0.4, layer=1))[0], expected)
+        assert torch.equal(forward(model, ids, mask, CLAA(keep=0.4, layer=1))[0], expected)
         with pytest.raises(
             ValueError, match="one of the recorded layers 1, 3, got one after layer 2"
         ):
-            prefill(model, ids, mask, CLAA(keep=0.4, layer=2))
-    assert torch.equal(prefill(model, ids, mask, CLAA(keep=0.4, layer=1))[0], expected)
+            forward(model, ids, mask, CLAA(keep=0.4, layer=2))
+    assert torch.equal(forward(model, ids, mask, CLAA(keep=0.4, layer=1))[0], expected)
 
 
 def test_other_positions_are_another_prompt():
@@ -182,10 +182,10 @@ def test_other_positions_are_another_prompt():
 def test_what_was_not_recorded_is_computed():
     model = attach(build("llama"))
     method, (ids, mask), (others, _) = CLAA(keep=0.4, layer=1), prompt(50), prompt(50, seed=1)
-    expected, _ = prefill(model, others, mask, method)
+    expected, _ = forward(model, others, mask, method)
     plain = model(others).logits
     with SharedPrefill(model, ids).replay():
-        assert torch.equal(prefill(model, others, mask, method)[0], expected)
+        assert torch.equal(forward(model, others, mask, method)[0], expected)
         assert torch.equal(model(others).logits, plain)
 
 
@@ -197,9 +197,9 @@ def test_layers_are_not_computed_again(monkeypatch):
     for index, layer in enumerate(model.model.layers):
         layer.mlp.register_forward_hook(lambda *_, index=index: computed.append(index))
     with shared.replay():
-        prefill(model, ids, mask, CLAA(keep=0.4, layer=1))
+        forward(model, ids, mask, CLAA(keep=0.4, layer=1))
         assert computed == [2, 3]
-        prefill(model, ids, mask, FullKV())
+        forward(model, ids, mask, FullKV())
         assert computed == [2, 3]
 
 
@@ -210,7 +210,7 @@ def test_the_state_has_the_ranking_of_a_layer(lengths):
     shared = SharedPrefill(model, ids, mask)
     method = CLAA(keep=0.4, layer=0, window=5)
     for layer in (0, 1, 2):
-        _, cache = prefill(model, ids, mask, replace(method, layer=layer))
+        _, cache = forward(model, ids, mask, replace(method, layer=layer))
         assert torch.equal(shared.state(method, layer).importance, cache.state.importance)
     with pytest.raises(ValueError, match="must have the last 65 rows, .* got 64"):
         shared.state(CLAA(window=65, layer=2), 1)

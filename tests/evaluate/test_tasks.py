@@ -8,8 +8,8 @@ import pytest
 
 from claa_ops.evaluate.tasks import TaskSettings, check_task, examples
 from claa_ops.evaluate.tasks.needle import filler_sentences
-from claa_ops.models import InputError
-from evaluate.tiny_checkpoint import tiny_tokenizer
+from claa_ops.huggingface.models import InputError
+from support.tiny_checkpoint import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer(chat=False)
 harness = pytest.mark.skipif(

@@ -9,8 +9,7 @@ import torch
 import claa_ops
 from claa_ops import prefill
 from claa_ops.methods import CLAA, FullKV
-
-from .vectors import LAYERS, TOKENS, run, vector_key, vector_query
+from support.vectors import LAYERS, TOKENS, run, vector_key, vector_query
 
 PLAIN = [
     0.372265, 0.555058, 0.567467, 0.570214, 0.566421, 0.554964,
@@ -90,9 +89,9 @@ def test_fewer_layers_than_asked_are_aggregated_near_the_bottom():
 
 
 def test_max_pooling():
-    state, _ = run(dataclasses.replace(METHOD, pooling="max", last_n=1))
+    state, _ = run(dataclasses.replace(METHOD, pool_mode="max", last_n=1))
     scores = claa_ops.score_tokens(
-        vector_query(2)[:, :, -4:], vector_key(2), kernel_size=3, mode="max"
+        vector_query(2)[:, :, -4:], vector_key(2), kernel_size=3, pool_mode="max"
     )
     assert torch.equal(state.importance, scores.amax(dim=1))
 
@@ -181,7 +180,7 @@ def test_cache_budgets_follow_keep_unless_given():
 def test_defaults_are_those_of_the_paper():
     method = CLAA()
     assert (method.keep, method.layer, method.keep_kv, method.last_n) == (0.1, 15, None, 4)
-    assert (method.window, method.kernel_size, method.pooling) == (8, 7, "avg")
+    assert (method.window, method.kernel_size, method.pool_mode) == (8, 7, "avg")
     assert (method.first_full, method.zscore) == (4, False)
     assert CLAA(0.2, 13) == CLAA(keep=0.2, layer=13) != CLAA(keep=0.2)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -206,7 +205,7 @@ def test_defaults_are_those_of_the_paper():
         ({"window": 0}, "CLAA: window must be a positive integer, got 0"),
         ({"kernel_size": 6}, "CLAA: kernel_size must be a positive odd integer, got 6"),
         ({"kernel_size": -1}, "CLAA: kernel_size must be a positive odd integer, got -1"),
-        ({"pooling": "mean"}, "CLAA: pooling must be 'avg' or 'max', got 'mean'"),
+        ({"pool_mode": "mean"}, "CLAA: pool_mode must be 'avg' or 'max', got 'mean'"),
         ({"first_full": -1}, "CLAA: first_full must be an integer of at least 0, got -1"),
         ({"over_heads": "mean"}, "CLAA: over_heads must be 'max' or 'sum', got 'mean'"),
         ({"over_layers": "sum"}, "CLAA: over_layers must be 'max' or 'mean', got 'sum'"),

@@ -26,9 +26,9 @@ from claa_ops.methods import (
     StreamingLLM,
     make_method,
 )
-from claa_ops.methods.budget import Budget
 from claa_ops.ops.gather_kv import gather_kv
 from claa_ops.ops.gather_tokens import gather_tokens
+from claa_ops.selection.budget import Budget
 
 LAYERS, HEADS, GROUPS, DIM = 6, 4, 2, 4
 SYSTEMS = [CLAA, FastKV, FastKVDeferral, Oracle, Peak, Random, SinksRandom]
@@ -77,7 +77,7 @@ def trace_over(method, query, key, ranking, start):
 
 PADDED = {  # what rates, and other numbers that follow the length, each method has
     "snapkv": lambda a, b: SnapKV(keep=a, window=5),
-    "streaming": lambda a, b: StreamingLLM(keep=a, sink=3),
+    "streaming": lambda a, b: StreamingLLM(keep=a, num_sinks=3),
     "pyramidkv": lambda a, b: PyramidKV(keep=a, window=5),
     "pyramidkv-count": lambda a, b: PyramidKV(keep=30, window=5),
     "pyramidkv-window": lambda a, b: PyramidKV(keep=a, window=32),
@@ -212,7 +212,7 @@ def test_asl_of_a_fixed_layer_is_fastkv():
 
 
 def test_sinks_are_the_first_tokens_that_are_not_padding():
-    result = trace(SinksRandom(keep=(30, 16), layer=(0, 2), sink=5), 60, padding=20)
+    result = trace(SinksRandom(keep=(30, 16), layer=(0, 2), num_sinks=5), 60, padding=20)
     assert result.state.positions[0, :5].tolist() == [0, 1, 2, 3, 4]
     assert result.state.positions[1, :5].tolist() == [20, 21, 22, 23, 24]
 
@@ -220,7 +220,7 @@ def test_sinks_are_the_first_tokens_that_are_not_padding():
 def test_random_tokens_are_drawn_once(monkeypatch):
     drawn = Mock(wraps=torch.rand)
     monkeypatch.setattr("torch.rand", drawn)
-    trace(SinksRandom(keep=(30, 16), layer=(0, 2), keep_kv=13, sink=5), 60)
+    trace(SinksRandom(keep=(30, 16), layer=(0, 2), keep_kv=13, num_sinks=5), 60)
     assert drawn.call_count == 2  # the other draw is that of the trace, a ranking
 
 

@@ -12,7 +12,7 @@ from claa_ops import prefill
 from claa_ops.methods import Peak
 
 LAYERS, HEADS, GROUPS, TOKENS, DIM, WINDOW = 5, 4, 2, 40, 8, 4
-METHOD = Peak(keep=12, layer=2, keep_kv=1.0, window=WINDOW, kernel_size=5, sink=0)
+METHOD = Peak(keep=12, layer=2, keep_kv=1.0, window=WINDOW, kernel_size=5, num_sinks=0)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_importance_is_the_peak_over_layers_heads_and_window(tensors):
 def test_nothing_is_computed_that_nothing_reads(tensors, monkeypatch, settings, peaks, scores):
     counted = [Mock(wraps=op) for op in (claa_ops.peak_attention, claa_ops.score_tokens)]
     monkeypatch.setattr("claa_ops.methods.peak.peak_attention", counted[0])
-    monkeypatch.setattr("claa_ops.methods.base.score_tokens", counted[1])
+    monkeypatch.setattr("claa_ops.selection.method.score_tokens", counted[1])
     query, key = tensors
     method = dataclasses.replace(METHOD, keep=10, **settings)
     state = observed(method, query, key, 3)
@@ -124,9 +124,9 @@ def test_caches_are_compressed_without_a_selection(tensors):
 
 def test_sinks_are_kept(tensors):
     query, key = tensors
-    state = observed(dataclasses.replace(METHOD, sink=3), query, key, 3)
+    state = observed(dataclasses.replace(METHOD, num_sinks=3), query, key, 3)
     assert state.positions[:, :3].tolist() == [[0, 1, 2]] * 2
-    assert Peak().sink == 4
+    assert Peak().num_sinks == 4
 
 
 def test_a_padded_row_ranks_as_it_does_alone(tensors):

@@ -10,8 +10,9 @@ import pkgutil
 import numpy as np
 import pytest
 
-from claa_ops import methods, prefill
+from claa_ops import methods
 from claa_ops.methods import METHODS, Method, make_method
+from claa_ops.selection import state
 
 MODULES = [
     importlib.import_module(f"claa_ops.methods.{module.name}")
@@ -19,7 +20,7 @@ MODULES = [
 ]
 
 
-@pytest.mark.parametrize("module", [*MODULES, prefill.state], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [*MODULES, state], ids=lambda module: module.__name__)
 def test_examples_in_the_manual_pages(module):
     assert doctest.testmod(module, optionflags=doctest.IGNORE_EXCEPTION_DETAIL).failed == 0
 
@@ -73,7 +74,11 @@ def test_settings_are_passed_on_where_there_are_any():
         ("fastvk", {}, "unknown method 'fastvk': did you mean 'fastkv'?"),
         ("CLAA", {}, "unknown method 'CLAA': did you mean 'claa'?"),
         ("zzz", {}, "unknown method 'zzz': expected one of full, snapkv, fastkv"),
-        ("claa", {"widow": 3}, "claa: a setting must be one of window, kernel_size, pooling, keep"),
+        (
+            "claa",
+            {"widow": 3},
+            "claa: a setting must be one of window, kernel_size, pool_mode, keep",
+        ),
         ("claa", {"_keep_kv": 3}, "claa: a setting must be one of window, kernel_size"),
         ("claa", {"layer": 7}, "CLAA: layer must be in [0, 6], before the last of the model's 8"),
         (
@@ -85,15 +90,27 @@ def test_settings_are_passed_on_where_there_are_any():
         ("fastkv", {"layer": (3, 1), "keep": (0.5, 0.2)}, "FastKV: layer must be in ascending ord"),
         ("fastkv", {"layer": (), "keep": ()}, "FastKV: layer must be one value or more, got ()"),
         ("fastkv", {"keep": (0.5, 2.0)}, "FastKV: keep must be a rate in (0, 1] or a number of t"),
-        ("fastkv", {"sink": -1}, "FastKV: sink must be an integer of at least 0, got -1"),
+        ("fastkv", {"num_sinks": -1}, "FastKV: num_sinks must be an integer of at least 0, got -1"),
         ("fastkv", {"equal_cache": 1}, "FastKV: equal_cache must be True or False, got 1"),
         ("fastkv", {"rates_of": "all"}, "FastKV: rates_of must be 'prompt' or 'layer', got 'all'"),
         ("fastkv", {"rates_of": "layer", "keep": 9}, "FastKV: rates_of must be 'prompt' unless ke"),
         ("claa", {"layer": (1, 3), "keep": (0.1, 0.5)}, "CLAA: keep must be no larger at a later"),
         ("claa", {"layer": (1, 3), "keep": (30, 31)}, "CLAA: keep must be no larger at a later la"),
-        ("claa", {"sink": 4, "keep": 11}, "CLAA: keep must be at least window + sink = 12 tokens"),
-        ("peak", {"keep": 0.1, "keep_kv": 19}, "Peak: keep_kv must be at least window + sink = 20"),
-        ("streaming", {"keep": 4}, "StreamingLLM: keep must be more than the sink of 4 tokens, go"),
+        (
+            "claa",
+            {"num_sinks": 4, "keep": 11},
+            "CLAA: keep must be at least window + num_sinks = 12 tokens",
+        ),
+        (
+            "peak",
+            {"keep": 0.1, "keep_kv": 19},
+            "Peak: keep_kv must be at least window + num_sinks = 20",
+        ),
+        (
+            "streaming",
+            {"keep": 4},
+            "StreamingLLM: keep must be more than the num_sinks of 4 tokens, go",
+        ),
         ("snapkv", {"keep": 1.5}, "SnapKV: keep must be a rate in (0, 1] or a number of tokens"),
         ("gemfilter", {"keep": 0.0}, "GemFilter: keep must be a rate in (0, 1] or a number"),
         ("gemfilter", {"layer": 8}, "GemFilter: layer must be in [0, 7], got 8"),
@@ -109,18 +126,30 @@ def test_settings_are_passed_on_where_there_are_any():
         ("asl", {"equal_cache": True}, "ASL: equal_cache must be False, got True"),
         ("speculative", {"look_ahead": 0}, "SpeculativePrefill: look_ahead must be a positive in"),
         ("speculative", {"chunk": 0}, "SpeculativePrefill: chunk must be a positive integer or No"),
-        ("speculative", {"pooling": "max"}, "SpeculativePrefill: pooling must be 'avg', got 'max'"),
+        (
+            "speculative",
+            {"pool_mode": "max"},
+            "SpeculativePrefill: pool_mode must be 'avg', got 'max'",
+        ),
         ("speculative", {"keep": 2.0}, "SpeculativePrefill: keep must be a rate in (0, 1] or a"),
         ("oracle", {"max_new_tokens": 0}, "Oracle: max_new_tokens must be a positive integer"),
-        ("oracle", {"pooling": "max"}, "Oracle: pooling must be 'avg', got 'max'"),
-        ("streaming", {"sink": -1}, "StreamingLLM: sink must be an integer of at least 0, got -1"),
+        ("oracle", {"pool_mode": "max"}, "Oracle: pool_mode must be 'avg', got 'max'"),
+        (
+            "streaming",
+            {"num_sinks": -1},
+            "StreamingLLM: num_sinks must be an integer of at least 0, got -1",
+        ),
         ("streaming", {"keep": 0}, "StreamingLLM: keep must be a rate in (0, 1] or a number"),
         ("pyramidkv", {"beta": 0.5}, "PyramidKV: beta must be a number of at least 1, got 0.5"),
         ("pyramidinfer", {"rho": 0}, "PyramidInfer: rho must be in (0, 1], got 0"),
         ("pyramidinfer", {"rho": "0.3"}, "PyramidInfer: rho must be in (0, 1], got '0.3'"),
         ("pyramidinfer", {"recent": 1.0}, "PyramidInfer: recent must be in [0, 1), got 1.0"),
         ("pyramidinfer", {"distance_weight": 0}, "PyramidInfer: distance_weight must be above 0"),
-        ("pyramidinfer", {"sink": -1}, "PyramidInfer: sink must be an integer of at least 0"),
+        (
+            "pyramidinfer",
+            {"num_sinks": -1},
+            "PyramidInfer: num_sinks must be an integer of at least 0",
+        ),
         ("pyramidinfer", {"least": -1}, "PyramidInfer: least must be an integer of at least 0"),
         ("random", {"seed": -1}, "Random: seed must be an integer of at least 0, got -1"),
     ],

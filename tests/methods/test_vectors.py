@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from claa_ops import prefill, rank_variance
+from claa_ops.huggingface.answer import Answer, pool
 from claa_ops.methods import ASL, FastKV, GemFilter, Oracle, SpeculativePrefill
-from claa_ops.prefill.answer import Answer, pool
-
-from .vectors import LAYERS, TOKENS, run, vector_key, vector_query
+from support.vectors import LAYERS, TOKENS, run, vector_key, vector_query
 
 FASTKV = [
     0.723413, 1.104304, 1.130423, 1.120629, 1.103127, 1.102082,

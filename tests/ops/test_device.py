@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 import claa_ops
-
-from .inputs import assert_same_bits, normal
-from .model_calls import MAKERS, Call, Maker
+from support.inputs import assert_same_bits, normal
+from support.model_calls import MAKERS, Call, Maker
 
 BATCH = 3
 # On a GPU several blocks, chunks and clusters, on the CPU several tiles.

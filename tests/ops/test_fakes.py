@@ -9,9 +9,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import claa_ops
-
-from .fakes import KINDS, Symbols, call_fake
-from .model_calls import MAKERS, Call, Maker
+from support.fakes import KINDS, Symbols, call_fake
+from support.model_calls import MAKERS, Call, Maker
 
 DTYPES = [
     torch.bool,

@@ -8,10 +8,9 @@ from torch import Tensor
 
 import claa_ops
 from claa_ops import reference
-
-from .fakes import assert_refuses
-from .inputs import INDEX_TYPES, normal, threads
-from .row_types import ROW_TYPES, as_integers, random_bytes
+from support.fakes import assert_refuses
+from support.inputs import INDEX_TYPES, normal, threads
+from support.row_types import ROW_TYPES, as_integers, random_bytes
 
 gather_kv = claa_ops.gather_kv
 

@@ -10,9 +10,8 @@ import torch
 
 import claa_ops
 from claa_ops import reference
-
-from . import window_cases as cases
-from .inputs import (
+from support import window_cases as cases
+from support.inputs import (
     AWKWARD,
     FLOATS,
     NANS,
@@ -59,10 +58,12 @@ def test_any_head_dim(dim, dtype):
         assert_as_exact_as_eager(op, query, key)
 
 
-@pytest.mark.parametrize("mode", ["avg", "max"])
+@pytest.mark.parametrize("pool_mode", ["avg", "max"])
 @pytest.mark.parametrize("context", [1, 7, 8, 9, 100])
-def test_pools(context, mode):
-    assert_as_exact_as_eager("pool_heads", normal(2, 6, context, device="cpu"), 2, mode=mode)
+def test_pools(context, pool_mode):
+    assert_as_exact_as_eager(
+        "pool_heads", normal(2, 6, context, device="cpu"), 2, pool_mode=pool_mode
+    )
 
 
 @pytest.mark.parametrize("context", [1, 7, 16, 33, 1000])

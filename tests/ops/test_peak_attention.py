@@ -9,9 +9,8 @@ from torch import Tensor
 
 import claa_ops
 from claa_ops import reference
-
-from .fakes import assert_refuses
-from .inputs import (
+from support.fakes import assert_refuses
+from support.inputs import (
     FLOATS,
     INDEX_TYPES,
     assert_as_exact_as_eager,

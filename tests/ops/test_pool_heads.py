@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 import claa_ops
 from claa_ops import reference
-
-from .fakes import assert_refuses
-from .inputs import (
+from support.fakes import assert_refuses
+from support.inputs import (
     AWKWARD,
     NANS,
     assert_as_exact_as_eager,
@@ -36,21 +35,21 @@ MODES = ["avg", "max"]
 KERNEL_SIZES = [1, 3, 7, 63, 201]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pool_mode", MODES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_matches_reference(shape, mode, device):
+def test_matches_reference(shape, pool_mode, device):
     batch, heads, kv_heads, context = shape
     scores = normal(batch, heads, context, device=device)
-    assert_as_exact_as_eager("pool_heads", scores, kv_heads, mode=mode)
+    assert_as_exact_as_eager("pool_heads", scores, kv_heads, pool_mode=pool_mode)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pool_mode", MODES)
 @pytest.mark.parametrize("kernel_size", KERNEL_SIZES)
 @pytest.mark.parametrize("context", [1, 2, 5, 62, 100, 1500])
-def test_any_kernel_size(context, kernel_size, mode, device):
+def test_any_kernel_size(context, kernel_size, pool_mode, device):
     """Also a kernel that is wider than the context."""
     scores = normal(2, 4, context, device=device)
-    assert_as_exact_as_eager("pool_heads", scores, 2, kernel_size=kernel_size, mode=mode)
+    assert_as_exact_as_eager("pool_heads", scores, 2, kernel_size=kernel_size, pool_mode=pool_mode)
 
 
 def test_average_counts_the_zeros_outside(device):
@@ -61,19 +60,19 @@ def test_average_counts_the_zeros_outside(device):
 
 def test_maximum_ignores_what_is_outside(device):
     scores = torch.tensor([[[-5.0, -4.0, -3.0]]], device=device)
-    assert pool_heads(scores, 1, kernel_size=3, mode="max").tolist() == [[[-4.0, -3.0, -3.0]]]
+    assert pool_heads(scores, 1, kernel_size=3, pool_mode="max").tolist() == [[[-4.0, -3.0, -3.0]]]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_reads_strided_scores(mode, device):
+@pytest.mark.parametrize("pool_mode", MODES)
+def test_reads_strided_scores(pool_mode, device):
     wide = normal(2, 8, 96, device=device)
     for strided in (
         wide[:, ::2, :65],
         wide.transpose(0, 1)[::2, :, 3:],
         wide[:1, :1].expand(3, 4, 96),
     ):
-        expected = pool_heads(strided.contiguous(), 2, mode=mode)
-        assert_same_bits(pool_heads(strided, 2, mode=mode), expected)
+        expected = pool_heads(strided.contiguous(), 2, pool_mode=pool_mode)
+        assert_same_bits(pool_heads(strided, 2, pool_mode=pool_mode), expected)
 
 
 def test_check_values(device):
@@ -101,8 +100,8 @@ def test_adding_in_two_steps_is_adding_in_one(
     """Pool per head, then H -> 2G -> G is H -> G at once; exact on small integers."""
     heads = 2 * kv_heads * group
     scores = normal(batch, heads, context, device=device, seed=seed).mul(30).round()
-    once = pool_heads(scores, kv_heads, kernel_size=kernel_size, mode="max")
-    pooled = pool_heads(scores, heads, kernel_size=kernel_size, mode="max")
+    once = pool_heads(scores, kv_heads, kernel_size=kernel_size, pool_mode="max")
+    pooled = pool_heads(scores, heads, kernel_size=kernel_size, pool_mode="max")
     halfway = pool_heads(pooled, 2 * kv_heads, kernel_size=1)
     assert torch.equal(pool_heads(halfway, kv_heads, kernel_size=1), once)
 
@@ -119,12 +118,14 @@ def test_averaging_commutes_with_adding_heads(
     )
 
 
-@given(mode=st.sampled_from(MODES), **SIZES)
-def test_a_row_does_not_know_its_batch(batch, kv_heads, group, context, seed, mode, device):
+@given(pool_mode=st.sampled_from(MODES), **SIZES)
+def test_a_row_does_not_know_its_batch(batch, kv_heads, group, context, seed, pool_mode, device):
     scores = normal(batch, kv_heads * group, context, device=device, seed=seed)
-    together = pool_heads(scores, kv_heads, mode=mode)
+    together = pool_heads(scores, kv_heads, pool_mode=pool_mode)
     for b in range(batch):
-        assert_same_bits(together[b : b + 1], pool_heads(scores[b : b + 1], kv_heads, mode=mode))
+        assert_same_bits(
+            together[b : b + 1], pool_heads(scores[b : b + 1], kv_heads, pool_mode=pool_mode)
+        )
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 7])
@@ -132,8 +133,8 @@ def test_a_row_does_not_know_its_batch(batch, kv_heads, group, context, seed, mo
 def test_maximum_of_awkward_values(kernel_size, seed, context, device):
     """NaN wins, infinity stays; one head in a group, so nothing is added."""
     scores = chosen_from(AWKWARD + NANS, 2, 3, context, device=device, seed=seed)
-    actual = pool_heads(scores, 3, kernel_size=kernel_size, mode="max")
-    expected = reference.pool_heads(scores, 3, kernel_size=kernel_size, mode="max")
+    actual = pool_heads(scores, 3, kernel_size=kernel_size, pool_mode="max")
+    expected = reference.pool_heads(scores, 3, kernel_size=kernel_size, pool_mode="max")
     assert_same_bits(actual, expected)
 
 
@@ -146,10 +147,10 @@ def test_one_bad_value_spoils_its_neighbours_only(bad, device):
     torch.testing.assert_close(pool_heads(scores, 1), expected, rtol=1e-6, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_runs_and_threads_agree_bit_for_bit(mode, device):
+@pytest.mark.parametrize("pool_mode", MODES)
+def test_runs_and_threads_agree_bit_for_bit(pool_mode, device):
     scores = normal(2, 8, 20_001, device=device)
-    assert_same_bits_on_any_run(lambda: pool_heads(scores, 2, mode=mode))
+    assert_same_bits_on_any_run(lambda: pool_heads(scores, 2, pool_mode=pool_mode))
 
 
 @pytest.mark.parametrize(
@@ -181,8 +182,8 @@ def test_rejects(changes, message, device):
 
 
 def test_rejects_an_unknown_mode(device):
-    with pytest.raises(ValueError, match="mode must be one of avg, max; got 'sum'"):
-        pool_heads(torch.zeros(1, 2, 5, device=device), 1, mode="sum")
+    with pytest.raises(ValueError, match="pool_mode must be one of avg, max; got 'sum'"):
+        pool_heads(torch.zeros(1, 2, 5, device=device), 1, pool_mode="sum")
 
 
 def test_says_what_could_not_be_allocated(device):

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 import claa_ops
 from claa_ops import reference
-
-from .fakes import assert_refuses
-from .inputs import (
+from support.fakes import assert_refuses
+from support.inputs import (
     AWKWARD,
     NANS,
     assert_same_bits,

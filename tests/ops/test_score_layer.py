@@ -8,10 +8,9 @@ from torch import Tensor
 
 import claa_ops
 from claa_ops import reference
-
-from . import window_cases as cases
-from .fakes import assert_refuses
-from .inputs import (
+from support import window_cases as cases
+from support.fakes import assert_refuses
+from support.inputs import (
     AWKWARD,
     FLOATS,
     assert_as_exact_as_eager,
@@ -45,53 +44,55 @@ def assert_is_both_steps(running: Tensor, query: Tensor, key: Tensor, **options)
     assert_same_bits(running, expected)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pool_mode", MODES)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", cases.SHAPES)
-def test_matches_reference(shape, dtype, mode, device):
+def test_matches_reference(shape, dtype, pool_mode, device):
     query, key = queries_and_keys(*shape, device=device, dtype=dtype)
     before, running, other = (running_like(query, key) for _ in range(3))
-    scores = score_layer(running, query, key, mode=mode)
+    scores = score_layer(running, query, key, pool_mode=pool_mode)
     assert_same_bits(running, reference.aggregate_scores(before, scores))
-    assert_as_exact_as_eager("score_layer", other, query, key, mode=mode)
+    assert_as_exact_as_eager("score_layer", other, query, key, pool_mode=pool_mode)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pool_mode", MODES)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", cases.SHAPES)
-def test_is_both_steps(shape, dtype, mode, device):
+def test_is_both_steps(shape, dtype, pool_mode, device):
     query, key = queries_and_keys(*shape, device=device, dtype=dtype)
-    assert_is_both_steps(running_like(query, key), query, key, mode=mode)
+    assert_is_both_steps(running_like(query, key), query, key, pool_mode=pool_mode)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pool_mode", MODES)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("options", cases.OPTIONS)
-def test_options(options, dtype, mode, device):
+def test_options(options, dtype, pool_mode, device):
     query, key = queries_and_keys(*cases.OPTION_SHAPE, device=device, dtype=dtype)
     options = cases.as_tensors(options, device)
     for lse in (None, cases.log_sum_exp(query, key, **options)):
-        assert_is_both_steps(running_like(query, key), query, key, mode=mode, lse=lse, **options)
+        assert_is_both_steps(
+            running_like(query, key), query, key, pool_mode=pool_mode, lse=lse, **options
+        )
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pool_mode", MODES)
 @pytest.mark.parametrize("window", [8, 64])
-def test_long_prompts_with_lse(window, mode, device):
+def test_long_prompts_with_lse(window, pool_mode, device):
     """Keys that fill a GPU, and as many that its tensor cores take them by another way."""
     query, key = queries_and_keys(
         1, 8, 2, window, 20_000 + window, 128, device=device, dtype=torch.bfloat16
     )
     lse = cases.log_sum_exp(query, key)
-    assert_is_both_steps(running_like(query, key) / 100, query, key, mode=mode, lse=lse)
+    assert_is_both_steps(running_like(query, key) / 100, query, key, pool_mode=pool_mode, lse=lse)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pool_mode", MODES)
 @pytest.mark.parametrize("kernel_size", [1, 3, 63, 201, 301])
 @pytest.mark.parametrize("context", [1, 62, 1500])
-def test_any_kernel_size(context, kernel_size, mode, device):
+def test_any_kernel_size(context, kernel_size, pool_mode, device):
     query, key = queries_and_keys(2, 4, 2, 6, context + 6, 16, device=device)
     running = running_like(query, key)
-    assert_is_both_steps(running, query, key, kernel_size=kernel_size, mode=mode)
+    assert_is_both_steps(running, query, key, kernel_size=kernel_size, pool_mode=pool_mode)
 
 
 def test_scores_of_no_queries_are_zeros_that_count(device):
@@ -122,9 +123,9 @@ def test_check_values(device):
     torch.testing.assert_close(running[0].tolist(), expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pool_mode", MODES)
 @pytest.mark.parametrize("dim", [16, 128])
-def test_nan_stays(dim, mode, device):
+def test_nan_stays(dim, pool_mode, device):
     """A NaN in the running maximum or in a score of any head."""
     query, key = queries_and_keys(
         2, 6, 3, 5, 500, dim, device=device, dtype=torch.bfloat16 if dim == 128 else torch.float32
@@ -132,11 +133,11 @@ def test_nan_stays(dim, mode, device):
     running = chosen_from(AWKWARD + (torch.nan,), 2, 495, device=device, seed=1)
     key[1, 2, 20, 3] = torch.nan
     expected = running.isnan() | claa_ops.score_tokens(
-        query, key, sliding_window=10, mode=mode
+        query, key, sliding_window=10, pool_mode=pool_mode
     ).isnan().any(1)
-    assert_is_both_steps(running, query, key, sliding_window=10, mode=mode)
+    assert_is_both_steps(running, query, key, sliding_window=10, pool_mode=pool_mode)
     assert torch.equal(running.isnan(), expected)
-    assert_is_both_steps(running, query, key, mode=mode)
+    assert_is_both_steps(running, query, key, pool_mode=pool_mode)
     assert running[1].isnan().all() and not running[0].isnan().all()
 
 
@@ -172,25 +173,25 @@ SIZES = {
     "context": st.integers(0, 90),
     "dim": st.integers(1, 40),
     "seed": st.integers(0, 2**16),
-    "mode": st.sampled_from(MODES),
+    "pool_mode": st.sampled_from(MODES),
 }
 
 
 @given(kernel_size=st.sampled_from([1, 3, 7, 63]), **SIZES)
 def test_any_running_maximum(
-    kv_heads, group, window, context, dim, seed, mode, kernel_size, device
+    kv_heads, group, window, context, dim, seed, pool_mode, kernel_size, device
 ):
     """Ties, both zeros, infinities and NaN stand in the running maximum."""
     query, key = queries_and_keys(
         2, kv_heads * group, kv_heads, window, context + window, dim, device=device, seed=seed
     )
     running = chosen_from(AWKWARD + (torch.nan,), 2, context, device=device, seed=seed)
-    assert_is_both_steps(running, query, key, mode=mode, kernel_size=kernel_size)
+    assert_is_both_steps(running, query, key, pool_mode=pool_mode, kernel_size=kernel_size)
 
 
 @given(order=st.permutations(range(4)), **SIZES)
 def test_order_and_repetition_of_layers_do_not_matter(
-    order, kv_heads, group, window, context, dim, seed, mode, device
+    order, kv_heads, group, window, context, dim, seed, pool_mode, device
 ):
     layers = [
         queries_and_keys(
@@ -202,7 +203,7 @@ def test_order_and_repetition_of_layers_do_not_matter(
     def run(indices: list[int]) -> Tensor:
         running = torch.zeros(2, context, device=device)
         for i in indices:
-            score_layer(running, *layers[i], mode=mode)
+            score_layer(running, *layers[i], pool_mode=pool_mode)
         return running
 
     forward = run([0, 1, 2, 3])
@@ -212,18 +213,18 @@ def test_order_and_repetition_of_layers_do_not_matter(
 
 @given(batch=st.integers(1, 3), lse_given=st.booleans(), **SIZES)
 def test_a_row_does_not_know_its_batch(
-    batch, lse_given, kv_heads, group, window, context, dim, seed, mode, device
+    batch, lse_given, kv_heads, group, window, context, dim, seed, pool_mode, device
 ):
     query, key = queries_and_keys(
         batch, kv_heads * group, kv_heads, window, context + window, dim, device=device, seed=seed
     )
     lse = cases.log_sum_exp(query, key) if lse_given else None
     together, alone = (running_like(query, key) for _ in range(2))
-    score_layer(together, query, key, lse=lse, mode=mode)
+    score_layer(together, query, key, lse=lse, pool_mode=pool_mode)
     for b in range(batch):
         row = slice(b, b + 1)
         row_lse = None if lse is None else lse[row]
-        score_layer(alone[row], query[row], key[row], lse=row_lse, mode=mode)
+        score_layer(alone[row], query[row], key[row], lse=row_lse, pool_mode=pool_mode)
     assert_same_bits(together, alone)
 
 
@@ -292,8 +293,8 @@ def test_rejects_rows_that_overlap(device):
 
 
 def test_rejects_an_unknown_mode(device):
-    call = cases.rejected_call({"running": torch.zeros(2, 12), "mode": "mean"}, device)
-    with pytest.raises(ValueError, match="mode must be one of avg, max; got 'mean'"):
+    call = cases.rejected_call({"running": torch.zeros(2, 12), "pool_mode": "mean"}, device)
+    with pytest.raises(ValueError, match="pool_mode must be one of avg, max; got 'mean'"):
         score_layer(**call)
 
 

@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 
 import claa_ops
 from claa_ops import reference
-
-from . import window_cases as cases
-from .fakes import assert_refuses
-from .inputs import (
+from support import window_cases as cases
+from support.fakes import assert_refuses
+from support.inputs import (
     FLOATS,
     INDEX_TYPES,
     assert_as_exact_as_eager,
@@ -28,21 +27,23 @@ MODES = ["avg", "max"]
 KERNEL_SIZES = [1, 3, 7, 63, 201]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pool_mode", MODES)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", cases.SHAPES)
-def test_matches_reference(shape, dtype, mode, device):
+def test_matches_reference(shape, dtype, pool_mode, device):
     query, key = queries_and_keys(*shape, device=device, dtype=dtype)
-    assert_as_exact_as_eager("score_tokens", query, key, mode=mode)
+    assert_as_exact_as_eager("score_tokens", query, key, pool_mode=pool_mode)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pool_mode", MODES)
 @pytest.mark.parametrize("kernel_size", KERNEL_SIZES)
 @pytest.mark.parametrize("context", [1, 2, 5, 62, 100, 1500])
-def test_any_kernel_size(context, kernel_size, mode, device):
+def test_any_kernel_size(context, kernel_size, pool_mode, device):
     """Also a kernel that is wider than the context."""
     query, key = queries_and_keys(2, 4, 2, 6, context + 6, 16, device=device)
-    assert_as_exact_as_eager("score_tokens", query, key, kernel_size=kernel_size, mode=mode)
+    assert_as_exact_as_eager(
+        "score_tokens", query, key, kernel_size=kernel_size, pool_mode=pool_mode
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -60,42 +61,46 @@ def test_any_window(window, device):
 
 
 @pytest.mark.parametrize("lse_given", [False, True], ids=["measured", "lse"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pool_mode", MODES)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", cases.WIDE_SHAPES)
-def test_wide_windows(shape, dtype, mode, lse_given, device):
+def test_wide_windows(shape, dtype, pool_mode, lse_given, device):
     """As exact as eager, and a row does not know its batch."""
     query, key = queries_and_keys(*shape, device=device, dtype=dtype)
     start = torch.tensor([0, 137][: len(query)], device=device)
     lse = cases.log_sum_exp(query, key, start=start) if lse_given else None
-    together = assert_as_exact_as_eager("score_tokens", query, key, start=start, lse=lse, mode=mode)
+    together = assert_as_exact_as_eager(
+        "score_tokens", query, key, start=start, lse=lse, pool_mode=pool_mode
+    )
     for b in range(len(query)):
         row = slice(b, b + 1)
         row_lse = None if lse is None else lse[row]
-        alone = score_tokens(query[row], key[row], start=start[row], lse=row_lse, mode=mode)
+        alone = score_tokens(
+            query[row], key[row], start=start[row], lse=row_lse, pool_mode=pool_mode
+        )
         assert_same_bits(together[row], alone)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pool_mode", MODES)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("options", cases.OPTIONS)
-def test_options(options, dtype, mode, device):
+def test_options(options, dtype, pool_mode, device):
     query, key = queries_and_keys(*cases.OPTION_SHAPE, device=device, dtype=dtype)
     options = cases.as_tensors(options, device)
-    assert_as_exact_as_eager("score_tokens", query, key, mode=mode, **options)
+    assert_as_exact_as_eager("score_tokens", query, key, pool_mode=pool_mode, **options)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pool_mode", MODES)
 @pytest.mark.parametrize("options", cases.OPTIONS)
-def test_lse_given_is_lse_computed(options, mode, device):
+def test_lse_given_is_lse_computed(options, pool_mode, device):
     query, key = queries_and_keys(*cases.OPTION_SHAPE, device=device)
     options = cases.as_tensors(options, device)
     lse = cases.log_sum_exp(query, key, **options)
-    exact_options = {n: x.double() if n == "sinks" else x for n, x in options.items()}
+    exact_options = {n: x.double() if n == "sink_logits" else x for n, x in options.items()}
     assert_no_further(
-        score_tokens(query, key, lse=lse, mode=mode, **options),
-        reference.score_tokens(query, key, mode=mode, **options),
-        reference.score_tokens(query.double(), key.double(), mode=mode, **exact_options),
+        score_tokens(query, key, lse=lse, pool_mode=pool_mode, **options),
+        reference.score_tokens(query, key, pool_mode=pool_mode, **options),
+        reference.score_tokens(query.double(), key.double(), pool_mode=pool_mode, **exact_options),
         steps=16,  # the lse itself, up to 9 here, is rounded to float32
     )
 
@@ -152,13 +157,13 @@ def test_no_heads_score_nothing(device):
     assert torch.equal(score_tokens(query, key), torch.zeros(2, 2, 17, device=device))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_nan_reaches_as_far_as_the_pool(mode, device):
+@pytest.mark.parametrize("pool_mode", MODES)
+def test_nan_reaches_as_far_as_the_pool(pool_mode, device):
     """A NaN key spoils the heads that see it; out of every query's reach it does no harm."""
     query, key = queries_and_keys(2, 4, 2, 5, 60, 16, device=device)
     key[1, 0, 20, 3] = torch.nan
     for sliding_window in (0, 10):
-        options = {"mode": mode, "sliding_window": sliding_window}
+        options = {"pool_mode": pool_mode, "sliding_window": sliding_window}
         actual = score_tokens(query, key, **options)
         expected = reference.score_tokens(query, key, **options)
         assert torch.equal(actual.isnan(), expected.isnan())
@@ -166,16 +171,18 @@ def test_nan_reaches_as_far_as_the_pool(mode, device):
 
 
 @pytest.mark.parametrize("lse_given", [False, True], ids=["measured", "lse"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pool_mode", MODES)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("window", [5, 8, 12, 37])
-def test_infinite_keys_have_no_probability(window, dtype, mode, lse_given, device):
+def test_infinite_keys_have_no_probability(window, dtype, pool_mode, lse_given, device):
     """Nor do they spoil the probabilities of others, whatever fills up a tile of queries."""
     inputs = queries_and_keys(2, 6, 2, window, window + 700, 64, device=device, dtype=dtype)
     query, key = cases.with_infinite_keys(*inputs)
     start = torch.tensor([0, 137], device=device)
     lse = cases.log_sum_exp(query, key, start=start) if lse_given else None
-    scores = assert_as_exact_as_eager("score_tokens", query, key, start=start, lse=lse, mode=mode)
+    scores = assert_as_exact_as_eager(
+        "score_tokens", query, key, start=start, lse=lse, pool_mode=pool_mode
+    )
     assert scores.isfinite().all()
 
 
@@ -186,19 +193,19 @@ SIZES = {
     "context": st.integers(0, 90),
     "dim": st.integers(1, 40),
     "seed": st.integers(0, 2**16),
-    "mode": st.sampled_from(MODES),
+    "pool_mode": st.sampled_from(MODES),
     "kernel_size": st.sampled_from([1, 3, 7, 15, 63]),
 }
 
 
 @given(**SIZES)
 def test_is_score_window_then_pool_heads(
-    kv_heads, group, window, context, dim, seed, mode, kernel_size, device
+    kv_heads, group, window, context, dim, seed, pool_mode, kernel_size, device
 ):
     query, key = queries_and_keys(
         2, kv_heads * group, kv_heads, window, context + window, dim, device=device, seed=seed
     )
-    pooling = {"kernel_size": kernel_size, "mode": mode}
+    pooling = {"kernel_size": kernel_size, "pool_mode": pool_mode}
     scores = claa_ops.score_window(query, key)
     expected = claa_ops.pool_heads(scores, kv_heads, **pooling)
     torch.testing.assert_close(
@@ -208,21 +215,32 @@ def test_is_score_window_then_pool_heads(
 
 @given(**SIZES)
 def test_a_query_has_one_vote_per_head(
-    kv_heads, group, window, context, dim, seed, mode, kernel_size, device
+    kv_heads, group, window, context, dim, seed, pool_mode, kernel_size, device
 ):
     """Averaging hands out no more than it got: a row sums to at most W times the group's heads."""
     query, key = queries_and_keys(
         1, kv_heads * group, kv_heads, window, context + window, dim, device=device, seed=seed
     )
-    scores = score_tokens(query, key, scale=1.0, kernel_size=kernel_size, mode=mode)
+    scores = score_tokens(query, key, scale=1.0, kernel_size=kernel_size, pool_mode=pool_mode)
     assert scores.ge(0).all()
     limit = window * group * (1 + 1e-5)
-    assert (scores.double().sum(-1) if mode == "avg" else scores).le(limit).all()
+    assert (scores.double().sum(-1) if pool_mode == "avg" else scores).le(limit).all()
 
 
 @given(data=st.data(), lse_given=st.booleans(), batch=st.integers(1, 3), **SIZES)
 def test_a_row_does_not_know_its_batch(
-    data, lse_given, batch, kv_heads, group, window, context, dim, seed, mode, kernel_size, device
+    data,
+    lse_given,
+    batch,
+    kv_heads,
+    group,
+    window,
+    context,
+    dim,
+    seed,
+    pool_mode,
+    kernel_size,
+    device,
 ):
     total = context + window
     query, key = queries_and_keys(
@@ -230,7 +248,7 @@ def test_a_row_does_not_know_its_batch(
     )
     starts = data.draw(st.lists(st.integers(0, total), min_size=batch, max_size=batch))
     start = torch.tensor(starts, device=device)
-    options = {"mode": mode, "kernel_size": kernel_size}
+    options = {"pool_mode": pool_mode, "kernel_size": kernel_size}
     lse = cases.log_sum_exp(query, key, start=start) if lse_given else None
     together = score_tokens(query, key, start=start, lse=lse, **options)
     for b in range(batch):
@@ -242,14 +260,14 @@ def test_a_row_does_not_know_its_batch(
 
 @given(data=st.data(), lse_given=st.booleans(), **SIZES)
 def test_a_padded_row_is_the_row_alone(
-    data, lse_given, kv_heads, group, window, context, dim, seed, mode, kernel_size, device
+    data, lse_given, kv_heads, group, window, context, dim, seed, pool_mode, kernel_size, device
 ):
     """Bit for bit on the CPU; and what stands in the padding is never looked at."""
     query, key = queries_and_keys(
         1, kv_heads * group, kv_heads, window, context + window, dim, device=device, seed=seed
     )
     start = data.draw(st.integers(0, context))
-    options = {"mode": mode, "kernel_size": kernel_size}
+    options = {"pool_mode": pool_mode, "kernel_size": kernel_size}
     lse = cases.log_sum_exp(query, key[:, :, start:]) if lse_given else None
     alone = score_tokens(query, key[:, :, start:], lse=lse, **options)
     key[:, :, :start] = torch.nan
@@ -261,24 +279,26 @@ def test_a_padded_row_is_the_row_alone(
         torch.testing.assert_close(padded, alone)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pool_mode", MODES)
 @pytest.mark.parametrize("start", [1, 8, 63, 1000, 1024, 2491])
-def test_a_long_padded_row_is_the_row_alone(start, mode, device):
+def test_a_long_padded_row_is_the_row_alone(start, pool_mode, device):
     query, key = queries_and_keys(1, 4, 2, 8, 2500, 32, device=device)
-    alone = score_tokens(query, key[:, :, start:], mode=mode)
-    padded = score_tokens(query, key, start=torch.tensor([start], device=device), mode=mode)
+    alone = score_tokens(query, key[:, :, start:], pool_mode=pool_mode)
+    padded = score_tokens(
+        query, key, start=torch.tensor([start], device=device), pool_mode=pool_mode
+    )
     if device == "cpu":
         assert_same_bits(padded[..., start:], alone)
     else:
         torch.testing.assert_close(padded[..., start:], alone)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pool_mode", MODES)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_runs_and_threads_agree_bit_for_bit(dtype, mode, device):
+def test_runs_and_threads_agree_bit_for_bit(dtype, pool_mode, device):
     query, key = queries_and_keys(2, 6, 3, 8, 4099, 64, device=device, dtype=dtype)
     start = torch.tensor([0, 1500], device=device)
-    assert_same_bits_on_any_run(lambda: score_tokens(query, key, start=start, mode=mode))
+    assert_same_bits_on_any_run(lambda: score_tokens(query, key, start=start, pool_mode=pool_mode))
 
 
 @pytest.mark.parametrize(
@@ -295,8 +315,8 @@ def test_rejects(changes, message, device):
 
 
 def test_rejects_an_unknown_mode(device):
-    with pytest.raises(ValueError, match="mode must be one of avg, max; got 'mean'"):
-        score_tokens(**cases.rejected_call({"mode": "mean"}, device))
+    with pytest.raises(ValueError, match="pool_mode must be one of avg, max; got 'mean'"):
+        score_tokens(**cases.rejected_call({"pool_mode": "mean"}, device))
 
 
 def test_rejects_a_mix_of_devices(device):

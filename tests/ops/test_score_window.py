@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 
 import claa_ops
 from claa_ops import reference
-
-from . import window_cases as cases
-from .fakes import assert_refuses
-from .inputs import (
+from support import window_cases as cases
+from support.fakes import assert_refuses
+from support.inputs import (
     FLOATS,
     INDEX_TYPES,
     assert_as_exact_as_eager,
@@ -67,7 +66,7 @@ def test_lse_given_is_lse_computed(options, device):
     query, key = queries_and_keys(*cases.OPTION_SHAPE, device=device)
     options = cases.as_tensors(options, device)
     lse = cases.log_sum_exp(query, key, **options)
-    exact_options = {n: x.double() if n == "sinks" else x for n, x in options.items()}
+    exact_options = {n: x.double() if n == "sink_logits" else x for n, x in options.items()}
     assert_no_further(
         score_window(query, key, lse=lse, **options),
         reference.score_window(query, key, **options),
@@ -98,9 +97,9 @@ def test_lse_of_a_query_without_keys_is_not_read(device):
 
 def test_sinks_may_have_the_dtype_of_query(device):
     query, key = queries_and_keys(2, 4, 2, 5, 60, 16, device=device, dtype=torch.bfloat16)
-    sinks = torch.tensor([-1.0, 0.5, 2.0, 4.0], device=device)
-    rounded = score_window(query, key, sinks=sinks.bfloat16())
-    assert_same_bits(rounded, score_window(query, key, sinks=sinks))
+    sink_logits = torch.tensor([-1.0, 0.5, 2.0, 4.0], device=device)
+    rounded = score_window(query, key, sink_logits=sink_logits.bfloat16())
+    assert_same_bits(rounded, score_window(query, key, sink_logits=sink_logits))
 
 
 @pytest.mark.parametrize("index_type", INDEX_TYPES)

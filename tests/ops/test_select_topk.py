@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 import claa_ops
 from claa_ops import reference
-
-from .fakes import assert_refuses
-from .inputs import (
+from support.fakes import assert_refuses
+from support.inputs import (
     AWKWARD,
     INDEX_TYPES,
     NANS,
@@ -63,19 +62,19 @@ def test_matches_reference(shape, k, window, int32, device):
 
 
 @pytest.mark.parametrize("k", [0, 1, 5, 6, 7, 12, 40, 100, 140, 141, 145, 148])
-@pytest.mark.parametrize("sink", [0, 1, 4, 200])
+@pytest.mark.parametrize("num_sinks", [0, 1, 4, 200])
 @pytest.mark.parametrize("window", [0, 1, 8])
-def test_sinks_and_padding(window, sink, k, device):
+def test_sinks_and_padding(window, num_sinks, k, device):
     """Rows: plain; padded; the last token alone is valid; nothing but padding; start in window."""
     start = torch.tensor([0, 30, 139, 140, 143], device=device)
     scores = chosen_from((0.0, 1.0, 2.0, -1.0), 5, 2, 140, device=device, seed=k)
-    check(scores, min(k, 140 + window), window=window, sink=sink, start=start)
+    check(scores, min(k, 140 + window), window=window, num_sinks=num_sinks, start=start)
 
 
 @pytest.mark.parametrize("index_type", INDEX_TYPES)
 def test_start_is_of_either_index_type(index_type, device):
     start = torch.tensor([0, 20], device=device, dtype=index_type)
-    check(normal(2, 3, 50, device=device), 35, window=3, sink=2, start=start)
+    check(normal(2, 3, 50, device=device), 35, window=3, num_sinks=2, start=start)
 
 
 def test_reads_strided_scores(device):
@@ -121,17 +120,17 @@ def test_check_values(device):
 @given(
     values=st.lists(st.sampled_from(AWKWARD + NANS), min_size=1, max_size=60),
     window=st.integers(0, 8),
-    sink=st.integers(0, 6),
+    num_sinks=st.integers(0, 6),
     data=st.data(),
 )
-def test_keeps_the_best_the_window_and_the_sinks(values, window, sink, data, device):
+def test_keeps_the_best_the_window_and_the_sinks(values, window, num_sinks, data, device):
     """The promises of the manual page, one by one, without the reference."""
     context = len(values)
     start = data.draw(st.integers(0, context), label="start")
     k = data.draw(st.integers(0, context + window), label="k")
     scores = torch.tensor([values], device=device)
     kept = select_topk(
-        scores, k, window=window, sink=sink, start=torch.tensor([start], device=device)
+        scores, k, window=window, num_sinks=num_sinks, start=torch.tensor([start], device=device)
     )[0].tolist()
     dropped = sorted(set(range(context + window)) - set(kept))
 
@@ -145,7 +144,7 @@ def test_keeps_the_best_the_window_and_the_sinks(values, window, sink, data, dev
             return (3, p, 0)
         if p < start:
             return (0, 0, -p)
-        if p < start + sink:
+        if p < start + num_sinks:
             return (2, -p, 0)
         value = values[p]
         return (1, (1, 0) if value != value else (0, value), -p)
@@ -166,9 +165,9 @@ def test_a_row_does_not_know_its_batch(batch, heads, context, seed, data, device
     k = data.draw(st.integers(0, context + 2), label="k")
     starts = data.draw(st.lists(st.integers(0, context), min_size=batch, max_size=batch))
     start = torch.tensor(starts, device=device)
-    together = check(scores, k, window=2, sink=1, start=start)
+    together = check(scores, k, window=2, num_sinks=1, start=start)
     for b in range(batch):
-        alone = select_topk(scores[b], k, window=2, sink=1, start=start[b].repeat(heads))
+        alone = select_topk(scores[b], k, window=2, num_sinks=1, start=start[b].repeat(heads))
         assert torch.equal(together[b], alone)
 
 
@@ -181,21 +180,21 @@ def test_a_row_does_not_know_its_batch(batch, heads, context, seed, data, device
 def test_a_padded_row_is_the_row_alone(context, start, seed, data, device):
     k = data.draw(st.integers(0, context + 3), label="k")
     padded = normal(1, start + context, device=device, seed=seed).round()
-    alone = select_topk(padded[:, start:], k, window=3, sink=2)
+    alone = select_topk(padded[:, start:], k, window=3, num_sinks=2)
     start_at = torch.tensor([start], device=device)
-    assert torch.equal(select_topk(padded, k, window=3, sink=2, start=start_at), alone + start)
+    assert torch.equal(select_topk(padded, k, window=3, num_sinks=2, start=start_at), alone + start)
 
 
 @given(
     context=st.integers(1, 200),
     batch=st.integers(1, 4),
     window=st.integers(0, 8),
-    sink=st.integers(0, 4),
+    num_sinks=st.integers(0, 4),
     seed=st.integers(0, 2**16),
     data=st.data(),
 )
 def test_each_row_keeps_its_count_and_is_the_row_alone(
-    context, batch, window, sink, seed, data, device
+    context, batch, window, num_sinks, seed, data, device
 ):
     """Rows of different lengths and different counts: what each keeps alone, after -1."""
     starts = data.draw(st.lists(st.integers(0, context), min_size=batch, max_size=batch))
@@ -208,12 +207,12 @@ def test_each_row_keeps_its_count_and_is_the_row_alone(
         scores,
         k,
         window=window,
-        sink=sink,
+        num_sinks=num_sinks,
         start=torch.tensor(starts, device=device),
         counts=torch.tensor(counts, device=device, dtype=torch.int32),
     )
     for b, (start, count) in enumerate(zip(starts, counts, strict=True)):
-        alone = select_topk(scores[b, :, start:], count, window=window, sink=sink) + start
+        alone = select_topk(scores[b, :, start:], count, window=window, num_sinks=num_sinks) + start
         assert torch.equal(together[b, :, k - count :], alone)
         assert (together[b, :, : k - count] == -1).all()
 
@@ -225,7 +224,7 @@ def test_any_count(tokens, start, device):
     counts = torch.tensor([-3, 0, 2, 6, 7, 20, 31, 1000], device=device)
     scores = normal(8, 3, tokens, device=device)
     options = {} if start is None else {"start": torch.full((8,), start, device=device)}
-    check(scores, 30, window=5, sink=2, counts=counts, **options)
+    check(scores, 30, window=5, num_sinks=2, counts=counts, **options)
 
 
 @given(
@@ -263,7 +262,9 @@ def test_neighbouring_floats_are_told_apart(device):
 def test_runs_and_threads_agree_bit_for_bit(device):
     scores = normal(2, 4, 30_001, device=device).round(decimals=2)
     start = torch.tensor([0, 700], device=device)
-    assert_same_bits_on_any_run(lambda: select_topk(scores, 5000, window=8, sink=4, start=start))
+    assert_same_bits_on_any_run(
+        lambda: select_topk(scores, 5000, window=8, num_sinks=4, start=start)
+    )
 
 
 @pytest.mark.parametrize(
@@ -287,7 +288,7 @@ def test_runs_and_threads_agree_bit_for_bit(device):
         ),
         pytest.param({"k": -1}, r"k must be in \[0, .*, got -1", id="k-negative"),
         pytest.param({"window": -1}, "window must .*, got -1", id="window-negative"),
-        pytest.param({"sink": -1}, "sink must .*, got -1", id="sink-negative"),
+        pytest.param({"num_sinks": -1}, "num_sinks must .*, got -1", id="num_sinks-negative"),
         pytest.param(
             {"start": torch.zeros(3).long()}, "start must .*2 like scores, got 3", id="start-size"
         ),

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import claa_ops
-
-from .inputs import assert_same_bits, normal, queries_and_keys
+from support.inputs import assert_same_bits, normal, queries_and_keys
 
 # On Hopper a group with up to 64 queries enters one kernel, and one with more the other.
 WINDOWS = [1, 2, 8, 9, 16, 33, 64, 65, 72, 100, 128]
@@ -139,7 +138,7 @@ def test_any_layout_of_any_argument(
     scores = {"query": query, "key": key, "lse": random(batch, heads, window) + 8}
     if data.draw(st.booleans(), label="measured"):
         del scores["lse"]
-    pooling = {"mode": data.draw(st.sampled_from(["avg", "max"]))}
+    pooling = {"pool_mode": data.draw(st.sampled_from(["avg", "max"]))}
     arguments = {
         "score_window": scores,
         "score_tokens": scores | pooling,

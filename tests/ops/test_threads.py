@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import claa_ops
-
-from .inputs import normal, queries_and_keys, threads
+from support.inputs import normal, queries_and_keys, threads
 
 TIMEOUT_S = 120
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,7 @@ from claa_ops.cli.options import (
 from claa_ops.cli.settings import Settings
 from claa_ops.evaluate.inputs import read_prompt
 from claa_ops.evaluate.needle import Task, needle_task
-from claa_ops.models import load_model, smollm2_file
+from claa_ops.huggingface.models import load_model, smollm2_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

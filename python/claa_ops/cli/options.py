@@ -17,7 +17,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 from typer.core import TyperGroup
 
-from claa_ops.models import InputError
+from claa_ops.huggingface.models import InputError
 
 Model = Annotated[
     str | None,

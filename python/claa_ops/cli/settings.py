@@ -31,15 +31,15 @@ from claa_ops.evaluate.grid import (
     require_drafted,
 )
 from claa_ops.evaluate.inputs import check_plot_file, parse_budget
-from claa_ops.methods import METHODS, Method
-from claa_ops.methods.pruning import Pruning
-from claa_ops.models import (
+from claa_ops.huggingface.models import (
     InputError,
     find_checkpoint,
     resolve_device,
     resolve_dtype,
     smollm2_file,
 )
+from claa_ops.methods import METHODS, Method
+from claa_ops.methods.pruning import Pruning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from claa_ops.huggingface.prefill import end_tokens, greedy
+from claa_ops.huggingface.transformers_api import cache_argument
 from claa_ops.prefill import Prefilled
-from claa_ops.prefill.passes import end_tokens, greedy
-from claa_ops.prefill.transformers_api import cache_argument
 
 
 @torch.no_grad()

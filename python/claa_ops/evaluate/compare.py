@@ -14,15 +14,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from claa_ops.evaluate.memory import watch_memory
+from claa_ops.huggingface.models import InputError
+from claa_ops.huggingface.prefill import end_tokens, greedy
+from claa_ops.huggingface.transformers_api import cache_argument
 from claa_ops.methods import FullKV, Method
-from claa_ops.models import InputError
-from claa_ops.prefill import Prefilled, PrefillState, attach
-from claa_ops.prefill import run as prefill
-from claa_ops.prefill.passes import end_tokens, greedy
-from claa_ops.prefill.transformers_api import cache_argument
-from claa_ops.prefill.work import Work
+from claa_ops.prefill import Prefilled, PrefillState, attach, prefill
+from claa_ops.selection.work import Work
 
-# A method is not this much faster than the multiplications it leaves allow; other work, such as
+# A method is not this much faster than the multiply-adds it leaves allow; other work, such as
 # softmax, shrinks about as much as they do.
 _LEAST_OF_EXPECTED = 0.8
 
@@ -60,7 +59,7 @@ class Comparison:
     kept: Tensor  # positions of the tokens that reached the last layer, ascending
     selections: list[int]  # the layers after which tokens were dropped
     scores: dict[int, Tensor]  # layer: how the method scores the tokens of the whole prompt there
-    expected_ratio: float  # of the multiplications until the first token, method to full
+    expected_ratio: float  # of the multiply-adds until the first token, method to full
 
     @property
     def ttft_ratio(self) -> float:
@@ -144,7 +143,7 @@ def compare(
     if keep_scores and answer.state.ranking is not None:  # made beforehand, for all layers
         scores = {layer: answer.state.ranking[0].cpu() for layer in layers}
 
-    expected = answer.computed.total / full.computed.total
+    expected = answer.work.total / full.work.total
     full_times: list[float] = []
     times: list[float] = []
     while (done := len(times)) < runs or (
@@ -227,7 +226,7 @@ def _timed(model: PreTrainedModel, work: Callable[[], object]) -> float:
 @dataclass(frozen=True)
 class _Answer:
     state: PrefillState
-    computed: Work
+    work: Work
     tokens: list[int]
     decode_times: list[float]
     kv_bytes: int
@@ -274,7 +273,7 @@ def _answer(
         times.append(_now(model.device) - begin)
         begin = _now(model.device)
     # The first token took no forward.
-    return _Answer(prefilled.state, prefilled.computed, tokens, times[1:], kv_bytes, peak.bytes)
+    return _Answer(prefilled.state, prefilled.work, tokens, times[1:], kv_bytes, peak.bytes)
 
 
 def _now(device: torch.device) -> float:

@@ -19,8 +19,8 @@ from claa_ops.evaluate.journal import Journal, Json
 from claa_ops.evaluate.prompt import check_fits, encode_prompt
 from claa_ops.evaluate.shared import SharedPrefill
 from claa_ops.evaluate.tasks import Example
+from claa_ops.huggingface.models import InputError
 from claa_ops.methods import ASL, Method, PyramidInfer
-from claa_ops.models import InputError
 
 _MARGIN = 16  # tokens that a text may gain when it is decoded and encoded again
 
@@ -35,7 +35,7 @@ class Record:
         place: where the fact stands, for needles.
         score: in [0, 1].
         logprob: mean log-probability of the target's tokens; None without a target.
-        work: multiplications by weights, as a share of full prefill's.
+        work: multiply-adds by weights, as a share of full prefill's.
         cache_bytes: of the keys and values held after prefill.
         tokens, kept: of the prompt, and those that reached the last layer.
         answer: what was decoded; None with a target.
@@ -215,7 +215,7 @@ def _answer(
     prefilled = shared.run(method)
     tokens = prompt.ids.shape[1]
     result: Json = {
-        "work": prefilled.work,
+        "work": prefilled.work_share,
         "cache_bytes": prefilled.cache.nbytes(),
         "tokens": tokens,
         "kept": tokens if prefilled.positions is None else prefilled.positions.shape[1],

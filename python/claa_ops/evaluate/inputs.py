@@ -6,7 +6,7 @@ import math
 import sys
 from pathlib import Path
 
-from claa_ops.models import InputError
+from claa_ops.huggingface.models import InputError
 
 
 def read_prompt(text: str | None, file: str | None) -> str:

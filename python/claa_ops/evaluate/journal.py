@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from claa_ops.models import InputError
+from claa_ops.huggingface.models import InputError
 
 Json = dict[str, Any]
 

@@ -36,10 +36,10 @@ from claa_ops.evaluate.oracle_measures import MEASURES, intervals, measure_ranki
 from claa_ops.evaluate.prompt import Prompt, check_fits, encode_prompt
 from claa_ops.evaluate.shared import SharedPrefill
 from claa_ops.evaluate.tasks import Example
+from claa_ops.huggingface.answer import answer_attention, pool
+from claa_ops.huggingface.models import InputError
 from claa_ops.methods import Method
-from claa_ops.methods.budget import Budget
-from claa_ops.models import InputError
-from claa_ops.prefill.answer import answer_attention, pool
+from claa_ops.selection.budget import Budget
 
 POOLING = 13  # neighbouring tokens of the pooled oracle, as in its public code
 

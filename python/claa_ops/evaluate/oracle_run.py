@@ -15,8 +15,8 @@ from claa_ops.evaluate.oracle_page import write_page
 from claa_ops.evaluate.oracle_pictures import draw_heat_map, draw_measure
 from claa_ops.evaluate.oracle_settings import Settings
 from claa_ops.evaluate.tasks import Example, TaskSettings, examples, has_needles
+from claa_ops.huggingface.models import InputError, load_model
 from claa_ops.methods import Method
-from claa_ops.models import InputError, load_model
 from claa_ops.prefill import attach
 
 

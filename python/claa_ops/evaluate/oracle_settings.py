@@ -10,7 +10,7 @@ from claa_ops.evaluate.grid import MethodSpec, parse_layers
 from claa_ops.evaluate.inputs import make_folder, parse_budget, read_prompt
 from claa_ops.evaluate.tasks import Example, check_task
 from claa_ops.evaluate.tasks.needle import filler_sentences
-from claa_ops.models import (
+from claa_ops.huggingface.models import (
     InputError,
     find_checkpoint,
     resolve_device,

@@ -19,7 +19,7 @@ from claa_ops.evaluate.inputs import parse_budget
 from claa_ops.evaluate.suite import find_suite
 from claa_ops.evaluate.tasks import TaskSettings, check_task
 from claa_ops.evaluate.tasks.needle import filler_sentences
-from claa_ops.models import (
+from claa_ops.huggingface.models import (
     InputError,
     find_checkpoint,
     resolve_device,

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from claa_ops.evaluate.compare import Comparison
-from claa_ops.models import InputError
+from claa_ops.huggingface.models import InputError
 
 _COLUMNS = 200
 _DECADES = 3  # the best 0.1 % of the tokens look alike

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from claa_ops.evaluate.inputs import require_text
-from claa_ops.models import InputError
+from claa_ops.huggingface.models import InputError
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from claa_ops.evaluate.plan import Plan, load_name
 from claa_ops.evaluate.report import versions
 from claa_ops.evaluate.summary import Row, as_json, as_markdown, as_table, summarise
 from claa_ops.evaluate.tasks import TaskSettings, examples, has_needles
+from claa_ops.huggingface.models import InputError, load_model
 from claa_ops.methods import FullKV
-from claa_ops.models import InputError, load_model
 from claa_ops.prefill import attach
 
 JOURNAL = "records.jsonl"

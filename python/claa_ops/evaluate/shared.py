@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from claa_ops.huggingface.prefill import count_positions
+from claa_ops.huggingface.transformers_api import cache_argument, cache_of, decoder_of
 from claa_ops.methods import FullKV, Method
-from claa_ops.methods.base import Preparation
 from claa_ops.methods.pruning import Pruning
-from claa_ops.prefill import ClaaCache, Prefilled, PrefillState, begin, run
-from claa_ops.prefill.passes import count_positions
-from claa_ops.prefill.transformers_api import cache_argument, cache_of, decoder_of
+from claa_ops.prefill import ClaaCache, Prefilled, PrefillState, begin, prefill
+from claa_ops.selection.method import Preparation
 
 _ROWS = 64  # of the queries, the last: a method that reads more is computed as a whole
 
 # Settings that a ranking made before the prefill does not depend on.
 _BEHIND_A_RANKING = {"window", "chunk", *(field.name for field in fields(Pruning))} - {
     "kernel_size",
-    "pooling",
+    "pool_mode",
 }
 
 
@@ -34,7 +34,7 @@ class SharedPrefill:
     Up to its first selection a method sees what full prefill sees: the same hidden states, queries
     and keys. Those layers are replayed from the record, scored and compressed by the method as
     always, and only the layers behind the selection are computed. What comes out is what
-    :func:`claa_ops.prefill.run` computes, to the bit.
+    :func:`claa_ops.prefill.prefill` computes, to the bit.
 
     Args:
         model: an attached model (:func:`claa_ops.prefill.attach`).
@@ -90,13 +90,13 @@ class SharedPrefill:
         self.logits: Tensor = output.logits[:, -1]
 
     def run(self, method: Method) -> Prefilled:
-        """:func:`claa_ops.prefill.run` on this prompt.
+        """:func:`claa_ops.prefill.prefill` on this prompt.
 
         Raises:
             ValueError: the method selects after a layer that was not among ``layers``.
         """
         with self.replay():
-            return run(
+            return prefill(
                 self.model,
                 self.input_ids,
                 method,

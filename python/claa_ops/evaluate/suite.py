@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from claa_ops.evaluate.grid import Budget
-from claa_ops.models import InputError
+from claa_ops.huggingface.models import InputError
 
 
 @dataclass(frozen=True)

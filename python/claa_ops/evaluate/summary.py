@@ -26,7 +26,7 @@ class Row:
         tasks: accuracy by task.
         accuracy: the mean over tasks.
         difference: to the baseline, over the prompts that both have; None for the baseline.
-        work: multiplications by weights, as a share of full prefill's.
+        work: multiply-adds by weights, as a share of full prefill's.
         cache: bytes of keys and values, as a share of full prefill's.
         cache_mib: their mean in MiB.
         logprob: mean log-probability of a token of the right answer; None without such tasks.

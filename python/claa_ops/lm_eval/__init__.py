@@ -38,11 +38,11 @@ from tqdm import tqdm
 from claa_ops.evaluate.answer import decode_until, force
 from claa_ops.evaluate.guard import printable, reason
 from claa_ops.evaluate.inputs import parse_budget
+from claa_ops.huggingface.models import InputError, load_model
 from claa_ops.methods import make_method
-from claa_ops.methods.budget import is_count
 from claa_ops.methods.speculative import require_same_tokenizer
-from claa_ops.models import InputError, load_model
-from claa_ops.prefill import Prefilled, attach, run
+from claa_ops.prefill import Prefilled, attach, prefill
+from claa_ops.selection.budget import is_count
 
 _Scored = tuple[float, bool]
 _DEFAULT_LENGTH = 2048  # lm-eval's own, for a model whose positions have no end
@@ -64,7 +64,7 @@ class ClaaLM(TemplateLM):
         keep: the budget, a rate (0.2, 20%) or a number of tokens.
         layer: the selection layer; both are left to the method's default if not given.
         draft: the model that ``speculative`` asks first, as ``pretrained``; if not given, itself.
-        dtype, device: as :func:`claa_ops.models.load_model` takes them.
+        dtype, device: as :func:`claa_ops.huggingface.models.load_model` takes them.
         max_length: of context and answer in tokens; the model's own if not given.
         settings: any other setting of the method, such as ``zscore=True``.
 
@@ -268,7 +268,7 @@ class ClaaLM(TemplateLM):
     def _prefill(self, context: list[int]) -> Prefilled:
         ids = torch.tensor([context or [self.prefix_token_id]], device=self.model.device)
         try:
-            return run(self.model, ids, self.method)
+            return prefill(self.model, ids, self.method)
         except ValueError as error:  # of the method: its caches hold less than its window, say
             raise InputError(str(error)) from error
 

@@ -5,7 +5,7 @@ import sys
 from lm_eval.__main__ import cli_evaluate
 
 import claa_ops.lm_eval
-from claa_ops.models import InputError
+from claa_ops.huggingface.models import InputError
 
 if {"-h", "--help"} & set(sys.argv):
     print(claa_ops.lm_eval.__doc__)

@@ -1,7 +1,6 @@
 """One module per ranking system: which prompt tokens it keeps, where, and how many."""
 
 from claa_ops.methods.asl import ASL
-from claa_ops.methods.base import Method
 from claa_ops.methods.claa import CLAA
 from claa_ops.methods.controls import FastKVDeferral, Random, SinksRandom
 from claa_ops.methods.fastkv import FastKV
@@ -15,6 +14,7 @@ from claa_ops.methods.registry import METHODS, make_method
 from claa_ops.methods.snapkv import SnapKV
 from claa_ops.methods.speculative import SpeculativePrefill
 from claa_ops.methods.streaming import StreamingLLM
+from claa_ops.selection.method import Method
 
 __all__ = [
     "ASL",

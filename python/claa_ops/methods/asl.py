@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from claa_ops.methods.budget import is_count, is_number
-from claa_ops.methods.padding import mask_padding
 from claa_ops.methods.pruning import Pruning
 from claa_ops.ops.rank_variance import rank_variance
+from claa_ops.selection.budget import is_count, is_number
+from claa_ops.selection.padding import mask_padding
 
 if TYPE_CHECKING:
-    from claa_ops.prefill.state import PrefillState
+    from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ASL(Pruning):
     scores, summed over all heads, select the tokens; if it never does, nothing is selected.
 
     Args:
-        keep, first_full, sink: see :class:`Pruning`; ``keep`` is one budget.
+        keep, first_full, num_sinks: see :class:`Pruning`; ``keep`` is one budget.
         layer: the first layer that is tested, the measure of the later ones.
         keep_kv: tokens that a layer's cache keeps (SnapKV); ``keep`` if not given.
         last_n: how many layers must agree; at most ``layer + 1``.
@@ -33,7 +33,7 @@ class ASL(Pruning):
             positions; the last layer's ranking selects then if the test never succeeds.
         full_before: leave the caches whole up to the selection layer.
         equal_cache: must be False, since the selection layer is not known beforehand.
-        window, kernel_size, pooling: see :class:`Method`.
+        window, kernel_size, pool_mode: see :class:`Method`.
 
     Raises:
         ValueError: a setting is out of its range; or, in a prefill, the batch has several

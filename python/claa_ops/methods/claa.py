@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from claa_ops.methods.base import is_count
-from claa_ops.methods.padding import standardise
 from claa_ops.methods.pruning import Pruning
 from claa_ops.ops.aggregate_scores import aggregate_scores
 from claa_ops.ops.score_layer import score_layer
+from claa_ops.selection.method import is_count
+from claa_ops.selection.padding import standardise
 
 if TYPE_CHECKING:
-    from claa_ops.prefill.state import PrefillState
+    from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class CLAA(Pruning):
     scores best.
 
     Args:
-        keep, layer, keep_kv, sink, equal_cache: see :class:`Pruning`.
+        keep, layer, keep_kv, num_sinks, equal_cache: see :class:`Pruning`.
         first_full: the first layers, whose caches stay whole.
         last_n: how many layers are aggregated, the selection layer and those before it, but
             none before an earlier selection.
@@ -35,7 +35,7 @@ class CLAA(Pruning):
             before they are aggregated, so that a layer of large scores does not drown the others.
         over_heads: ``"max"``, or ``"sum"`` to add the heads of each layer up before that.
         over_layers: ``"max"``, or ``"mean"``.
-        window, kernel_size, pooling: see :class:`Method`.
+        window, kernel_size, pool_mode: see :class:`Method`.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -86,7 +86,7 @@ class CLAA(Pruning):
             query,
             key,
             kernel_size=self.kernel_size,
-            mode=self.pooling,
+            pool_mode=self.pool_mode,
             **attention,
         )
 

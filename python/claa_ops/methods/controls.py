@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from claa_ops.methods.base import is_count
 from claa_ops.methods.fastkv import FastKV
-from claa_ops.methods.padding import gather_kept
 from claa_ops.methods.pruning import Pruning
+from claa_ops.selection.method import is_count
+from claa_ops.selection.padding import gather_kept
 
 if TYPE_CHECKING:
-    from claa_ops.prefill.state import PrefillState
+    from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Random(Pruning):
     """Random tokens and the window, in the selection and in every cache: what ranking is worth.
 
     Args:
-        keep, layer, keep_kv, first_full, sink, equal_cache, window: see :class:`Pruning`;
-            ``kernel_size`` and ``pooling`` have no use.
+        keep, layer, keep_kv, first_full, num_sinks, equal_cache, window: see :class:`Pruning`;
+            ``kernel_size`` and ``pool_mode`` have no use.
         seed: of the draw. The draw depends on nothing else: it counts tokens from the end of the
             prompt, so that padding does not change it, and the rows of a batch share it. Give
             each prompt of an evaluation its own.
@@ -65,15 +65,15 @@ class SinksRandom(Random):
     for that reason alone. The difference to :class:`Random` is what they are worth.
 
     Args:
-        sink: how many first tokens are kept; the other settings are those of :class:`Random`.
+        num_sinks: how many first tokens are kept; the other settings are those of :class:`Random`.
 
     Source: the attention sinks of StreamingLLM (arXiv 2309.17453), as a control.
 
     Example:
-        >>> method = SinksRandom(keep=0.2, sink=4)
+        >>> method = SinksRandom(keep=0.2, num_sinks=4)
     """
 
-    sink: int = 4
+    num_sinks: int = 4
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from claa_ops.methods.budget import Budget, Size, Sizes
 from claa_ops.methods.pruning import Pruning
+from claa_ops.selection.budget import Budget, Size, Sizes
 
 
 @dataclass(frozen=True)
@@ -16,24 +16,24 @@ class FastKV(Pruning):
     rates (``proportional``).
 
     Args:
-        keep, layer, keep_kv, first_full, sink, equal_cache: see :class:`Pruning`.
+        keep, layer, keep_kv, first_full, num_sinks, equal_cache: see :class:`Pruning`.
         rates_of: what a rate ``keep_kv`` is a rate of: ``"prompt"``, the whole prompt at every
             layer, or ``"layer"``, the tokens that the layer sees; behind the selection it is
             then ``keep_kv / keep``, so that about the same number is kept.
-        window, kernel_size, pooling: see :class:`Method`.
+        window, kernel_size, pool_mode: see :class:`Method`.
 
     Raises:
         ValueError: a setting is out of its range.
 
     Source: FastKV (arXiv 2502.01068) and its public code (dongwonjo/FastKV, b978769), which
-    ships ``keep=0.2, keep_kv=0.1, rates_of="layer", pooling="max"``, or ``keep=2048,
+    ships ``keep=0.2, keep_kv=0.1, rates_of="layer", pool_mode="max"``, or ``keep=2048,
     keep_kv=512``, and as its layer 15 of 32, 17 of 36, 19 of 40. The defaults here, one rate of
     the whole prompt for both and the average pooling of the paper, are those of the comparison
     with CLAA (arXiv 2602.16054). Departures: scores stay in float32, kept tokens are in
     ascending order, rates are exact fractions and never below the window, padding is not scored.
 
     Example:
-        >>> method = FastKV(keep=0.2, keep_kv=0.1, layer=15, pooling="max")
+        >>> method = FastKV(keep=0.2, keep_kv=0.1, layer=15, pool_mode="max")
         >>> constant = FastKV(keep=2048, keep_kv=512)
     """
 

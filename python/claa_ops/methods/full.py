@@ -1,6 +1,6 @@
 from dataclasses import dataclass
 
-from claa_ops.methods.base import Method
+from claa_ops.selection.method import Method
 
 
 @dataclass(frozen=True)

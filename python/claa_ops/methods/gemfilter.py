@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from claa_ops.methods.base import Method
-from claa_ops.methods.budget import Budget, Size, Sizes, is_count
-from claa_ops.methods.padding import mask_padding
 from claa_ops.ops.pool_heads import pool_heads
+from claa_ops.selection.budget import Budget, Size, Sizes, is_count
+from claa_ops.selection.method import Method
+from claa_ops.selection.padding import mask_padding
 
 if TYPE_CHECKING:
-    from claa_ops.prefill.state import PrefillState
+    from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class GemFilter(Method):
         keep: tokens of the second pass: a rate of the prompt in (0, 1], or a number. Nothing is
             kept for certain, not even the last token.
         layer: the filter layer, from 0; the last layer of the first pass.
-        kernel_size, pooling: see :class:`Method`; ``window`` is 1, the last token.
+        kernel_size, pool_mode: see :class:`Method`; ``window`` is 1, the last token.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -83,7 +83,7 @@ class GemFilter(Method):
         products = (heads @ key.transpose(2, 3)).float()  # [B, G, H / G, N]
         summed = products.sum(dim=(1, 2)).unsqueeze(1)
         summed = mask_padding(summed, attention["start"], 0.0)
-        return pool_heads(summed, 1, kernel_size=self.kernel_size, mode=self.pooling)
+        return pool_heads(summed, 1, kernel_size=self.kernel_size, pool_mode=self.pool_mode)
 
     def observe(self, state: PrefillState, layer: int) -> None:
         """The scores of one layer are the ranking."""

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from claa_ops.methods.base import Preparation, is_count
-from claa_ops.methods.padding import gather_kept
 from claa_ops.methods.pruning import Pruning
+from claa_ops.selection.method import Preparation, is_count
+from claa_ops.selection.padding import gather_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from claa_ops.prefill.state import PrefillState
+    from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Oracle(Pruning):
     It is no strict upper bound: other rankings win now and then.
 
     Args:
-        keep, layer, keep_kv, first_full, sink, equal_cache, window: see :class:`Pruning`.
+        keep, layer, keep_kv, first_full, num_sinks, equal_cache, window: see :class:`Pruning`.
         max_new_tokens: length at which the answer is cut off.
         kernel_size: neighbouring tokens over which the ranking is averaged; 1 for none.
 
@@ -46,7 +46,7 @@ class Oracle(Pruning):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(is_count(self.max_new_tokens, 1), "max_new_tokens", "a positive integer")
-        self.require(self.pooling == "avg", "pooling", "'avg'")
+        self.require(self.pool_mode == "avg", "pool_mode", "'avg'")
 
     @property
     def needs_ranking(self) -> bool:
@@ -58,7 +58,7 @@ class Oracle(Pruning):
     ) -> Preparation:
         """Answer, and rank the prompt by the answer's attention."""
         # Here, because it needs transformers, which users of the functional API may not have.
-        from claa_ops.prefill.answer import pool, record_answer
+        from claa_ops.huggingface.answer import pool, record_answer
 
         answer = record_answer(model, input_ids, self.max_new_tokens, attention_mask=attention_mask)
         return Preparation(pool(answer.peak(), self.kernel_size), answer.work)

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from claa_ops.methods.padding import gather_kept
 from claa_ops.methods.pruning import Pruning
 from claa_ops.ops.peak_attention import peak_attention
 from claa_ops.ops.pool_heads import pool_heads
+from claa_ops.selection.padding import gather_kept
 
 if TYPE_CHECKING:
-    from claa_ops.prefill.state import PrefillState
+    from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Peak(Pruning):
     Args:
         keep, layer, keep_kv, first_full, equal_cache: see :class:`Pruning`. Each layer's cache is
             compressed by that layer's own scores, as in FastKV.
-        sink: first tokens of the prompt that are always kept; the earlier the selection, the
+        num_sinks: first tokens of the prompt that are always kept; the earlier the selection, the
             more the layers behind it miss them.
-        window, kernel_size, pooling: see :class:`Method`. The window must reach back into the
+        window, kernel_size, pool_mode: see :class:`Method`. The window must reach back into the
             question, past what a chat template puts behind it.
 
     The ranking takes every layer up to the last selection. As in the oracle the softmax runs over
@@ -44,7 +44,7 @@ class Peak(Pruning):
         >>> method = Peak(keep=0.1, layer=8)
     """
 
-    sink: int = 4
+    num_sinks: int = 4
     window: int = field(default=16, kw_only=True)
     kernel_size: int = field(default=25, kw_only=True)
 
@@ -81,7 +81,7 @@ class Peak(Pruning):
     def rank(self, state: PrefillState, layer: int) -> Tensor:
         """The peaks of the context tokens over layers, heads and window, pooled."""
         peaks = self._highest(state)
-        return pool_heads(peaks, 1, kernel_size=self.kernel_size, mode=self.pooling)[:, 0]
+        return pool_heads(peaks, 1, kernel_size=self.kernel_size, pool_mode=self.pool_mode)[:, 0]
 
     def _highest(self, state: PrefillState) -> Tensor:
         """``[B, 1, M]``: the highest of the window's peaks of each context token."""

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from claa_ops.methods.base import Method
-from claa_ops.methods.budget import Budget, Size, Sizes, either, equal_share, is_count, smaller
+from claa_ops.selection.budget import Budget, Size, Sizes, either, equal_share, is_count, smaller
+from claa_ops.selection.method import Method
 
 if TYPE_CHECKING:
-    from claa_ops.prefill.state import PrefillState
+    from claa_ops.selection.state import PrefillState
 
 Keep = float | int
 
@@ -34,13 +34,13 @@ class Pruning(Method):
             the length of ``keep``, selects once after each of these layers.
         keep_kv: tokens that a layer's cache keeps, likewise; the last ``keep`` if not given.
         first_full: the first layers, whose caches stay whole.
-        sink: first tokens of the prompt that are always kept; a number of tokens has room for
+        num_sinks: first tokens of the prompt that are always kept; a number of tokens has room for
             them and the window.
         equal_cache: choose the capacity of the compressed caches so that the caches of all
             layers together hold ``keep_kv`` of the entries of full prefill, whole caches
             included: what a method needs to be compared at equal bytes with one that has
             ``first_full=0``.
-        window, kernel_size, pooling: see :class:`Method`.
+        window, kernel_size, pool_mode: see :class:`Method`.
 
     Budgets are of the whole prompt at every layer, and never below the window: a prompt that is
     not longer than the window is kept whole. A prompt shorter than ``keep_kv`` is left alone and
@@ -55,7 +55,7 @@ class Pruning(Method):
     layer: int | tuple[int, ...] = 15
     keep_kv: Keep | None = None
     first_full: int = 0
-    sink: int = 0
+    num_sinks: int = 0
     equal_cache: bool = False
 
     # Parsed here, once: torch.compile traces what a prefill calls, but not fractions.
@@ -76,7 +76,7 @@ class Pruning(Method):
         rises = any(later.exceeds(earlier) for earlier, later in pairwise(budgets))
         self.require(not rises, "keep", "no larger at a later layer")
         self.require(is_count(self.first_full, 0), "first_full", "an integer of at least 0")
-        self.require(is_count(self.sink, 0), "sink", "an integer of at least 0")
+        self.require(is_count(self.num_sinks, 0), "num_sinks", "an integer of at least 0")
         self.require(isinstance(self.equal_cache, bool), "equal_cache", "True or False")
         object.__setattr__(self, "_stages", dict(zip(layers, budgets, strict=True)))
         cached = budgets[-1] if self.keep_kv is None else self.budget("keep_kv")
@@ -91,9 +91,11 @@ class Pruning(Method):
         return values
 
     def _require_room_for_sinks(self, name: str, budgets: list[Budget]) -> None:
-        least = self.window + self.sink
+        least = self.window + self.num_sinks
         room = all(budget.per or budget.count >= least for budget in budgets)
-        self.require(self.sink == 0 or room, name, f"at least window + sink = {least} tokens")
+        self.require(
+            self.num_sinks == 0 or room, name, f"at least window + num_sinks = {least} tokens"
+        )
 
     @classmethod
     def defaults(cls, num_layers: int) -> dict[str, Any]:
@@ -172,7 +174,7 @@ class Pruning(Method):
     ) -> Tensor:
         """The sinks, the window and the tokens of best score."""
         return self.keep_best(
-            state, scores, tokens, window=self.window, sink=self.sink, grows=grows
+            state, scores, tokens, window=self.window, num_sinks=self.num_sinks, grows=grows
         )
 
     def capacity(self, sizes: Sizes[Size], layer: int) -> Size:

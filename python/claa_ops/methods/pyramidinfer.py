@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from claa_ops.methods.base import Method
-from claa_ops.methods.budget import Size, Sizes, is_count, is_number
 from claa_ops.ops.score_window import score_window
+from claa_ops.selection.budget import Size, Sizes, is_count, is_number
+from claa_ops.selection.method import Method
 
 if TYPE_CHECKING:
-    from claa_ops.prefill.state import PrefillState
+    from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class PyramidInfer(Method):
         rho: the share that the last layers pass on, in (0, 1].
         recent: share of the prompt, in [0, 1), that scores and is never dropped.
         distance_weight: weight of the last query, that of the first being 1.
-        sink: first tokens that are never dropped.
+        num_sinks: first tokens that are never dropped.
         least: the context is not shrunk below this.
-        window, kernel_size, pooling: no use: nothing is pooled.
+        window, kernel_size, pool_mode: no use: nothing is pooled.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -51,7 +51,7 @@ class PyramidInfer(Method):
     rho: float = 0.3
     recent: float = 0.2
     distance_weight: float = 1.2
-    sink: int = 4
+    num_sinks: int = 4
     least: int = 64
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class PyramidInfer(Method):
         self.require(is_number(self.recent) and 0 <= self.recent < 1, "recent", "in [0, 1)")
         weight = is_number(self.distance_weight) and self.distance_weight > 0
         self.require(weight, "distance_weight", "above 0")
-        self.require(is_count(self.sink, 0), "sink", "an integer of at least 0")
+        self.require(is_count(self.num_sinks, 0), "num_sinks", "an integer of at least 0")
         self.require(is_count(self.least, 0), "least", "an integer of at least 0")
 
     def rows(self, state: PrefillState) -> int:
@@ -107,7 +107,7 @@ class PyramidInfer(Method):
         assert state.importance is not None  # a layer that selects needs scores
         tokens = partial(self._tokens, layer=layer)
         return self.keep_best(
-            state, state.importance, tokens, window=1, sink=self.sink, grows=False
+            state, state.importance, tokens, window=1, num_sinks=self.num_sinks, grows=False
         )
 
     def _recent(self, prompt: Size) -> Size:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from claa_ops.methods.budget import Size, Sizes, is_number, smaller
 from claa_ops.methods.snapkv import SnapKV
+from claa_ops.selection.budget import Size, Sizes, is_number, smaller
 
 if TYPE_CHECKING:
-    from claa_ops.prefill.state import PrefillState
+    from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PyramidKV(SnapKV):
         keep: tokens that a cache keeps on average: a rate of the prompt in (0, 1], or a number.
             The window counts.
         beta: how much less than the average the last layer keeps; 1 for SnapKV.
-        window, kernel_size, pooling: see :class:`Method`.
+        window, kernel_size, pool_mode: see :class:`Method`.
 
     Raises:
         ValueError: a setting is out of its range.

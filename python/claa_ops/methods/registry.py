@@ -7,7 +7,6 @@ import difflib
 from typing import Any
 
 from claa_ops.methods.asl import ASL
-from claa_ops.methods.base import Method
 from claa_ops.methods.claa import CLAA
 from claa_ops.methods.controls import FastKVDeferral, Random, SinksRandom
 from claa_ops.methods.fastkv import FastKV
@@ -20,6 +19,7 @@ from claa_ops.methods.pyramidkv import PyramidKV
 from claa_ops.methods.snapkv import SnapKV
 from claa_ops.methods.speculative import SpeculativePrefill
 from claa_ops.methods.streaming import StreamingLLM
+from claa_ops.selection.method import Method
 
 METHODS: dict[str, type[Method]] = {
     "full": FullKV,

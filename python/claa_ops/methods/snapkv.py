@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from claa_ops.methods.base import Method
-from claa_ops.methods.budget import Budget, Size, Sizes
+from claa_ops.selection.budget import Budget, Size, Sizes
+from claa_ops.selection.method import Method
 
 if TYPE_CHECKING:
-    from claa_ops.prefill.state import PrefillState
+    from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class SnapKV(Method):
     Args:
         keep: tokens that each cache keeps: a rate of the prompt in (0, 1], or a number. The
             window counts.
-        window, kernel_size, pooling: see :class:`Method`.
+        window, kernel_size, pool_mode: see :class:`Method`.
 
     Raises:
         ValueError: a setting is out of its range.

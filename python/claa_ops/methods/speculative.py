@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from claa_ops.methods.base import Method, Preparation
-from claa_ops.methods.budget import Budget, Size, is_count, smaller
 from claa_ops.ops.aggregate_scores import aggregate_scores
 from claa_ops.ops.peak_attention import peak_attention
 from claa_ops.ops.pool_heads import pool_heads
 from claa_ops.ops.select_topk import select_topk
+from claa_ops.selection.budget import Budget, Size, is_count, smaller
+from claa_ops.selection.method import Method, Preparation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from claa_ops.prefill.answer import Answer
-    from claa_ops.prefill.state import PrefillState
+    from claa_ops.huggingface.answer import Answer
+    from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class SpeculativePrefill(Method):
         self.require(shared, "shared_tokenizer", "True or False")
         chunked = self.chunk is None or is_count(self.chunk, 1)
         self.require(chunked, "chunk", "a positive integer or None")
-        self.require(self.pooling == "avg", "pooling", "'avg'")
+        self.require(self.pool_mode == "avg", "pool_mode", "'avg'")
         object.__setattr__(self, "_keep", self.budget("keep"))
 
     @property
@@ -91,7 +91,7 @@ class SpeculativePrefill(Method):
     ) -> Preparation:
         """Rank the prompt with the draft."""
         # Here, because it needs transformers, which users of the functional API may not have.
-        from claa_ops.prefill.answer import record_answer
+        from claa_ops.huggingface.answer import record_answer
 
         draft = model if self.draft is None else self.draft
         sizes = [m.config.get_text_config().vocab_size for m in (draft, model)]

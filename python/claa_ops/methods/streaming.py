@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from claa_ops.methods.base import Method
-from claa_ops.methods.budget import Budget, Size, Sizes, is_count
+from claa_ops.selection.budget import Budget, Size, Sizes, is_count
+from claa_ops.selection.method import Method
 
 if TYPE_CHECKING:
-    from claa_ops.prefill.state import PrefillState
+    from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class StreamingLLM(Method):
     """The first tokens and the last ones stay in the cache, whatever they say; prefill is full.
 
     Args:
-        keep: tokens that each cache keeps, ``sink`` included: a rate of the prompt in (0, 1], or
+        keep: tokens that each cache keeps, the sinks included: a rate of the prompt in (0, 1], or
             a number.
-        sink: how many first tokens, to which many heads attend whatever they are.
-        window, kernel_size, pooling: no use: nothing is scored.
+        num_sinks: how many first tokens, to which many heads attend whatever they are.
+        window, kernel_size, pool_mode: no use: nothing is scored.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -35,16 +35,16 @@ class StreamingLLM(Method):
     """
 
     keep: float | int = 0.1
-    sink: int = 4
+    num_sinks: int = 4
 
     _keep: Budget = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(is_count(self.sink, 0), "sink", "an integer of at least 0")
+        self.require(is_count(self.num_sinks, 0), "num_sinks", "an integer of at least 0")
         budget = self.budget("keep")
-        more = bool(budget.per) or budget.count > self.sink
-        self.require(more, "keep", f"more than the sink of {self.sink} tokens")
+        more = bool(budget.per) or budget.count > self.num_sinks
+        self.require(more, "keep", f"more than the num_sinks of {self.num_sinks} tokens")
         object.__setattr__(self, "_keep", budget)
 
     def ranks(self, layer: int) -> bool:
@@ -64,7 +64,9 @@ class StreamingLLM(Method):
         """The first tokens and the last, ``[B, k]``."""
         if not self.needs_scores(state, layer):
             return None
-        return self.keep_best(state, state.layer_scores[:, 0], self._capacity, sink=self.sink)
+        return self.keep_best(
+            state, state.layer_scores[:, 0], self._capacity, num_sinks=self.num_sinks
+        )
 
     def _capacity(self, sizes: Sizes[Size]) -> Size:
-        return self._keep.tokens(sizes.prompt, self.sink + 1)
+        return self._keep.tokens(sizes.prompt, self.num_sinks + 1)

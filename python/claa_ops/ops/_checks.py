@@ -126,8 +126,8 @@ def check_row_integers(
     check_indices(op, name, t)
 
 
-def check_pool_mode(op: str, mode: int) -> None:
-    check(op, mode in (0, 1), lambda: f"mode must be 0 (avg) or 1 (max), got {mode}")
+def check_pool_mode(op: str, pool_mode: int) -> None:
+    check(op, pool_mode in (0, 1), lambda: f"pool_mode must be 0 (avg) or 1 (max), got {pool_mode}")
 
 
 def check_kernel_size(op: str, kernel_size: int) -> None:
@@ -183,7 +183,7 @@ def check_window_attention(
     start: Tensor | None,
     sliding_window: int,
     softcap: float,
-    sinks: Tensor | None,
+    sink_logits: Tensor | None,
 ) -> None:
     check_query_key(op, query, key, "[B, H, W, D]")
     batch, heads, window, _ = query.shape
@@ -203,17 +203,17 @@ def check_window_attention(
         check_dtype(op, "lse", lse, torch.float32)
         check_device_like(op, "lse", lse, query, "query")
         check_last_dim_contiguous(op, "lse", lse)
-    if sinks is not None:
-        check_rank(op, "sinks", sinks, 1, "[H]")
-        check_size(op, "sinks", sinks, 0, "H", heads, "query")
+    if sink_logits is not None:
+        check_rank(op, "sink_logits", sink_logits, 1, "[H]")
+        check_size(op, "sink_logits", sink_logits, 0, "H", heads, "query")
         check(
             op,
-            sinks.dtype in (torch.float32, query.dtype),
+            sink_logits.dtype in (torch.float32, query.dtype),
             lambda: (
-                f"sinks must have dtype float32 or that of query ({name_of(query.dtype)}), "
-                f"got {name_of(sinks.dtype)}"
+                f"sink_logits must have dtype float32 or that of query ({name_of(query.dtype)}), "
+                f"got {name_of(sink_logits.dtype)}"
             ),
         )
-        check_device_like(op, "sinks", sinks, query, "query")
-        check_last_dim_contiguous(op, "sinks", sinks)
+        check_device_like(op, "sink_logits", sink_logits, query, "query")
+        check_last_dim_contiguous(op, "sink_logits", sink_logits)
     check_row_integers(op, "start", start, batch, query, "query")

@@ -6,7 +6,7 @@ PoolMode = Literal["avg", "max"]
 _MODES = {"avg": 0, "max": 1}
 
 
-def pool_mode_code(mode: PoolMode) -> int:
-    if mode not in _MODES:
-        raise ValueError(f"mode must be one of {', '.join(_MODES)}; got {mode!r}")
-    return _MODES[mode]
+def pool_mode_code(pool_mode: PoolMode) -> int:
+    if pool_mode not in _MODES:
+        raise ValueError(f"pool_mode must be one of {', '.join(_MODES)}; got {pool_mode!r}")
+    return _MODES[pool_mode]

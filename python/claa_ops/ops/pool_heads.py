@@ -16,7 +16,7 @@ _op = torch.ops.claa.pool_heads.default
 
 
 def pool_heads(
-    scores: Tensor, num_kv_heads: int, *, kernel_size: int = 7, mode: PoolMode = "avg"
+    scores: Tensor, num_kv_heads: int, *, kernel_size: int = 7, pool_mode: PoolMode = "avg"
 ) -> Tensor:
     """Smooth each query head's scores over neighbouring tokens, then sum each head group.
 
@@ -28,14 +28,14 @@ def pool_heads(
         scores: ``[B, H, M]``, float32; any strides, last dimension contiguous.
         num_kv_heads: G, the number of groups of ``H // G`` consecutive heads; divides H.
         kernel_size: odd number of neighbouring tokens.
-        mode: ``"avg"`` or ``"max"``.
+        pool_mode: ``"avg"`` or ``"max"``.
 
     Returns:
         ``[B, G, M]``, float32, contiguous.
 
     Raises:
         RuntimeError: a rank, size, dtype or stride is not as above, or ``kernel_size`` is even.
-        ValueError: ``mode`` is neither ``"avg"`` nor ``"max"``.
+        ValueError: ``pool_mode`` is neither ``"avg"`` nor ``"max"``.
 
     Deterministic; heads are added in index order. Not differentiable: a backward pass through
     the result is an error.
@@ -47,13 +47,13 @@ def pool_heads(
         >>> pool_heads(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, 6.0]]]), 1, kernel_size=3)
         tensor([[[1., 3., 2.]]])
     """
-    pooled = _op(scores, num_kv_heads, kernel_size=kernel_size, mode=pool_mode_code(mode))
+    pooled = _op(scores, num_kv_heads, kernel_size=kernel_size, pool_mode=pool_mode_code(pool_mode))
     return without_gradient("pool_heads", pooled)
 
 
 @torch.library.register_fake("claa::pool_heads")
 def _pool_heads_fake(
-    scores: Tensor, num_kv_heads: int, *, kernel_size: int = 7, mode: int = 0
+    scores: Tensor, num_kv_heads: int, *, kernel_size: int = 7, pool_mode: int = 0
 ) -> Tensor:
     op = "pool_heads"
     check_rank(op, "scores", scores, 3, "[B, H, M]")
@@ -62,5 +62,5 @@ def _pool_heads_fake(
     batch, heads, context = scores.shape
     check_divides(op, "num_kv_heads", heads, num_kv_heads)
     check_kernel_size(op, kernel_size)
-    check_pool_mode(op, mode)
+    check_pool_mode(op, pool_mode)
     return scores.new_empty((batch, num_kv_heads, context))

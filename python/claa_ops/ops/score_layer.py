@@ -25,13 +25,13 @@ def score_layer(
     key: Tensor,
     *,
     kernel_size: int = 7,
-    mode: PoolMode = "avg",
+    pool_mode: PoolMode = "avg",
     scale: float | None = None,
     lse: Tensor | None = None,
     start: Tensor | None = None,
     sliding_window: int = 0,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Scores of one more layer, which join the running maximum over layers and heads in place.
 
@@ -44,7 +44,7 @@ def score_layer(
             Begin with zeros: scores are not negative. Any strides, last dimension contiguous;
             its rows must not overlap, nor share memory with another argument.
         query, key: as in :func:`score_tokens`.
-        kernel_size, mode, scale, lse, start, sliding_window, softcap, sinks: as in
+        kernel_size, pool_mode, scale, lse, start, sliding_window, softcap, sink_logits: as in
             :func:`score_tokens`.
 
     Returns:
@@ -55,7 +55,7 @@ def score_layer(
     Raises:
         RuntimeError: a rank, size, dtype, device or stride is not as above, or ``kernel_size``
             is even.
-        ValueError: ``mode`` is neither ``"avg"`` nor ``"max"``.
+        ValueError: ``pool_mode`` is neither ``"avg"`` nor ``"max"``.
 
     Deterministic: neither the rest of the batch nor the number of threads changes a bit. Not
     differentiable: a backward pass through the result is an error, and autograd does not notice
@@ -78,13 +78,13 @@ def score_layer(
         query,
         key,
         kernel_size=kernel_size,
-        pool_mode=pool_mode_code(mode),
+        pool_mode=pool_mode_code(pool_mode),
         scale=scale,
         lse=lse,
         start=start,
         sliding_window=sliding_window,
         softcap=softcap,
-        sinks=sinks,
+        sink_logits=sink_logits,
     )
     return without_gradient("score_layer", scores)
 
@@ -102,10 +102,10 @@ def _score_layer_fake(
     start: Tensor | None = None,
     sliding_window: int = 0,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     op = "score_layer"
-    check_window_attention(op, query, key, lse, start, sliding_window, softcap, sinks)
+    check_window_attention(op, query, key, lse, start, sliding_window, softcap, sink_logits)
     check_kernel_size(op, kernel_size)
     check_pool_mode(op, pool_mode)
     batch, kv_heads, total, _ = key.shape

@@ -13,18 +13,18 @@ def score_tokens(
     key: Tensor,
     *,
     kernel_size: int = 7,
-    mode: PoolMode = "avg",
+    pool_mode: PoolMode = "avg",
     scale: float | None = None,
     lse: Tensor | None = None,
     start: Tensor | None = None,
     sliding_window: int = 0,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Importance of each context token to the last W queries, per key/value head.
 
-    ``pool_heads(score_window(query, key, ...), G, kernel_size=kernel_size, mode=mode)`` in one
-    op: neither the logits ``[B, H, W, N]`` nor the scores ``[B, H, M]`` are written to memory.
+    ``pool_heads(score_window(query, key, ...), G, kernel_size=..., pool_mode=...)`` in
+    one op: neither the logits ``[B, H, W, N]`` nor the scores ``[B, H, M]`` are written to memory.
 
     Args:
         query: ``[B, H, W, D]``, float32, bfloat16 or float16, after the rotary embedding: the
@@ -32,8 +32,8 @@ def score_tokens(
         key: ``[B, G, N, D]``, dtype of ``query``; G divides H. Any strides, last dimension
             contiguous. N >= W.
         kernel_size: odd number of neighbouring tokens to pool over.
-        mode: ``"avg"`` or ``"max"``.
-        scale, lse, start, sliding_window, softcap, sinks: as in :func:`score_window`.
+        pool_mode: ``"avg"`` or ``"max"``.
+        scale, lse, start, sliding_window, softcap, sink_logits: as in :func:`score_window`.
 
     Returns:
         ``[B, G, M]`` with ``M = N - W``, float32, contiguous.
@@ -41,7 +41,7 @@ def score_tokens(
     Raises:
         RuntimeError: a rank, size, dtype, device or stride is not as above, or ``kernel_size``
             is even.
-        ValueError: ``mode`` is neither ``"avg"`` nor ``"max"``.
+        ValueError: ``pool_mode`` is neither ``"avg"`` nor ``"max"``.
 
     Accumulates in float32. Deterministic: the bits of a row depend neither on the rest of the
     batch nor on the number of threads. Not differentiable: a backward pass through the result is
@@ -61,13 +61,13 @@ def score_tokens(
         query,
         key,
         kernel_size=kernel_size,
-        mode=pool_mode_code(mode),
+        pool_mode=pool_mode_code(pool_mode),
         scale=scale,
         lse=lse,
         start=start,
         sliding_window=sliding_window,
         softcap=softcap,
-        sinks=sinks,
+        sink_logits=sink_logits,
     )
     return without_gradient("score_tokens", scores)
 
@@ -78,18 +78,18 @@ def _score_tokens_fake(
     key: Tensor,
     *,
     kernel_size: int = 7,
-    mode: int = 0,
+    pool_mode: int = 0,
     scale: float | None = None,
     lse: Tensor | None = None,
     start: Tensor | None = None,
     sliding_window: int = 0,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     op = "score_tokens"
-    check_window_attention(op, query, key, lse, start, sliding_window, softcap, sinks)
+    check_window_attention(op, query, key, lse, start, sliding_window, softcap, sink_logits)
     check_kernel_size(op, kernel_size)
-    check_pool_mode(op, mode)
+    check_pool_mode(op, pool_mode)
     batch, kv_heads, total, _ = key.shape
     context = total - query.shape[2]
     return query.new_empty((batch, kv_heads, context), dtype=torch.float32)

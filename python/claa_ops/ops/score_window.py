@@ -16,7 +16,7 @@ def score_window(
     start: Tensor | None = None,
     sliding_window: int = 0,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Attention that the last W queries of a prompt pay to each of its context tokens.
 
@@ -36,7 +36,7 @@ def score_window(
             keys score 0 and queries before it have no vote.
         sliding_window: s > 0 lets the query at position p see the keys p - s + 1 .. p only.
         softcap: c > 0 turns each logit z (already scaled) into ``c * tanh(z / c)``.
-        sinks: ``[H]``, float32 or the dtype of ``query``: one more logit in each head's
+        sink_logits: ``[H]``, float32 or the dtype of ``query``: one more logit in each head's
             denominator, also where ``lse`` (of the keys alone) is given.
 
     Returns:
@@ -69,7 +69,7 @@ def score_window(
         start=start,
         sliding_window=sliding_window,
         softcap=softcap,
-        sinks=sinks,
+        sink_logits=sink_logits,
     )
     return without_gradient("score_window", scores)
 
@@ -84,9 +84,9 @@ def _score_window_fake(
     start: Tensor | None = None,
     sliding_window: int = 0,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     op = "score_window"
-    check_window_attention(op, query, key, lse, start, sliding_window, softcap, sinks)
+    check_window_attention(op, query, key, lse, start, sliding_window, softcap, sink_logits)
     batch, heads, window, _ = query.shape
     return query.new_empty((batch, heads, key.shape[2] - window), dtype=torch.float32)

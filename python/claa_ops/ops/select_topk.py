@@ -20,7 +20,7 @@ def select_topk(
     k: int,
     *,
     window: int = 0,
-    sink: int = 0,
+    num_sinks: int = 0,
     start: Tensor | None = None,
     counts: Tensor | None = None,
     int32: bool = False,
@@ -28,7 +28,7 @@ def select_topk(
     """Positions of the k tokens to keep, in ascending order.
 
     The tokens are the M that have a score and, after them, the last ``window`` ones that have
-    none. Always kept: the window (positions M .. M + window - 1) and the first ``sink`` valid
+    none. Always kept: the window (positions M .. M + window - 1) and the first ``num_sinks`` valid
     tokens. The rest of k goes to the best scores; a tie goes to the lower position, NaN ranks
     above every number, as in ``torch.topk``. Padding is kept only when nothing else is left.
     If k is smaller than the window, its last k positions are kept.
@@ -37,7 +37,7 @@ def select_topk(
         scores: ``[..., M]``, float32; any strides, last dimension contiguous.
         k: how many tokens to keep, window and sinks included; 0 <= k <= M + window.
         window: number of tokens after the scored ones.
-        sink: number of first valid tokens that are always kept.
+        num_sinks: number of first valid tokens that are always kept.
         start: ``[B]``, int64 or int32, for scores ``[B, ..., M]``: the first valid token of
             each row (left padding).
         counts: ``[B]``, int64 or int32, for scores ``[B, ..., M]``: how many tokens each row
@@ -63,7 +63,9 @@ def select_topk(
         >>> select_topk(torch.tensor([0.1, 0.7, 0.2, 0.9, 0.3]), 4, window=2)
         tensor([1, 3, 5, 6])
     """
-    return _op(scores, k, window=window, sink=sink, start=start, counts=counts, int32=int32)
+    return _op(
+        scores, k, window=window, num_sinks=num_sinks, start=start, counts=counts, int32=int32
+    )
 
 
 @torch.library.register_fake("claa::select_topk")
@@ -72,7 +74,7 @@ def _select_topk_fake(
     k: int,
     *,
     window: int = 0,
-    sink: int = 0,
+    num_sinks: int = 0,
     start: Tensor | None = None,
     counts: Tensor | None = None,
     int32: bool = False,
@@ -83,7 +85,7 @@ def _select_topk_fake(
     check_dtype(op, "scores", scores, torch.float32)
     check_last_dim_contiguous(op, "scores", scores)
     check_not_negative(op, "window", window)
-    check_not_negative(op, "sink", sink)
+    check_not_negative(op, "num_sinks", num_sinks)
     check_in_range(op, "k", k, "M + window", scores.shape[-1] + window)
     check(
         op,

@@ -4,13 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from claa_ops._extras import require
-from claa_ops.prefill.state import PrefillState, begin
+from claa_ops.selection.state import PrefillState, begin
 
 if TYPE_CHECKING:
-    from claa_ops.prefill.cache import ClaaCache
-    from claa_ops.prefill.huggingface import attach
-    from claa_ops.prefill.passes import Prefilled, decode, generate, run
-    from claa_ops.prefill.static import StaticClaaCache
+    from claa_ops.huggingface.attach import attach
+    from claa_ops.huggingface.cache import ClaaCache
+    from claa_ops.huggingface.prefill import Prefilled, decode, generate, prefill
+    from claa_ops.huggingface.static import StaticClaaCache
 
 __all__ = [
     "ClaaCache",
@@ -21,23 +21,23 @@ __all__ = [
     "begin",
     "decode",
     "generate",
-    "run",
+    "prefill",
 ]
 
 # A model author who calls the functional API does not have to wait for transformers.
 _MODULES = {
     "ClaaCache": "cache",
-    "attach": "huggingface",
-    "Prefilled": "passes",
+    "attach": "attach",
+    "Prefilled": "prefill",
     "StaticClaaCache": "static",
-    "decode": "passes",
-    "generate": "passes",
-    "run": "passes",
+    "decode": "prefill",
+    "generate": "prefill",
+    "prefill": "prefill",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         require("models", "transformers")
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        return getattr(import_module(f"claa_ops.huggingface.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

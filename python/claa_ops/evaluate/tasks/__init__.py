@@ -10,7 +10,7 @@ from pathlib import Path
 from claa_ops.evaluate.tasks.example import Example
 from claa_ops.evaluate.tasks.needle import KINDS, CountTokens, needle_examples
 from claa_ops.evaluate.tasks.records import BENCHMARKS, check_records, record_examples
-from claa_ops.models import InputError
+from claa_ops.huggingface.models import InputError
 
 __all__ = ["Example", "TaskSettings", "check_task", "examples", "has_needles"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from claa_ops.models import InputError
+from claa_ops.huggingface.models import InputError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from claa_ops.models import InputError
+from claa_ops.huggingface.models import InputError
 
 Record = Mapping[str, Any]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from claa_ops.evaluate.guard import left_out
 from claa_ops.evaluate.needle import manual_prose
 from claa_ops.evaluate.tasks.example import Example, require_text
-from claa_ops.models import InputError
+from claa_ops.huggingface.models import InputError
 
 CountTokens = Callable[[str], int]
 

@@ -18,7 +18,7 @@ from zipfile import ZipFile
 from claa_ops.evaluate.guard import left_out, reason
 from claa_ops.evaluate.tasks.example import Example, require_text
 from claa_ops.evaluate.tasks.harness import harness_task, harness_tasks
-from claa_ops.models import InputError
+from claa_ops.huggingface.models import InputError
 
 Record = Mapping[str, Any]
 

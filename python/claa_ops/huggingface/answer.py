@@ -1,0 +1,206 @@
+"""What a model attends to while it answers: the ranking of the Answer-Informed Oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from claa_ops.huggingface.attach import attach
+from claa_ops.huggingface.cache import ClaaCache
+from claa_ops.huggingface.prefill import count_positions, end_tokens, greedy
+from claa_ops.huggingface.prompt import check_prompt, context_length, first_valid
+from claa_ops.huggingface.transformers_api import cache_argument
+from claa_ops.huggingface.work import count_work
+from claa_ops.methods.full import FullKV
+from claa_ops.ops.peak_attention import peak_attention
+from claa_ops.ops.pool_heads import pool_heads
+from claa_ops.selection.state import PrefillState, check_count
+from claa_ops.selection.work import Work
+
+_ROWS = 128  # queries at a time, so that what is held of [T, N] stays small
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's own greedy answer, and the queries that made it.
+
+    Attributes:
+        tokens: ``[B, T]``, int64, as :func:`claa_ops.prefill.decode` returns them.
+        queries: of each layer with full attention, ``[B, H, T, D]``, after the rotary embedding:
+            those of the last prompt token and of all new tokens but the last.
+        keys: of each such layer, ``[B, G, N, D]``: of the prompt.
+        scales: of each such layer: the factor on their products; None for ``D ** -0.5``.
+        votes: ``[B, T]``, float32: 1 for the queries up to the end of the row's answer, else 0.
+        start: ``[B]``: the first token of each row that is not padding; None without padding.
+        work: the multiply-adds that prompt and answer took.
+    """
+
+    tokens: Tensor
+    queries: list[Tensor]
+    keys: list[Tensor]
+    scales: list[float | None]
+    votes: Tensor
+    start: Tensor | None
+    work: Work
+
+    def peak(self) -> Tensor:
+        """``[B, N]``, float32: the peak over layers and heads, averaged over the queries.
+
+        The softmax of each query runs over the prompt alone.
+        """
+        total: Tensor | float = 0.0
+        for first in range(0, self.votes.shape[1], _ROWS):
+            rows = slice(first, first + _ROWS)
+            running = None
+            for query, key, scale in zip(self.queries, self.keys, self.scales, strict=True):
+                running = peak_attention(
+                    query[:, :, rows], key, scale=scale, running=running, start=self.start
+                )
+            assert running is not None  # a model has layers
+            total = total + (self.votes[:, None, rows] @ running)[:, 0]
+        return total / self.votes.sum(dim=1, keepdim=True)
+
+
+@torch.no_grad()
+def record_answer(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+) -> Answer:
+    """Prefill in full, answer greedily, and keep the queries.
+
+    Args:
+        model: a decoder that :func:`claa_ops.prefill.attach` serves; it is attached if need be.
+        input_ids: ``[B, N]``, int64, padded on the left.
+        max_new_tokens: the longest answer, in tokens; less where the model's context ends.
+        eos_token_id: the tokens that end an answer; the model's own if not given.
+        attention_mask: ``[B, N]``, 0 where there is padding.
+
+    Raises:
+        ValueError: all layers have sliding windows, ``max_new_tokens`` is below 1, the padding is
+            not on the left, a token is not in the model's vocabulary, or prompt and answer do not
+            fit into its context.
+    """
+    check_count("record_answer", "max_new_tokens", max_new_tokens)
+    check_prompt("record_answer", model, input_ids)
+    batch, length = input_ids.shape
+    context = context_length(model.config)
+    if context is not None:  # the last token is not fed
+        max_new_tokens = min(max_new_tokens, context - length + 1)
+    start = first_valid(attention_mask, batch, length)
+    attach(model)
+    mask = None if start is None else attention_mask
+    positions = count_positions(input_ids, mask)
+    cache = _RecordingCache(model.config, FullKV())
+    layers = [i for i, kind in enumerate(cache.layer_types) if kind == "full_attention"]
+    if not layers:
+        raise ValueError("record_answer: a layer must attend to the whole prompt, got none")
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=True,
+        logits_to_keep=1,
+        **cache_argument(model, cache),
+    ).logits[:, -1]
+    ends = end_tokens(model, eos_token_id)
+    steps = greedy(model, logits, cache, positions[:, -1] + 1, mask, ends)
+    tokens = torch.cat(list(islice(steps, max_new_tokens)), dim=1)
+    ended = torch.isin(tokens, torch.tensor(ends, dtype=torch.int64, device=tokens.device))
+    votes = torch.ones(tokens.shape, device=tokens.device)
+    votes[:, 1:] -= ended[:, :-1].cummax(dim=1).values.float()
+    forwards = tokens.shape[1]
+    return Answer(
+        tokens=tokens,
+        queries=[torch.cat(cache.queries[layer], dim=2) for layer in layers],
+        keys=[cache.layers[layer].keys[:, :, :length] for layer in layers],
+        scales=[cache.scales[layer] for layer in layers],
+        votes=votes,
+        start=start,
+        work=count_work(model, [length + forwards - 1] * len(cache.layers), logits=forwards),
+    )
+
+
+def answer_attention(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    pooled: bool = False,
+    kernel_size: int = 13,
+) -> tuple[Tensor, Tensor]:
+    """The model's answer, and how much each token of the prompt was attended to for it.
+
+    Args:
+        model, input_ids, max_new_tokens, eos_token_id, attention_mask: as
+            :func:`record_answer` takes them.
+        pooled: average the ranking over ``kernel_size`` neighbouring tokens, zeros beyond the
+            ends.
+        kernel_size: odd.
+
+    Returns:
+        The answer, ``[B, T]``, int64, and the ranking, ``[B, N]``, float32: for each query the
+        softmax over the prompt, its maximum over layers and heads, the mean over the queries.
+
+    Raises:
+        ValueError: as :func:`record_answer`.
+
+    ``[B, H, T, N]`` is never in memory. Layers with a sliding window are left out: they no longer
+    have the keys of the prompt.
+
+    Source: the Answer-Informed Oracle of CLAA (arXiv 2602.16054) and its public code
+    (BradMcDanel/kv-exps, generate_oracles.py at 90e13b1), which rounds the softmax to bfloat16.
+
+    Example::
+
+        answer, ranking = answer_attention(model, input_ids, max_new_tokens=64)
+    """
+    answer = record_answer(
+        model, input_ids, max_new_tokens, eos_token_id, attention_mask=attention_mask
+    )
+    ranking = answer.peak()
+    return answer.tokens, pool(ranking, kernel_size) if pooled else ranking
+
+
+def pool(ranking: Tensor, kernel_size: int) -> Tensor:
+    """A ranking ``[B, N]``, averaged over ``kernel_size`` neighbouring tokens."""
+    return pool_heads(ranking[:, None], 1, kernel_size=kernel_size)[:, 0]
+
+
+class _RecordingCache(ClaaCache):
+    """Keeps everything, and the last query of every forward."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.queries: list[list[Tensor]] = [[] for _ in self.layers]
+        self.scales: list[float | None] = [None for _ in self.layers]
+
+    def begin_forward(
+        self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> None:
+        # Observed like a prefill, whatever forward it is.
+        self.in_forward = self.prefilling = True
+        self.state = _Recording(self)
+
+
+class _Recording(PrefillState):
+    def __init__(self, cache: _RecordingCache) -> None:
+        layers = len(cache.layers)
+        super().__init__(cache.method, layers, 1, start=None, ranking=None, keep_scores=False)
+        self._cache = cache
+
+    def observe(self, layer: int, query: Tensor, key: Tensor, **attention: Any) -> None:
+        self._advance(layer, "observe")
+        self._cache.queries[layer].append(query[:, :, -1:].clone())
+        self._cache.scales[layer] = attention["scale"]

@@ -1,0 +1,211 @@
+"""The attention function of an attached model: the base attention, then the functional API."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from claa_ops.huggingface.attached import AttachedCache
+from claa_ops.huggingface.cache import ClaaCache, SlidingLayer
+from claa_ops.huggingface.logsumexp import attention_and_logsumexp
+from claa_ops.huggingface.transformers_api import (
+    AttentionFunction,
+    attention_function,
+    attention_name,
+    is_registered,
+    mask_function,
+    register_attention_function,
+    sdpa_mask,
+)
+
+
+@dataclass(frozen=True)
+class AttachedAttention:
+    """The attention of an attached model: that of the model, then scoring and compression.
+
+    Attributes:
+        base_name: what the model's own attention is called: sdpa, eager or a flash attention.
+        family: the module of the model's code, which has the eager attention of the family.
+
+    Raises:
+        ValueError: the attention is of another kind.
+    """
+
+    base_name: str
+    family: str
+
+    @classmethod
+    def of(cls, configured: str, attention: nn.Module) -> AttachedAttention:
+        """What a model is to compute whose configuration has this name."""
+        # A configuration taken from an attached model has the name that attach gave it.
+        eager = configured.startswith("claa_eager")
+        name = {"claa_sdpa": "sdpa"}.get(configured, "eager" if eager else configured)
+        return cls(name, type(attention).__module__)
+
+    @property
+    def name(self) -> str:
+        """The name to configure it by.
+
+        Each family of models has its own eager attention. Transformers loads flash attention by
+        the name in the configuration, so that one has to keep its name; without a ClaaCache the
+        function that takes its place only calls it.
+        """
+        eager = f"claa_eager_{self.family.rpartition('.')[2]}"
+        return {"sdpa": "claa_sdpa", "eager": eager}.get(self.base_name, self.base_name)
+
+    def base(self) -> AttentionFunction:
+        """The attention function of the model."""
+        family = import_module(self.family)
+        if self.base_name == "eager" and hasattr(family, "eager_attention_forward"):
+            return family.eager_attention_forward
+        if self.base_name == "sdpa" or "flash" in self.base_name:
+            return unwrapped(attention_function(self.base_name))
+        raise ValueError(
+            f"attach: attention must be sdpa, eager or flash attention, got {self.base_name}"
+        )
+
+    def register(self) -> None:
+        """Have transformers know it by its name, in this process."""
+        base = self.base()
+        if is_registered(self.name) and _base_of(attention_function(self.name)) is base:
+            return  # the same function: torch.compile would compile anew for its equal
+        mask = _sdpa_mask if self.base_name == "sdpa" else mask_function(self.base_name)
+        register_attention_function(self.name, _with_prefill(base, self.base_name), mask)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy of an attached model may be loaded in a process that never attached one."""
+        vars(self).update(state)
+        self.register()
+
+
+def check_attention(decoder: Any) -> None:
+    """Raise RuntimeError unless an attached decoder computes the attention that attach set."""
+    expected, found = decoder.claa_attached.name, attention_name(decoder)
+    if found != expected:
+        raise RuntimeError(
+            f"ClaaCache: the attention of an attached model must stay {expected}, got {found}: "
+            "call claa_ops.prefill.attach(model) again"
+        )
+
+
+def _sdpa_mask(**request: Any) -> Tensor | None:
+    """SDPA's mask; none for a whole prompt or a single token without padding.
+
+    Transformers does so too, but not while a graph is compiled or captured (5.17, and later ones
+    with torch before 2.14): then it makes one of N x N, with which SDPA takes slower kernels.
+    """
+    whole = request["q_length"] == 1 or request["q_length"] == request["kv_length"]
+    special = request.get("attention_mask") is not None or request.get("local_size") is not None
+    if whole and not special and request.get("allow_is_causal_skip", True):
+        return None
+    return sdpa_mask(**request)
+
+
+def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
+    def claa_attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        claa_cache: AttachedCache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if claa_cache is None:
+            return base(module, query, key, value, attention_mask, **kwargs)
+        layer: Any = module.layer_idx
+        held = claa_cache.layers[layer]
+        if not claa_cache.prefilling and held.is_sliding and held.positions is not None:
+            attention_mask = _window_mask(claa_cache, held, query, additive=base_name == "eager")
+        if "flash" in base_name:
+            if claa_cache.prefilling and held.is_sliding and claa_cache.has_selected:
+                raise ValueError(
+                    f"ClaaCache: a sliding window behind a selection must go by position, use "
+                    f"sdpa or eager attention, got {base_name} in layer {layer}"
+                )
+            # Positions with gaps would be taken for several sequences packed into one.
+            kwargs.pop("position_ids", None)
+        fused = None
+        if claa_cache.prefilling and base_name == "sdpa" and attention_mask is None:
+            fused = _plain_attention(module, query, key, value, kwargs)
+        if fused is None:
+            output, lse = base(module, query, key, value, attention_mask, **kwargs), None
+        else:
+            output, lse = (fused[0].transpose(1, 2).contiguous(), None), fused[1]
+        if isinstance(claa_cache, ClaaCache) and claa_cache.prefilling:
+            _observe_and_compress(claa_cache, layer, query, key, lse, kwargs)
+        return output
+
+    vars(claa_attention)["claa_base"] = base
+    return claa_attention
+
+
+def _base_of(attention: AttentionFunction) -> AttentionFunction | None:
+    return getattr(attention, "claa_base", None)
+
+
+def unwrapped(attention: AttentionFunction) -> AttentionFunction:
+    """The attention under what :class:`AttachedAttention` has put on it, if anything."""
+    return _base_of(attention) or attention
+
+
+def _plain_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
+    """Output and logsumexp of SDPA attention that is causal and nothing else, if this is."""
+    special = ("dropout", "position_bias", "s_aux", "softcap")
+    causal = attention.get("is_causal", getattr(module, "is_causal", True))
+    if causal is False or any(attention.get(name) for name in special):
+        return None
+    return attention_and_logsumexp(query, key, value, attention.get("scaling"))
+
+
+def _observe_and_compress(
+    cache: ClaaCache,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor | None,
+    attention: dict[str, Any],
+) -> None:
+    state, held = cache.state, cache.layers[layer]
+    assert state is not None  # begin_forward made it
+    if state.layer == layer:
+        raise ValueError(f"ClaaCache: a layer must attend once, got two calls in layer {layer}")
+    state.observe(
+        layer,
+        query,
+        key,
+        lse=lse,
+        scale=attention.get("scaling"),
+        sliding_window=attention.get("sliding_window") or 0,
+        softcap=attention.get("softcap") or 0.0,
+        sink_logits=attention.get("s_aux"),
+    )
+    if not held.is_sliding:
+        if held.keys.shape[1] != key.shape[1]:
+            raise ValueError(
+                f"ClaaCache: attention must see the heads that the cache holds, got "
+                f"{key.shape[1]} and {held.keys.shape[1]} in layer {layer}, which makes one of the "
+                "other (as latent attention does)"
+            )
+        held.keys, held.values = state.compress(layer, held.keys, held.values)
+        held.start = state.cache_start
+    elif state.positions is not None:
+        held.place(state.positions, state.start)
+
+
+def _window_mask(
+    cache: AttachedCache, held: SlidingLayer, query: Tensor, *, additive: bool
+) -> Tensor:
+    """The sliding window of later tokens over selected entries: by position, not by index."""
+    seen = cache.get_seq_length()
+    visible = held.visible(torch.arange(seen - query.shape[2], seen, device=query.device))[:, None]
+    if not additive:
+        return visible
+    hidden = torch.finfo(query.dtype).min
+    return torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, hidden)

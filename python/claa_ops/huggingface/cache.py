@@ -1,0 +1,424 @@
+"""The cache that turns a prefill method on: it carries the request, and nothing else does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from claa_ops.huggingface.attached import AttachedCache, Request
+from claa_ops.huggingface.prompt import (
+    check_mask,
+    check_positions,
+    check_same_padding,
+    first_valid,
+)
+from claa_ops.huggingface.transformers_api import DynamicLayer, PreTrainedConfig, cache_layers
+from claa_ops.selection.method import Method
+from claa_ops.selection.state import PrefillState, begin, check_method
+
+
+class ClaaCache(AttachedCache):
+    """Key/value cache of one request, whose prompt is prefilled by a ranking system.
+
+    Pass it to an attached model: ``model.generate(ids, past_key_values=ClaaCache(...))``. Its
+    first forward is the prompt; that is scored, selected and compressed. Later forwards, tokens
+    one by one or whole turns of a conversation, are kept in full and attend to what is left of
+    the prompt. Prompts of different lengths are padded on the left. After a selection the first
+    forward returns logits of the selected tokens only; the last one is always among them. Hidden
+    states and attentions, if asked for, are likewise those of the tokens that a layer sees.
+
+    The prompt must be one forward, so chunked prefill (``prefill_chunk_size``), speculative
+    decoding, which adds its drafts to the prompt, and ``crop`` are not served. Nor are training,
+    ``labels``, ``use_cache=False``, masks other than left padding in the prompt, and layers other
+    than full and sliding-window attention. Sliding-window layers are not compressed: they hold
+    their window, decided by the original positions of the tokens.
+
+    All of that is refused. What no forward can tell from a turn of a conversation is not: a part
+    of the prompt, and an unrelated prompt, that are given to the model by hand without a mask or
+    positions. ``generate`` compares the tokens with those that it has seen itself.
+
+    Args:
+        config: the model's configuration.
+        method: the ranking system, such as :class:`claa_ops.methods.CLAA`.
+        ranking: ``[B, N]``, float32, for methods that need one of the prompt.
+        keep_scores: record the token scores of each ranked layer in ``state.scores``.
+
+    Attributes:
+        state: the :class:`PrefillState` of the prompt; None before the prefill.
+
+    Raises:
+        TypeError: the method is none.
+        ValueError: the method does not fit the model or prefills twice, or a layer is of a kind
+            not served; later, in a forward or in ``generate``, what is said above.
+
+    Example::
+
+        model = claa_ops.prefill.attach(AutoModelForCausalLM.from_pretrained(name))
+        cache = ClaaCache(model.config, CLAA(keep=0.1))
+        tokens = model.generate(ids, past_key_values=cache, max_new_tokens=32)
+    """
+
+    layers: list[Any]
+    first_pass = False  # whether it serves the first of two passes, and no decoding
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        method: Method,
+        *,
+        ranking: Tensor | None = None,
+        keep_scores: bool = False,
+    ) -> None:
+        check_method("ClaaCache", method, self.first_pass)
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(
+                f"ClaaCache: config must be that of a model, got {type(config).__name__}"
+            )
+        kinds = cache_layers(config)
+        self.kinds = tuple(kinds)
+        self.layer_types = [kind for kind, _ in kinds]
+        method.check(len(kinds))
+        layers: list[Any] = []
+        for layer, (kind, window) in enumerate(kinds):
+            if kind == "sliding_attention" and window is not None:
+                layers.append(SlidingLayer(window))
+            elif kind == "full_attention":
+                layers.append(FullLayer())
+            else:
+                raise ValueError(
+                    f"ClaaCache: layers must be full_attention or sliding_attention, "
+                    f"got {kind} for layer {layer}"
+                )
+        super().__init__(layers=layers)
+        self.method = method
+        self.ranking = ranking
+        self.keep_scores = keep_scores
+        self._clear()
+
+    def _clear(self) -> None:
+        self.state: PrefillState | None = None
+        self.prefilling = False
+        self.in_forward = False
+        # Of the prompt, [B]: the first token of each row that is not padding; None without any.
+        self.start: Tensor | None = None
+        # What the last `generate` left, [B, T]: prompt and answer; None if not known.
+        self.tokens: Tensor | None = None
+        self.holds_beams = False
+        # The number of tokens seen is the length of an empty tensor: torch.compile keeps sizes
+        # symbolic, but compiles anew for every value of an int that it finds on an object.
+        self._seen = torch.empty(0, 0)
+        # What the model was given, where its decoder gets something made of that.
+        self.given: dict[str, Any] = {}
+        # What the layers behind a selection receive, made once for each type of layer.
+        self.selected: dict[str, dict[str, Any]] = {}
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many entries each layer holds, for each key/value head."""
+        return [layer.get_seq_length() for layer in self.layers]
+
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held."""
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for layer in self.layers
+            if layer.is_initialized
+            for tensor in (layer.keys, layer.values)
+        )
+
+    @property
+    def has_selected(self) -> bool:
+        """Whether the layers so far have dropped tokens of the prompt."""
+        return self.state is not None and self.state.positions is not None
+
+    def begin_forward(
+        self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> None:
+        """Called by an attached model before its layers: the first forward is the prefill."""
+        if self.in_forward:
+            raise RuntimeError(
+                "ClaaCache: the forward before this one did not end, and left the layers of the "
+                "cache with different tokens: call reset() and prefill again"
+            )
+        batch, new = tokens.shape[:2]
+        seen = self.get_seq_length()
+        if seen == 0:
+            self.start = first_valid(attention_mask, batch, new)
+            self.state = begin(
+                self.method,
+                num_layers=len(self.layers),
+                prompt_length=new,
+                start=self.start,
+                ranking=self.ranking,
+                keep_scores=self.keep_scores,
+                first_pass=self.first_pass,
+            )
+        else:
+            self._check_turn(batch, new, attention_mask)
+        if (
+            position_ids is not None
+            and position_ids.dim() == 2
+            and (seen == 0 or new > 1 or not position_ids.is_cuda)
+        ):
+            mask = None if attention_mask is None else attention_mask[:, seen:]
+            check_positions(position_ids, mask, seen)
+        self.prefilling, self.in_forward = seen == 0, True
+
+    def _check_turn(self, batch: int, new: int, attention_mask: Tensor | None) -> None:
+        rows, seen = self.layers[0].keys.shape[0], self.get_seq_length()
+        if batch != rows:
+            raise ValueError(f"ClaaCache: the batch must have its {rows} rows, got {batch}")
+        if attention_mask is None:
+            if self.start is not None:
+                raise ValueError(
+                    "ClaaCache: attention_mask must be given after a padded prompt, got None"
+                )
+            return
+        check_mask(attention_mask)
+        if tuple(attention_mask.shape) != (batch, seen + new):
+            raise ValueError(
+                f"ClaaCache: attention_mask must have shape [{batch}, {seen + new}], of the {seen} "
+                f"tokens that the cache has seen and {new} new ones, "
+                f"got {list(attention_mask.shape)}; for another prompt call reset() first"
+            )
+        if new > 1 or not attention_mask.is_cuda:  # no step of decoding waits for a GPU
+            assert self.state is not None  # the prefill made it
+            check_same_padding(attention_mask[:, : self.state.prompt_length], self.start)
+
+    def end_forward(self) -> None:
+        """Called by an attached model after its layers."""
+        self.given.clear()
+        self.selected.clear()
+        self.in_forward = self.prefilling = False
+
+    def begin_generate(self, request: Request) -> None:
+        """Refuse chunks of a prompt, and a prompt that does not go on from what was seen."""
+        if request.setting("prefill_chunk_size") is not None:
+            raise ValueError(
+                "ClaaCache: prefill_chunk_size must be None, because the prompt must be one "
+                f"forward, got {request.setting('prefill_chunk_size')}"
+            )
+        ids, mask, seen = request.input_ids, request.attention_mask, self.get_seq_length()
+        if seen == 0 or ids is None:
+            return
+        if self.holds_beams:
+            raise ValueError(
+                "ClaaCache: a beam search must be the last turn, because the cache holds its beams "
+                "and not its answer, got another one: call reset() first"
+            )
+        if mask is not None and mask.shape[1] != ids.shape[1]:
+            return  # a turn without what came before it
+        if ids.shape[1] <= seen or not self._has_seen(ids):
+            raise ValueError(
+                f"ClaaCache: input_ids must begin with the {seen} tokens that the cache has seen "
+                f"and have more, got another prompt, of {ids.shape[1]}: call reset() first"
+            )
+
+    def _has_seen(self, ids: Tensor) -> bool:
+        """Whether these may be a longer form of the tokens seen."""
+        if self.tokens is None:
+            return True
+        known = self.tokens[:, : self.get_seq_length()]
+        copies, rest = divmod(known.shape[0], ids.shape[0])  # several answers to each prompt
+        begins = ids[:, : known.shape[1]].to(known.device).repeat_interleave(copies, dim=0)
+        return rest == 0 and torch.equal(begins, known)
+
+    def end_generate(self, request: Request, output: Any) -> None:
+        """Remember the tokens, to know the next turn by them."""
+        tokens = output if isinstance(output, Tensor) else output.sequences
+        self.holds_beams = (request.setting("num_beams") or 1) > 1
+        # Only the last new token was not fed.
+        whole = tokens.shape[1] == self.get_seq_length() + 1
+        self.tokens = tokens if whole and not self.holds_beams else None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of a layer; return all that its attention should see."""
+        if layer_idx == 0 and self.in_forward:
+            seen = self.get_seq_length() + key_states.shape[2]
+            self._seen = self._seen.new_empty(seen, 0)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How many tokens the model has seen, whether or not their entries are still held."""
+        return self._seen.shape[0]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the mask for the layers of one type.
+
+        A layer that dropped entries takes the last columns of the mask, for as many tokens, less
+        those of its own padding: see :func:`visible_columns`.
+        """
+        seen, layer = self.get_seq_length(), self.layers[layer_idx]
+        held = layer.get_seq_length() if layer.is_sliding else seen
+        return held + query_length, seen - held
+
+    def reset(self) -> None:
+        """Forget the request, to use the cache for another."""
+        for layer in self.layers:
+            # Dropped, not zeroed: transformers before 5.18 would keep the old length.
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+            layer.reset()
+        self._clear()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the batch for beam search."""
+        super().reorder_cache(beam_idx)
+        self._change_rows(lambda x: x[beam_idx.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
+        super().batch_repeat_interleave(repeats)
+        self._change_rows(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        super().batch_select_indices(indices)
+        self._change_rows(lambda x: x[indices])
+
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.tokens = None
+        self.start = None if self.start is None else change(self.start)
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: what a selection dropped cannot be put back."""
+        return False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: what a selection dropped cannot be put back."""
+        raise ValueError(
+            "ClaaCache: crop is not served, and neither is speculative decoding, which adds its "
+            f"drafts to the prompt; got crop({tokens_to_remove})"
+        )
+
+    def activate_past_recording(self) -> None:
+        """Refused, for the reason of :meth:`crop`, which it announces."""
+        self.crop(0)
+
+
+def visible_columns(mask: Tensor, entries: int, start: Tensor | None) -> Tensor:
+    """What later tokens see of a layer's entries.
+
+    Args:
+        mask: ``[B, ..., n]``, of as many entries or more. They are in ascending order, so a layer
+            that holds fewer takes the last columns.
+        entries: how many the layer holds, new ones included.
+        start: ``[B]``: the first entry of each row that is not padding; None without padding.
+    """
+    mask = mask[..., -entries:]
+    return mask if start is None else hide_before(mask, start)
+
+
+def hide_before(mask: Tensor, start: Tensor) -> Tensor:
+    """The mask ``[B, ..., n]``, for adding or of truth, with what lies before ``[B]`` hidden."""
+    first = start.view(-1, *[1] * (mask.dim() - 1))
+    hidden = torch.arange(mask.shape[-1], device=mask.device) < first
+    fill = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
+    return torch.where(hidden, torch.full_like(mask[..., :1], fill), mask)
+
+
+class FullLayer(DynamicLayer):
+    """All entries. Those of the prompt are held as they come; appending to nothing would copy.
+
+    ``start``, ``[B]``, is the first entry of each row that is not padding; None without padding.
+    """
+
+    of_rows: tuple[str, ...] = ("start",)  # attributes with an entry for each row of the batch
+    start: Tensor | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append entries; return them with those before them."""
+        # Entries that were appended to are contiguous, those of the prompt may not be: for other
+        # strides torch.compile would compile the step of decoding anew.
+        if self.is_initialized or torch.compiler.is_compiling():
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = _owned(key_states), _owned(value_states)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        """Forget the request."""
+        super().reset()
+        for name in self.of_rows:
+            setattr(self, name, None)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the batch for beam search."""
+        super().reorder_cache(beam_idx)
+        self._each_row(lambda x: x[beam_idx.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
+        super().batch_repeat_interleave(repeats)
+        self._each_row(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        super().batch_select_indices(indices)
+        self._each_row(lambda x: x[indices])
+
+    def columns(self, mask: Tensor, new: int) -> Tensor:
+        """The mask of the layer's entries and of ``new`` tokens, see :func:`visible_columns`."""
+        return visible_columns(mask, self.get_seq_length() + new, self.start)
+
+    def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name in self.of_rows:
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, change(value))
+
+
+def _owned(x: Tensor) -> Tensor:
+    """``[B, G, n, D]`` as it is; a copy where it is a slice, which would keep the rest alive."""
+    fills_its_memory = x.is_contiguous() or x.transpose(1, 2).is_contiguous()
+    return x if fills_its_memory else x.contiguous()
+
+
+class SlidingLayer(FullLayer):
+    """The last ``sliding_window - 1`` entries, all that the next token can see.
+
+    Behind a selection the entries are not neighbours, but their positions ascend, so no more
+    than these can lie in the window of the next token. ``positions`` says where they stood,
+    ``[B, entries]``; None in a layer that saw the whole prompt.
+    """
+
+    is_sliding = True
+    of_rows = ("start", "positions")
+
+    def __init__(self, sliding_window: int) -> None:
+        super().__init__()
+        self.sliding_window = sliding_window
+        self.positions: Tensor | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append entries; return them with those before them, keep the last."""
+        key, value = super().update(key_states, value_states, *args, **kwargs)
+        # Copies: views would keep the whole prompt's keys alive, and torch.compile would compile
+        # anew where the strides that they show happen to change.
+        self.keys = key[:, :, 1 - self.sliding_window :].clone()
+        self.values = value[:, :, 1 - self.sliding_window :].clone()
+        return key, value
+
+    def place(self, positions: Tensor, start: Tensor | None) -> None:
+        """Note where the selected tokens of the prompt stood, padding out of every window."""
+        if start is not None:
+            padding = torch.arange(positions.shape[1], device=start.device) < start[:, None]
+            positions = positions.masked_fill(padding, -self.sliding_window)
+        self.positions = positions[:, 1 - self.sliding_window :].clone()
+
+    def visible(self, new: Tensor) -> Tensor:
+        """Append the positions of new tokens, ``[q]``; which entries they see, ``[B, q, k]``."""
+        assert self.positions is not None
+        held = torch.cat([self.positions, new.expand(self.positions.shape[0], -1)], dim=1)
+        self.positions = held[:, 1 - self.sliding_window :].clone()
+        distance = new[:, None] - held[:, None]
+        return (distance >= 0) & (distance < self.sliding_window)

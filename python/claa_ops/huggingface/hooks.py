@@ -1,0 +1,247 @@
+"""The hooks of an attached model: they act only when a ClaaCache is passed.
+
+They are objects of the classes below, not closures, so that an attached model can be pickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from claa_ops.huggingface.attached import AttachedCache
+from claa_ops.huggingface.attention import check_attention
+from claa_ops.huggingface.cache import ClaaCache, hide_before
+from claa_ops.huggingface.transformers_api import (
+    Arguments,
+    PreTrainedModel,
+    bind,
+    cache_layers,
+    cache_of,
+    parameters,
+)
+from claa_ops.ops.gather_tokens import gather_tokens
+
+
+class FirstPassDone(Exception):
+    """Ends the first of two passes after its selection: no layer behind it runs."""
+
+
+def install_hooks(
+    model: PreTrainedModel,
+    decoder: nn.Module,
+    layers: list[nn.Module],
+    attentions: list[nn.Module],
+) -> list[RemovableHandle]:
+    """Hooks stay for good: torch.compile does not see those that come after it."""
+    outer = [module for module in model.modules() if _holds(module, decoder)]
+    before: list[tuple[nn.Module, Callable[..., Any]]] = [
+        *((module, NoteArguments(parameters(module), module is model)) for module in outer),
+        (decoder, BeginForward(parameters(decoder), tuple(cache_layers(model.config)))),
+        *(
+            (layer, ContinueWithSelected(parameters(layer), index))
+            for index, layer in enumerate(layers[1:], start=1)
+        ),
+        *((module, PassCache(parameters(module))) for module in attentions),
+    ]
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in before]
+    end = EndForward(parameters(decoder))
+    return [*handles, decoder.register_forward_hook(end, with_kwargs=True)]
+
+
+def _holds(module: nn.Module, decoder: nn.Module) -> bool:
+    return module is not decoder and any(each is decoder for each in module.modules())
+
+
+@dataclass(frozen=True)
+class _Hook:
+    names: list[str]  # of what the module's forward takes
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
+        return bind(self.names, args, kwargs)
+
+
+@dataclass(frozen=True)
+class NoteArguments(_Hook):
+    """Before a module around the decoder: refuse labels, and note the mask as it was given.
+
+    Multimodal models make the masks of the layers themselves and hand the decoder those.
+    """
+
+    is_model: bool
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
+        """Act on a ClaaCache."""
+        arguments = self._arguments(args, kwargs)
+        cache = cache_of(arguments)
+        if not isinstance(cache, AttachedCache):
+            return
+        if arguments.get("labels") is not None:
+            raise ValueError(
+                f"{type(cache).__name__}: labels must be None: logits are of selected tokens only"
+            )
+        if not isinstance(cache, ClaaCache):
+            return
+        if self.is_model:
+            cache.given.clear()
+        if "attention_mask" in self.names:
+            cache.given.setdefault("attention_mask", arguments.get("attention_mask"))
+
+
+@dataclass(frozen=True)
+class BeginForward(_Hook):
+    """Before the decoder: the cache learns what comes."""
+
+    kinds: tuple[tuple[str, int | None], ...]  # of each layer, as `cache_layers` has them
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
+        """Act on a cache of an attached model."""
+        arguments = self._arguments(args, kwargs)
+        cache = cache_of(arguments)
+        if not isinstance(cache, AttachedCache):
+            return
+        check_attention(module)
+        if isinstance(cache, ClaaCache):
+            arguments.update(cache.given)
+        name, layers = type(cache).__name__, len(self.kinds)
+        if module.training:
+            raise ValueError(f"{name}: the model must be in eval mode, call model.eval()")
+        if arguments.get("use_cache") is False:
+            raise ValueError(f"{name}: use_cache must not be False, because the cache is filled")
+        if len(cache.layers) != layers:
+            raise ValueError(
+                f"{name}: the cache must be one of this model, which has {layers} layers, "
+                f"got one of {len(cache.layers)}"
+            )
+        if cache.kinds != self.kinds:
+            layer = next(i for i, kind in enumerate(self.kinds) if cache.kinds[i] != kind)
+            raise ValueError(
+                f"{name}: the cache must be one of this model, whose layer {layer} has "
+                f"{_described(self.kinds[layer])}, got one with {_described(cache.kinds[layer])}"
+            )
+        tokens = arguments.get("input_ids")
+        if tokens is None:
+            tokens = arguments["inputs_embeds"]
+        cache.begin_forward(tokens, arguments.get("attention_mask"), arguments.get("position_ids"))
+
+
+def _described(kind: tuple[str, int | None]) -> str:
+    name, window = kind
+    return name if window is None else f"{name} over {window} tokens"
+
+
+@dataclass(frozen=True)
+class EndForward:
+    """After the decoder."""
+
+    names: list[str]
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any
+    ) -> None:
+        """Act on a cache of an attached model."""
+        cache = cache_of(bind(self.names, args, kwargs))
+        if isinstance(cache, AttachedCache):
+            cache.end_forward()
+
+
+@dataclass(frozen=True)
+class ContinueWithSelected(_Hook):
+    """Before a layer: select after the layer before it, and hand on what was selected."""
+
+    index: int
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
+        """Act on a ClaaCache."""
+        arguments = self._arguments(args, kwargs)
+        cache = cache_of(arguments)
+        if not isinstance(cache, ClaaCache) or not cache.prefilling:
+            return None
+        hidden = arguments.pop("hidden_states")
+        if hidden.dim() != 3:
+            raise TypeError(
+                f"hidden states must have shape [batch, tokens, width], "
+                f"got {list(hidden.shape)} in {type(module).__name__}"
+            )
+        state = cache.state
+        assert state is not None  # begin_forward made it
+        selected = state.select(self.index - 1)
+        if selected is not None and cache.first_pass:
+            raise FirstPassDone
+        if selected is not None:
+            cache.selected.clear()
+            hidden = gather_tokens(hidden, selected)
+        if state.positions is not None:
+            # The model hands the same tensors to all layers of a type, so gather them once.
+            kind = cache.layer_types[self.index]
+            if kind not in cache.selected:
+                cache.selected[kind] = _gather(arguments, state.positions, state.start)
+            arguments.update(cache.selected[kind])
+        return (hidden,), arguments
+
+
+@dataclass(frozen=True)
+class PassCache(_Hook):
+    """Before an attention module: give it the cache, and of the mask what its layer holds.
+
+    Some layers do not forward what they do not know. The mask is that of the layer that holds
+    most.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
+        """Act on a ClaaCache."""
+        arguments = self._arguments(args, kwargs)
+        cache = cache_of(arguments)
+        if not isinstance(cache, AttachedCache):
+            return None
+        mask = arguments.get("attention_mask")
+        if mask is not None:
+            layer: Any = module.layer_idx
+            new = arguments["hidden_states"].shape[1]
+            arguments["attention_mask"] = cache.layers[layer].columns(mask, new)
+        return (), {**arguments, "claa_cache": cache}
+
+
+_OF_TOKENS = ("position_embeddings", "position_ids", "attention_mask")
+
+
+def _gather(arguments: Arguments, positions: Tensor, start: Tensor | None) -> Arguments:
+    """What goes with the tokens, for the selected positions; these keep their rotary angles.
+
+    Args:
+        arguments: of a layer.
+        positions: ``[B, k]``, -1 for padding.
+        start: ``[B]``: the first of these that is not padding; None without padding.
+    """
+    unknown = sorted(
+        name
+        for name, value in arguments.items()
+        if name not in _OF_TOKENS and isinstance(value, Tensor) and value.dim() > 1
+    )
+    if unknown:
+        raise TypeError(f"layers must take nothing else of each token, got {', '.join(unknown)}")
+    embeddings = arguments["position_embeddings"]
+    if not isinstance(embeddings, tuple) or any(x.dim() != 3 for x in embeddings):
+        raise TypeError("position_embeddings must be cosines and sines [batch, tokens, D]")
+    # Some models transpose theirs, and rows are moved whole.
+    rows = (gather_tokens(x.contiguous(), positions) for x in embeddings)
+    selected: Arguments = {"position_embeddings": tuple(rows)}
+    if start is not None:
+        positions = positions.clamp_min(0)
+    ids, mask = arguments.get("position_ids"), arguments.get("attention_mask")
+    if ids is not None:
+        selected["position_ids"] = ids.expand(positions.shape[0], -1).gather(1, positions)
+    if mask is not None and mask.dim() == 2:
+        mask = mask.gather(1, positions)
+    elif mask is not None:
+        row = torch.arange(positions.shape[0], device=positions.device)[:, None, None]
+        mask = mask.expand(positions.shape[0], -1, -1, -1)
+        kept = mask[row, :, positions[:, :, None], positions[:, None, :]]  # [B, k, k, heads]
+        mask = kept.movedim(-1, 1)
+    if mask is not None:
+        selected["attention_mask"] = mask if start is None else hide_before(mask, start)
+    return selected

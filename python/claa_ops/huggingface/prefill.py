@@ -1,0 +1,326 @@
+"""Prefill and greedy decoding for every method, those with two passes or a draft included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from claa_ops.huggingface.attach import attach
+from claa_ops.huggingface.cache import ClaaCache, hide_before
+from claa_ops.huggingface.hooks import FirstPassDone
+from claa_ops.huggingface.prompt import check_prompt, check_room, first_valid
+from claa_ops.huggingface.transformers_api import cache_argument, decoder_of
+from claa_ops.huggingface.work import count_work
+from claa_ops.methods.full import FullKV
+from claa_ops.selection.method import Method, Preparation
+from claa_ops.selection.state import PrefillState, begin, check_count, check_method
+from claa_ops.selection.work import Work
+
+
+@dataclass
+class Prefilled:
+    """A prefilled batch of prompts, ready for decoding.
+
+    Attributes:
+        logits: ``[B, V]``, of the last token that the model has seen.
+        cache: the keys and values.
+        next_position: ``[B]``, int64: the position at which decoding goes on.
+        positions: ``[B, k]``, int64, ascending: the tokens of the (padded) prompt that reached
+            the last layer, after -1 where a row has fewer; None if all did.
+        attention_mask: ``[B, n]``, of the n tokens that the cache has seen; None without padding.
+        work: the multiply-adds of all forwards, those of drafts, first passes and an
+            oracle's answer included.
+        work_share: those by weights in layers, as a share of full prefill's; attention does not
+            count.
+        state: the :class:`PrefillState` in which the method selected.
+    """
+
+    logits: Tensor
+    cache: ClaaCache
+    next_position: Tensor
+    positions: Tensor | None
+    attention_mask: Tensor | None
+    work: Work
+    work_share: float
+    state: PrefillState
+
+
+@torch.no_grad()
+def prefill(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    method: Method,
+    attention_mask: Tensor | None = None,
+    *,
+    prepared: Preparation | None = None,
+    keep_scores: bool = False,
+) -> Prefilled:
+    """Prefill a batch of prompts with any method.
+
+    Args:
+        model: a decoder that :func:`claa_ops.prefill.attach` serves; it is attached if need be.
+        input_ids: ``[B, N]``, int64, padded on the left.
+        method: the ranking system.
+        attention_mask: ``[B, N]``, 0 where there is padding.
+        prepared: what ``method.prepare`` returned for this prompt before: methods that differ
+            in budgets and layers alone can share it. Made here if not given.
+        keep_scores: record the token scores of each ranked layer in ``state.scores``.
+
+    Raises:
+        TypeError: the model is not of the form that ``attach`` needs, or the method is none.
+        ValueError: the method does not fit the model, or not this batch; the padding is not on
+            the left, a token is not in the model's vocabulary, or the prompt does not fit into
+            its context.
+
+    Example::
+
+        prefilled = prefill(model, input_ids, GemFilter(keep=0.1))
+        token = prefilled.logits.argmax(dim=-1)
+    """
+    # Before anything slow: what is wrong with the prompt, or does not fit the model.
+    check_method("prefill", method, first_pass=True)
+    check_prompt("prefill", model, input_ids)
+    batch, length = input_ids.shape
+    start = first_valid(attention_mask, batch, length)
+    attach(model)
+    kind = _FirstPassCache if method.two_pass else ClaaCache
+    cache: ClaaCache = kind(model.config, method, keep_scores=keep_scores)
+    if start is None:
+        attention_mask = None
+    if prepared is not None and not isinstance(prepared, Preparation):
+        raise TypeError(
+            f"prefill: prepared must be what method.prepare returned, got {type(prepared).__name__}"
+        )
+    if prepared is None:
+        prepared = method.prepare(model, input_ids, attention_mask)
+    cache.ranking, work = (None, Work()) if prepared is None else prepared
+    position_ids = count_positions(input_ids, attention_mask)
+    next_position = position_ids[:, -1] + 1
+
+    first = None
+    if method.two_pass:
+        first = _first_pass(model, input_ids, position_ids, attention_mask, start, cache)
+        work += count_work(model, first.lengths, logits=0)
+        if first.positions is not None:
+            chosen = first.positions.clamp_min(0)  # padding is hidden
+            input_ids = input_ids.gather(1, chosen)
+            if attention_mask is not None and first.start is not None:
+                attention_mask = hide_before(attention_mask.gather(1, chosen), first.start)
+            if method.keeps_positions:
+                position_ids = position_ids.gather(1, chosen)
+            else:
+                position_ids = count_positions(input_ids, attention_mask)
+                next_position = position_ids[:, -1] + 1
+        cache = ClaaCache(model.config, FullKV())
+
+    output = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=True,
+        logits_to_keep=1,
+        **cache_argument(model, cache),
+    )
+    assert cache.state is not None  # the forward made it
+    work += count_work(model, cache.state.lengths)
+    full = count_work(model, [length] * len(cache.layers))
+    state = first or cache.state
+    return Prefilled(
+        logits=output.logits[:, -1],
+        cache=cache,
+        next_position=next_position,
+        positions=state.positions,
+        attention_mask=attention_mask,
+        work=work,
+        work_share=work.linear / full.linear,
+        state=state,
+    )
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel,
+    prefilled: Prefilled,
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None = None,
+) -> Tensor:
+    """Greedy answer to a prefilled batch of prompts, whose cache it consumes.
+
+    Args:
+        model: the model of the prefill.
+        prefilled: what :func:`prefill` returned.
+        max_new_tokens: the longest answer, in tokens.
+        eos_token_id: the tokens that end an answer; those of the model's generation
+            configuration if not given, none if empty.
+
+    Returns:
+        ``[B, T]``, int64, T at most ``max_new_tokens``: the new tokens, up to and including the
+        one that ends the answer; shorter rows are filled up with that token.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: ``max_new_tokens`` is below 1, or more than the model's context has room for,
+            or the prefilled batch was decoded before.
+    """
+    if not isinstance(prefilled, Prefilled):
+        raise TypeError(
+            f"decode: prefilled must be what prefill returned, got {type(prefilled).__name__}"
+        )
+    check_count("decode", "max_new_tokens", max_new_tokens)
+    state, seen = prefilled.cache.state, prefilled.cache.get_seq_length()
+    if state is None or seen != state.prompt_length:
+        raise ValueError(
+            "decode: prefilled must be decoded once, because its cache takes the answer in, "
+            f"got one of which the cache has {seen} tokens: call prefill again"
+        )
+    check_room("decode", model, int(prefilled.next_position.max()), max_new_tokens)
+    tokens = greedy(
+        model,
+        prefilled.logits,
+        prefilled.cache,
+        prefilled.next_position,
+        prefilled.attention_mask,
+        end_tokens(model, eos_token_id),
+    )
+    return torch.cat(list(islice(tokens, max_new_tokens)), dim=1)
+
+
+def greedy(
+    model: PreTrainedModel,
+    logits: Tensor,
+    cache: ClaaCache,
+    position: Tensor,
+    attention_mask: Tensor | None,
+    ends: list[int],
+) -> Iterator[Tensor]:
+    """The tokens of :func:`decode` one by one, ``[B, 1]``, until all rows have ended.
+
+    Each but the first, which the logits ``[B, V]`` of the prompt give, takes a forward.
+    """
+    end = torch.tensor(ends, dtype=torch.int64, device=logits.device)
+    token = logits.argmax(dim=-1, keepdim=True)
+    ended, position = torch.isin(token, end), position[:, None]
+    yield token
+    while not ended.all():
+        if attention_mask is not None:
+            one = torch.ones_like(attention_mask[:, :1])
+            attention_mask = torch.cat([attention_mask, one], dim=1)
+        output = model(
+            input_ids=token,
+            attention_mask=attention_mask,
+            position_ids=position,
+            use_cache=True,
+            **cache_argument(model, cache),
+        )
+        token = torch.where(ended, token, output.logits[:, -1].argmax(dim=-1, keepdim=True))
+        ended, position = ended | torch.isin(token, end), position + 1
+        yield token
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    method: Method,
+    *,
+    attention_mask: Tensor | None = None,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None = None,
+) -> Tensor:
+    """Greedy answers after a prefill with any method: :func:`prefill`, then :func:`decode`.
+
+    Raises:
+        TypeError, ValueError: as these raise, before anything is computed.
+
+    Example::
+
+        answer = generate(model, input_ids, GemFilter(keep=0.1), max_new_tokens=64)
+    """
+    check_count("generate", "max_new_tokens", max_new_tokens)
+    check_method("generate", method, first_pass=True)
+    check_prompt("generate", model, input_ids)
+    if not method.two_pass or method.keeps_positions:  # else the answer comes after fewer tokens
+        check_room("generate", model, input_ids.shape[1], max_new_tokens)
+    prefilled = prefill(model, input_ids, method, attention_mask)
+    return decode(model, prefilled, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id)
+
+
+def end_tokens(
+    model: PreTrainedModel, eos_token_id: int | Sequence[int] | None = None
+) -> list[int]:
+    """The tokens that end an answer: the given ones, else those that the model is configured to."""
+    if eos_token_id is None:
+        config = model.generation_config
+        eos_token_id = () if config is None or config.eos_token_id is None else config.eos_token_id
+    tokens: list[Any] = [eos_token_id]
+    if isinstance(eos_token_id, (Sequence, Tensor)) and not isinstance(eos_token_id, str):
+        tokens = list(eos_token_id)
+    if not all(isinstance(token, (Integral, Tensor)) for token in tokens):
+        raise TypeError(
+            f"decode: eos_token_id must be a token or several of them, got {eos_token_id!r}"
+        )
+    return [int(token) for token in tokens]
+
+
+class _FirstPassCache(ClaaCache):
+    first_pass = True
+
+    def __init__(self, config: PreTrainedConfig, method: Method, *, keep_scores: bool) -> None:
+        super().__init__(config, method, keep_scores=keep_scores)
+        if method.keeps_positions and "sliding_attention" in self.layer_types:
+            raise ValueError(
+                f"{type(method).__name__}: a second pass in original positions needs a model "
+                "without sliding windows, which go by position"
+            )
+
+
+def _first_pass(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    attention_mask: Tensor | None,
+    start: Tensor | None,
+    cache: ClaaCache,
+) -> PrefillState:
+    """The state after the tokens of the second pass are chosen; no layer runs needlessly."""
+    method, layers = cache.method, len(cache.layers)
+    state = begin(
+        method,
+        num_layers=layers,
+        prompt_length=input_ids.shape[1],
+        start=start,
+        ranking=cache.ranking,
+        first_pass=True,
+    )
+    chosen = state.choose()
+    if chosen is not None or not any(method.needs_scores(state, layer) for layer in range(layers)):
+        return state
+    try:
+        decoder = decoder_of(model)
+        decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=True,
+            **cache_argument(decoder, cache),
+        )
+    except FirstPassDone:
+        pass
+    assert cache.state is not None  # the forward made it
+    if cache.state.positions is None:
+        cache.state.select(layers - 1)
+    return cache.state
+
+
+def count_positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Positions ``[B, n]`` that count the tokens of each row from 0."""
+    if attention_mask is None:
+        return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)

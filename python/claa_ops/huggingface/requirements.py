@@ -1,0 +1,138 @@
+"""What a model must be for the adapter; where it is not, the reason in one sentence."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from claa_ops.huggingface.transformers_api import (
+    PreTrainedModel,
+    attention_can_be_set,
+    cache_layers,
+    cache_name,
+    has_alibi,
+    is_encoder_decoder,
+    parameters,
+    placement,
+)
+
+_SERVED = ("full_attention", "sliding_attention")
+_RECURRENT = ("linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent")
+
+
+def layers_and_attentions(
+    model: PreTrainedModel, decoder: nn.Module
+) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The decoder's layers and their attention modules.
+
+    Raises:
+        TypeError: the model is not of the form that the adapter needs.
+        ValueError: its weights are not on one device, or a layer is of a kind not served.
+    """
+    name = type(model).__name__
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(f"attach: model must be attached before torch.compile, got {name}")
+    obstacle = placement(model)
+    if obstacle is not None:
+        raise ValueError(f"attach: {name} must {obstacle}")
+    reason = _unserved_form(model, decoder)
+    if reason is not None:
+        raise TypeError(f"attach: {name} is not served: {reason}")
+    kinds = [kind for kind, _ in cache_layers(model.config)]
+    layers = _stack(decoder)[1]
+    if len(kinds) != len(layers) or not set(kinds) <= set(_SERVED):
+        raise ValueError(f"attach: {name} is not served: {_unserved_kinds(kinds, len(layers))}")
+    attentions = [each for layer in layers for each in _attentions(layer)]
+    if len(attentions) != len(layers):
+        raise TypeError(
+            f"attach: {name} is not served: each of its {len(layers)} layers must have one "
+            f"attention module with `layer_idx` that takes the cache, got {len(attentions)} in all"
+        )
+    return layers, attentions
+
+
+def _unserved_form(model: PreTrainedModel, decoder: nn.Module) -> str | None:
+    """What keeps a decoder from being served, the deepest reason first."""
+    config = model.config.get_text_config(decoder=True)
+    if is_encoder_decoder(model.config):
+        return "it is an encoder-decoder, whose prompt the encoder reads"
+    stack, layers = _stack(decoder)
+    if not layers:
+        return f"its decoder, {type(decoder).__name__}, has no list of layers"
+    block, taken = type(layers[0]).__name__, parameters(layers[0])
+    recurrent = [layer for layer in layers if _is_recurrent(layer)]
+    if recurrent:
+        return (
+            f"it has recurrent layers ({type(recurrent[0]).__name__}), "
+            "whose state is made of all tokens"
+        )
+    if has_alibi(config, taken):
+        return (
+            f"its layers ({block}) know positions from a bias on attention (ALiBi), "
+            "which goes by the places of the tokens in the cache"
+        )
+    learned = _position_module(decoder, stack)
+    if "position_embeddings" not in taken and learned is not None:
+        return (
+            f"it adds positions to the embeddings (`{learned}`), and its layers ({block}) take no "
+            "`position_embeddings`"
+        )
+    if stack != "layers":
+        return f"its layers are called `{stack}`, not `layers`"
+    if "position_embeddings" not in taken:
+        return f"its layers ({block}) take no `position_embeddings`, got {', '.join(taken)}"
+    if cache_name(taken) is None:
+        return f"its layers ({block}) take no cache, got {', '.join(taken)}"
+    if not attention_can_be_set(decoder):
+        return f"{type(decoder).__name__} computes attention by code of its own that nobody can set"
+    if len(layers) < 2:
+        return "it has one layer, and a selection goes between two"
+    return None
+
+
+def _unserved_kinds(kinds: list[str], layers: int) -> str:
+    """Why layers of these kinds cannot be served."""
+    strange = sorted(set(kinds) - set(_SERVED))
+    if set(strange) & set(_RECURRENT):
+        return f"it has recurrent layers ({', '.join(strange)}), whose state is made of all tokens"
+    if "dummy" in strange or len(kinds) < layers:
+        return "it has layers that use the keys of others or none"
+    return f"its layers attend otherwise than in full or in sliding windows: {', '.join(strange)}"
+
+
+def _stack(decoder: nn.Module) -> tuple[str, list[nn.Module]]:
+    """The longest list of modules in a decoder, and what it is called."""
+    lists = {
+        name: list(module)
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and "." not in name
+    } or {
+        name: list(module)
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
+    if "layers" in lists:
+        return "layers", lists["layers"]
+    return max(lists.items(), key=lambda item: len(item[1]), default=("", []))
+
+
+def _is_recurrent(layer: nn.Module) -> bool:
+    """Whether a layer hands a state from token to token: by convolution or by argument."""
+    convolved = any(isinstance(module, nn.Conv1d) for module in layer.modules())
+    return convolved or "state" in parameters(layer)
+
+
+def _position_module(decoder: nn.Module, stack: str) -> str | None:
+    """The module outside the layers that positions are looked up in, if there is one."""
+    outside = (name for name, _ in decoder.named_modules() if not name.startswith(stack))
+    last = ((name, name.rpartition(".")[2]) for name in outside)
+    return next((name for name, end in last if end == "wpe" or "position" in end), None)
+
+
+def _attentions(layer: nn.Module) -> list[nn.Module]:
+    return [
+        module
+        for module in layer.modules()
+        if module is not layer
+        and hasattr(module, "layer_idx")
+        and cache_name(parameters(module)) is not None
+    ]

@@ -1,0 +1,51 @@
+"""Counts the multiply-adds of a forward of a Hugging Face model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from claa_ops.huggingface.transformers_api import (
+    Dimensions,
+    PreTrainedModel,
+    decoder_of,
+    dimensions,
+)
+from claa_ops.selection.work import Work
+
+
+def count_work(model: PreTrainedModel, tokens: Sequence[int], logits: int = 1) -> Work:
+    """Count the multiply-adds of a forward whose i-th layer sees ``tokens[i]`` tokens.
+
+    A prompt and the T - 1 tokens that were decoded from it count as one forward over all of them:
+    under a causal mask that is the same. Experts count as far as they are used. Embeddings,
+    norms, scores, selections and gathers count as nothing.
+
+    Args:
+        model: the model.
+        tokens: of each layer that ran, from the first on.
+        logits: of how many tokens the head is computed.
+    """
+    sizes = dimensions(model.config)
+    linear = attention = 0
+    layers = zip(tokens, decoder_of(model).layers, sizes.windows, strict=False)
+    for seen, block, window in layers:
+        linear += seen * _weights_per_token(block, sizes)
+        attention += 2 * sizes.heads * sizes.head_dim * _visible_pairs(seen, window)
+    return Work(linear, attention, logits * sizes.hidden_size * sizes.vocab_size)
+
+
+def _weights_per_token(block: nn.Module, sizes: Dimensions) -> int:
+    """Matrix entries that one token meets; stacked experts (3-d) count as far as they are used."""
+    experts, used = sizes.experts, sizes.experts_used
+    shapes = [weight.shape for weight in block.parameters()]
+    dense = sum(shape.numel() for shape in shapes if len(shape) == 2)
+    stacked = sum(shape.numel() for shape in shapes if len(shape) == 3)
+    return dense + (stacked * used // experts if used and experts else stacked)
+
+
+def _visible_pairs(tokens: int, window: int | None) -> int:
+    """Query-key pairs under a causal mask: half the square, less what a sliding window hides."""
+    hidden = max(0, tokens - window) if window else 0
+    return (tokens * (tokens + 1) - hidden * (hidden + 1)) // 2

@@ -1,0 +1,333 @@
+"""The functional API: one prefill of one request, four calls in a model's layer loop."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from claa_ops.ops.gather_kv import gather_kv
+from claa_ops.selection.budget import Sizes
+from claa_ops.selection.method import Method
+
+_CALLS = ("observe", "compress", "select")
+
+
+def begin(
+    method: Method,
+    *,
+    num_layers: int,
+    prompt_length: int,
+    start: Tensor | None = None,
+    ranking: Tensor | None = None,
+    keep_scores: bool = False,
+    first_pass: bool = False,
+) -> PrefillState:
+    """Start the prefill of one batch of prompts.
+
+    In the layer loop, after the attention of each layer::
+
+        state.observe(layer, query, key)
+        key, value = state.compress(layer, key, value)   # for the decode cache
+
+    and after the whole layer::
+
+        index = state.select(layer)
+        if index is not None:
+            hidden = claa_ops.gather_tokens(hidden, index)   # and cos, sin, position ids
+
+    Args:
+        method: the ranking system, such as :class:`claa_ops.methods.CLAA`.
+        num_layers: how many layers the model has.
+        prompt_length: N, the length of the (padded) prompts.
+        start: ``[B]``, int64 or int32: the first token of each row that is not left padding.
+        ranking: ``[B, N]``, float32: what :meth:`Method.prepare` found out about the prompt, for
+            methods that need it.
+        keep_scores: record ``state.scores`` for plots, which scores all layers that the method
+            ranks.
+        first_pass: this is the first of the two passes of a method that prefills twice: it ends
+            with the selection, and what it keeps in caches is nothing.
+
+    Under ``torch.export`` make the length of the prompt ``torch.export.Dim.AUTO``: what is kept
+    depends on comparisons with it, such as ``n > max(window, n // 10)``, which become conditions
+    of the program. A named ``Dim`` asks export to prove them for its whole range, which it cannot
+    do for all: it needs ``prefer_deferred_runtime_asserts_over_guards=True`` and a minimum.
+
+    Returns:
+        The state of this prefill. It belongs to this request alone; drop it when the prefill is
+        over, or keep it to read what was selected.
+
+    Raises:
+        TypeError: the method is none, or another argument is of another type.
+        ValueError: ``prompt_length`` is below 1, the method does not fit the model, prefills
+            twice, or needs a ranking and got none; or ``start`` or ``ranking`` is of another
+            shape or dtype.
+
+    Example:
+        >>> from claa_ops.methods import CLAA
+        >>> state = begin(CLAA(keep=0.1), num_layers=32, prompt_length=4096)
+    """
+    check_method("begin", method, first_pass)
+    check_count("begin", "prompt_length", prompt_length)
+    check_count("begin", "num_layers", num_layers)
+    method.check(num_layers)
+    for name, value in (("start", start), ("ranking", ranking)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"begin: {name} must be a tensor, got {type(value).__name__}")
+    if start is not None and start.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"begin: start must be int64 or int32, got {start.dtype}")
+    if start is not None and start.dim() != 1:
+        raise ValueError(f"begin: start must have shape [batch], got {list(start.shape)}")
+    if ranking is not None and (ranking.dim() != 2 or ranking.shape[1] != prompt_length):
+        raise ValueError(
+            f"begin: ranking must have shape [batch, {prompt_length}], got {list(ranking.shape)}"
+        )
+    if ranking is not None and ranking.dtype != torch.float32:
+        raise ValueError(f"begin: ranking must be float32, got {ranking.dtype}")
+    if method.needs_ranking and ranking is None:
+        raise ValueError(
+            f"begin: {type(method).__name__} needs a ranking of the prompt, which "
+            "claa_ops.prefill.generate and .prefill prepare, got none"
+        )
+    state = PrefillState(method, num_layers, prompt_length, start, ranking, keep_scores)
+    method.begin(state)
+    return state
+
+
+def check_count(caller: str, name: str, value: Any) -> None:
+    """Raise unless the value, one of ours or of numpy's, is an integer of at least 1."""
+    if not isinstance(value, (Integral, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{caller}: {name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{caller}: {name} must be at least 1, got {value}")
+
+
+def check_method(door: str, method: Method, first_pass: bool) -> None:
+    """Raise if it is no method, or prefills twice and this is not the first of the two passes."""
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"{door}: method must be a claa_ops.methods.Method, such as CLAA(), got {method!r}"
+        )
+    if method.two_pass and not first_pass:
+        raise ValueError(
+            f"{door}: the method must prefill once, got {type(method).__name__}, which prefills "
+            "twice: call claa_ops.prefill.generate(model, input_ids, method) or .prefill instead"
+        )
+
+
+class PrefillState:
+    """What one prefill has seen and selected so far; made by :func:`begin`.
+
+    Attributes:
+        method: the ranking system.
+        num_layers: how many layers the model has.
+        prompt_length: N, the length of the prompts, padding included.
+        layer: the layer that was observed last, -1 before the first.
+        length: n, how many tokens the current layer sees: N until some are selected.
+        start: ``[B]`` or None: the first of these n that is not left padding.
+        positions: ``[B, n]``, int64, ascending: where these n stood in the prompt, -1 for
+            padding that stood nowhere; None while they are the whole prompt.
+        ranking: ``[B, N]``, float32: a ranking of the prompt that was there before; or None.
+        importance: ``[B, M]``, float32: the method's ranking so far, or None. The next layer may
+            update it in place.
+        notes: whatever else the method has to remember.
+        lengths: for each observed layer, how many tokens it saw.
+        cache_start: ``[B]`` or None: the first entry of what :meth:`compress` returned last that
+            is not padding.
+        scores: with ``keep_scores``, for each layer its token scores, ``[B, M]``: the maximum
+            over key/value heads.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        num_layers: int,
+        prompt_length: int,
+        start: Tensor | None,
+        ranking: Tensor | None,
+        keep_scores: bool,
+    ) -> None:
+        self.method = method
+        self.num_layers = num_layers
+        self.prompt_length = prompt_length
+        self.length = prompt_length
+        self.start = start
+        self.cache_start: Tensor | None = None
+        self.row_lengths = None if start is None else prompt_length - start.long()
+        self.positions: Tensor | None = None
+        self.ranking = ranking
+        self.importance: Tensor | None = None
+        self.notes: dict[str, Any] = {}
+        self.lengths: list[int] = []
+        self.scores: dict[int, Tensor] = {}
+        self._keep_scores = keep_scores
+        self._layer_scores: Tensor | None = None
+        self.layer, self._call = -1, "select"
+
+    @property
+    def sizes(self) -> Sizes[int]:
+        """How many tokens the prompt has and the current layer sees, padding included."""
+        return Sizes(self.prompt_length, self.length, self.num_layers)
+
+    @property
+    def row_sizes(self) -> Sizes[Tensor] | None:
+        """The same of each row, ``[B]``, without padding; None if there is none."""
+        if self.start is None or self.row_lengths is None:
+            return None
+        return Sizes(self.row_lengths, self.length - self.start, self.num_layers)
+
+    @property
+    def layer_scores(self) -> Tensor:
+        """``[B, G, M]``, float32: the scores of the current layer, if the method needs them."""
+        if self._layer_scores is None:
+            raise RuntimeError(f"layer_scores: layer {self.layer} was not scored")
+        return self._layer_scores
+
+    def observe(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        *,
+        lse: Tensor | None = None,
+        scale: float | None = None,
+        sliding_window: int = 0,
+        softcap: float = 0.0,
+        sink_logits: Tensor | None = None,
+    ) -> None:
+        """Show the method the queries and keys of a layer; it scores the tokens if it needs to.
+
+        Args:
+            layer: the layer, from 0; layers come in ascending order.
+            query: ``[B, H, n, D]``, after the rotary embedding. Only the last ``window`` rows
+                are read (``method.rows``), and it may hold just these.
+            key: ``[B, G, n, D]``, likewise.
+            lse: ``[B, H, n]`` or the last rows of it, float32: the attention's logsumexp.
+            scale, sliding_window, softcap, sink_logits: what the layer's attention uses, as in
+                :func:`claa_ops.score_window`.
+
+        Raises:
+            RuntimeError: layers do not ascend.
+            ValueError: the layer is out of range, ``key`` does not have n rows, or ``query``
+                fewer than the method reads.
+        """
+        self._advance(layer, "observe")
+        self._layer_scores = None
+        if self.ranking is not None and self.ranking.shape[0] != key.shape[0]:
+            raise ValueError(
+                f"observe: ranking must be of the {key.shape[0]} prompts of the batch, "
+                f"got one of {self.ranking.shape[0]}"
+            )
+        if key.shape[2] != self.length:
+            raise ValueError(
+                f"observe: key of layer {layer} must have the {self.length} tokens that the layer "
+                f"sees, got {key.shape[2]}"
+            )
+        self.lengths.append(self.length)
+        recorded = self._keep_scores and self.method.ranks(layer)
+        if not recorded and not self.method.needs_scores(self, layer):
+            return
+        rows = self.method.rows(self)
+        if query.shape[2] < min(rows, self.length):
+            raise ValueError(
+                f"observe: query of layer {layer} must have the last {rows} rows, which "
+                f"{type(self.method).__name__} reads, got {query.shape[2]}"
+            )
+        # A ranking has no gradient; its queries and keys may.
+        self._layer_scores = self.method.score(
+            self,
+            query[:, :, -rows:].detach(),
+            key.detach(),
+            lse=None if lse is None else lse[:, :, -rows:].detach(),
+            scale=scale,
+            start=self.start,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sink_logits=None if sink_logits is None else sink_logits.detach(),
+        )
+        self.method.observe(self, layer)
+        if recorded:
+            self.scores[layer] = self._layer_scores.amax(dim=1)
+
+    def compress(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What the decode cache of an observed layer keeps.
+
+        Args:
+            layer: the layer that was observed last.
+            key: ``[B, G, n, D]``.
+            value: ``[B, G, n, Dv]``.
+
+        Returns:
+            The kept rows, ``[B, G, k, D]`` and ``[B, G, k, Dv]``; the arguments themselves if
+            the layer keeps all. Heads may keep different tokens; each head's are in ascending
+            order. Where rows are padded, those before ``cache_start`` are padding.
+
+        Raises:
+            RuntimeError: the layer was not observed just before.
+        """
+        self._advance(layer, "compress")
+        if self.method.two_pass:  # its first pass only chooses tokens
+            return key[:, :, :0].clone(), value[:, :, :0].clone()
+        index = self.method.compress(self, layer)
+        self.cache_start = self._padding(index)
+        return (key, value) if index is None else gather_kv(key, value, index)
+
+    def select(self, layer: int) -> Tensor | None:
+        """Which tokens go on to the layers after an observed layer.
+
+        Returns:
+            ``[B, k]``, int64, ascending, into the n tokens of this layer; None if all go on.
+            The caller gathers hidden states, position embeddings and ids with
+            :func:`claa_ops.gather_tokens`, which gives zeros where the index is -1: there a row
+            of a padded batch keeps less than others. Attention must not see what lies before
+            the new ``start``.
+
+        Raises:
+            RuntimeError: the layer was not observed just before, or selects a second time.
+        """
+        self._advance(layer, "select")
+        return self._keep(self.method.select(self, layer))
+
+    def choose(self) -> Tensor | None:
+        """Before any layer: the tokens of a second pass, ``[B, k]``, if they are known by now."""
+        return self._keep(self.method.choose(self))
+
+    def _keep(self, index: Tensor | None) -> Tensor | None:
+        """Go on with the tokens at ``index`` of the current ones."""
+        if index is None:
+            return None
+        self.start = self._padding(index)
+        if self.positions is None:
+            self.positions = index
+        elif self.start is None:
+            self.positions = self.positions.gather(1, index)
+        else:
+            positions = self.positions.gather(1, index.clamp_min(0))
+            self.positions = torch.where(index < 0, index, positions)
+        self.length = index.shape[-1]
+        return index
+
+    def _padding(self, index: Tensor | None) -> Tensor | None:
+        """``[B]``: how many of the tokens at ``[B, k]`` or ``[B, G, k]`` are padding, the first."""
+        if self.start is None or index is None:
+            return self.start
+        head = index if index.dim() == 2 else index[:, 0]  # all heads keep as many
+        return (head < self.start[:, None]).sum(dim=1)
+
+    def _advance(self, layer: int, call: str) -> None:
+        """Check that calls come in order: layers ascend; observe, then compress, then select."""
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"{call}: layer must be in [0, {self.num_layers - 1}], got {layer}")
+        if call == "observe":
+            in_order = layer > self.layer
+        else:
+            in_order = layer == self.layer and _CALLS.index(call) > _CALLS.index(self._call)
+        if not in_order:
+            expected = "after lower layers" if call == "observe" else "once, after its observe"
+            raise RuntimeError(
+                f"{call}: must be called for layer {layer} {expected}; "
+                f"the last call was {self._call} for layer {self.layer}"
+            )
+        self.layer, self._call = layer, call

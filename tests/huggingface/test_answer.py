@@ -1,0 +1,65 @@
+"""The attention of a model's own answer, against the slow version."""
+
+import pytest
+import torch
+
+from claa_ops.huggingface.answer import answer_attention
+from claa_ops.prefill import attach
+from support import slow_methods
+from support.slow_methods import Llama
+from support.tiny_models import build, prompt
+
+LENGTH, SHORT = 90, 67
+
+
+@pytest.fixture(scope="module")
+def model():
+    return attach(build("llama"))
+
+
+@pytest.fixture(scope="module")
+def llama(model):
+    return Llama(model)
+
+
+def test_the_answers_attention_is_the_slow_one_with_and_without_padding(model, llama):
+    ids, mask = prompt(LENGTH, SHORT)
+    answer, ranking = answer_attention(model, ids, 7, attention_mask=mask)
+    pooled = answer_attention(model, ids, 7, attention_mask=mask, pooled=True, kernel_size=5)[1]
+    assert ranking.dtype == torch.float32 and ranking.shape == ids.shape
+    for row, padding in enumerate((0, LENGTH - SHORT)):
+        expected, result = slow_methods.answer_attention(llama, ids[row, padding:].tolist(), 7)
+        assert answer[row].tolist() == result.tokens
+        torch.testing.assert_close(ranking[row, padding:].double(), expected, atol=1e-5, rtol=1e-4)
+        assert not ranking[row, :padding].any()
+        expected = slow_methods.pool(expected, 5)
+        torch.testing.assert_close(pooled[row, padding:].double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_only_queries_of_the_answer_vote(model, llama):
+    ids, mask = prompt(LENGTH, SHORT)
+    free, _ = answer_attention(model, ids, 7, attention_mask=mask)
+    end = int(free[1, 2])
+    _, ranking = answer_attention(model, ids, 7, end, attention_mask=mask)
+    # Three tokens, the last of them the end: the prompt's last query, and those of two tokens.
+    expected, _ = slow_methods.answer_attention(llama, ids[1, LENGTH - SHORT :].tolist(), 3)
+    torch.testing.assert_close(
+        ranking[1, LENGTH - SHORT :].double(), expected, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_long_answers_are_reduced_in_parts(model, monkeypatch):
+    ids, _ = prompt(LENGTH)
+    whole = answer_attention(model, ids, 9)[1]
+    monkeypatch.setattr("claa_ops.huggingface.answer._ROWS", 4)
+    torch.testing.assert_close(answer_attention(model, ids, 9)[1], whole)
+
+
+def test_layers_with_windows_have_no_say_in_the_answers_attention():
+    ids, _ = prompt(LENGTH)
+    _, ranking = answer_attention(build("gemma3_text"), ids, 3)
+    assert ranking.isfinite().all() and (ranking > 0).all()
+    with pytest.raises(ValueError, match="a layer must attend to the whole prompt, got none"):
+        answer_attention(build("mistral"), ids, 3)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        answer_attention(build("llama"), ids, 0)

@@ -1,0 +1,304 @@
+"""The families of models that the tests build: those served, and those refused with the reason."""
+
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from support.tiny_models import COMMON, EXTRA, SLIDING_WINDOW, UNSET, build, initialized
+
+_MIXTURE = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+_WINDOWS = {
+    "sliding_window": SLIDING_WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+
+# Settings beside those that all have.
+SERVED: dict[str, dict] = {
+    "afmoe": {**_MIXTURE, **_WINDOWS},
+    "apertus": {},
+    "arcee": {},
+    "aria_text": {},
+    "bitnet": {},
+    "cohere": {},
+    "cohere2": _WINDOWS,
+    "cwm": _WINDOWS,
+    "doge": {},
+    "ernie4_5": {},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
+    "exaone4": _WINDOWS,
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "gemma": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "glm": {},
+    "glm4": {},
+    "glm4_moe": _MIXTURE,
+    "gpt_neox": {},
+    "gpt_oss": {},
+    "granite": {},
+    "granitemoe": {},
+    "granitemoeshared": {},
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "jais2": {},
+    "llama": {},
+    "minimax_m2": _MIXTURE,
+    "ministral": _WINDOWS,
+    "ministral3": {},
+    "mistral": {},
+    "mixtral": {},
+    "modernbert-decoder": _WINDOWS,
+    "nanochat": {},
+    "nemotron": {},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": _WINDOWS,
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "persimmon": {},
+    "phi": {},
+    "phi3": {},
+    "phimoe": {"num_local_experts": 4},
+    "qwen2": {},
+    "qwen2_moe": {**_MIXTURE, "shared_expert_intermediate_size": 32},
+    "qwen3": {},
+    "qwen3_moe": _MIXTURE,
+    "seed_oss": {},
+    "smollm3": {},
+    "solar_open": _MIXTURE,
+    "stablelm": {},
+    "starcoder2": {},
+    "vaultgemma": _WINDOWS,
+}
+
+# Settings, and words of the reason.
+REFUSED: dict[str, tuple[dict, str]] = {
+    "bloom": ({}, "bias on attention (ALiBi)"),
+    "codegen": ({"rotary_dim": 8}, "its layers are called `h`, not `layers`"),
+    "deepseek_v3": (
+        {
+            **_MIXTURE,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "first_k_dense_replace": 2,
+        },
+        "attention must see the heads that the cache holds, got 4 and 1",
+    ),
+    "diffllama": ({}, "a layer must attend once, got two calls"),
+    "falcon": ({"head_dim": UNSET}, "its layers are called `h`, not `layers`"),
+    "falcon_h1": ({"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32}, "recurrent layers"),
+    "gemma3n_text": (
+        {
+            "num_kv_shared_layers": 2,
+            "sliding_window": 16,
+            "vocab_size_per_layer_input": 99,
+            "hidden_size_per_layer_input": 16,
+            "altup_num_inputs": 2,
+            "laurel_rank": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "activation_sparsity_pattern": None,
+        },
+        "layers that use the keys of others",
+    ),
+    "gpt2": ({}, "adds positions to the embeddings (`wpe`)"),
+    "gpt_bigcode": ({}, "adds positions to the embeddings (`wpe`)"),
+    "gpt_neox_japanese": ({}, "computes attention by code of its own"),
+    "gptj": ({"rotary_dim": 8}, "its layers are called `h`, not `layers`"),
+    "granitemoehybrid": (
+        {"layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 8, "mamba_d_head": 8},
+        "recurrent layers",
+    ),
+    "jamba": ({"attn_layer_period": 2, "attn_layer_offset": 1}, "recurrent layers"),
+    "jetmoe": ({}, "attention must see the heads that the cache holds, got 4 and 2"),
+    "lfm2": ({"layer_types": ["conv", "full_attention"] * 2}, "recurrent layers"),
+    "llama4_text": (
+        {
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "attention_chunk_size": 16,
+            "intermediate_size_mlp": 48,
+        },
+        "attend otherwise than in full or in sliding windows: chunked_attention",
+    ),
+    "mamba": ({}, "recurrent layers"),
+    "mpt": ({"d_model": 32, "n_layers": 4, "n_heads": 4}, "bias on attention (ALiBi)"),
+    "opt": (
+        {"ffn_dim": 48, "word_embed_proj_dim": 32},
+        "adds positions to the embeddings (`embed_positions`)",
+    ),
+    "qwen3_next": (
+        {**_MIXTURE, "layer_types": ["linear_attention", "full_attention"] * 2},
+        "recurrent layers",
+    ),
+    "recurrent_gemma": ({}, "recurrent layers"),
+    "rwkv": ({"attention_hidden_size": 32}, "recurrent layers"),
+}
+
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_CLIP = {**_VISION, "model_type": "clip_vision_model"}
+_SIGLIP = {**_VISION, "model_type": "siglip_vision_model"}
+_PIXTRAL = {**_VISION, "model_type": "pixtral", "head_dim": 8}
+_QWEN_VISION = {
+    "depth": 1,
+    "embed_dim": 16,
+    "num_heads": 2,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "intermediate_size": 16,
+    "out_hidden_size": 32,
+}
+_QWEN_ROPE = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
+}
+_INDEX, _ID = {"image_token_index": 98}, {"image_token_id": 98}
+_QWEN_IDS = {**_ID, "video_token_id": 97, "vision_start_token_id": 96, "vision_end_token_id": 95}
+
+# What reads images too, with prompts of text: the text model, and the settings around it.
+MULTIMODAL: dict[str, tuple[str, dict, dict]] = {
+    "aya_vision": ("cohere2", _WINDOWS, {"vision_config": _SIGLIP, **_INDEX}),
+    "cohere2_vision": ("cohere2", _WINDOWS, {"vision_config": _SIGLIP, **_ID}),
+    "gemma3": ("gemma3_text", {}, {"vision_config": _SIGLIP, **_INDEX, "mm_tokens_per_image": 1}),
+    "glm4v": ("glm4v_text", _QWEN_ROPE, {"vision_config": {**_QWEN_VISION, "hidden_size": 16}}),
+    "idefics3": (
+        "llama",
+        {},
+        {"vision_config": {**_VISION, "model_type": "idefics3_vision"}, **_ID, "pad_token_id": 0},
+    ),
+    "internvl": (
+        "qwen2",
+        {},
+        {
+            "vision_config": {
+                **_VISION,
+                "model_type": "internvl_vision",
+                "image_size": [28, 28],
+                "patch_size": [14, 14],
+            },
+            **_ID,
+        },
+    ),
+    "llava": ("llama", {}, {"vision_config": _CLIP, **_INDEX}),
+    "llava_next": ("mistral", {}, {"vision_config": _CLIP, **_INDEX}),
+    "llava_onevision": ("qwen2", {}, {"vision_config": _SIGLIP, **_INDEX}),
+    "mistral3": ("mistral", {}, {"vision_config": _PIXTRAL, **_INDEX}),
+    "qwen2_vl": (
+        "qwen2_vl_text",
+        _QWEN_ROPE,
+        {"vision_config": {**_QWEN_VISION, "hidden_size": 32}, **_QWEN_IDS},
+    ),
+    "qwen2_5_vl": (
+        "qwen2_5_vl_text",
+        _QWEN_ROPE,
+        {"vision_config": {**_QWEN_VISION, "hidden_size": 16}, **_QWEN_IDS},
+    ),
+    "qwen3_vl": (
+        "qwen3_vl_text",
+        _QWEN_ROPE,
+        {
+            "vision_config": {
+                **_QWEN_VISION,
+                "hidden_size": 16,
+                "deepstack_visual_indexes": [0],
+                "num_position_embeddings": 16,
+            },
+            **_QWEN_IDS,
+        },
+    ),
+    "smolvlm": ("llama", {}, {"vision_config": {**_VISION, "model_type": "smolvlm_vision"}, **_ID}),
+}
+
+# Families that are wrong in a release without this package.
+NOT_IN = {("doge", "5.17"): "a padded row is not the row alone in the plain model"}
+
+
+def missing(family: str, release: str) -> str | None:
+    """Why a release of transformers has no such model, if it has none."""
+    if family not in CONFIG_MAPPING:
+        return f"transformers {release} has no {family}"
+    return NOT_IN.get((family, ".".join(release.split(".")[:2])))
+
+
+def build_family(family: str) -> PreTrainedModel:
+    """A tiny random model of any of the families above."""
+    if family not in MULTIMODAL:
+        settings = SERVED[family] if family in SERVED else REFUSED[family][0]
+        return build(family, **settings)
+    text, changes, around = MULTIMODAL[family]
+    text_config = {**COMMON, **EXTRA.get(text, {}), **changes, "model_type": text}
+    config = AutoConfig.for_model(family, text_config=text_config, **around)
+    return initialized(lambda: AutoModelForImageTextToText.from_config(config))
+
+
+_PAGE = """# Architectures
+
+What `attach` was tested on, by the names that configurations call `model_type`: tiny random models
+of every family here, built, prefilled and decoded by tests/huggingface/test_models.py with
+transformers {releases}. Other models of the same form are likely to work; `attach` tests the
+one that it is given and says why it refuses one.
+
+## Served
+
+For each of them: without a `ClaaCache` the model works as before; `keep=1.0` generates the plain
+model's tokens and logits; with `keep < 1` the caches shrink, and every row of a padded batch is
+prefilled and decoded as it is alone. Llama and Mistral are also compared, for `keep < 1`, with
+loops written by hand (tests/huggingface/hand_loop.py).
+
+| family | attention | with these releases |
+|---|---|---|
+{served}
+
+## Served with prompts of text
+
+The decoders of models that read images too. Prompts with images were not tested.
+
+| family | decoder | with these releases |
+|---|---|---|
+{multimodal}
+
+## Refused
+
+| family | because |
+|---|---|
+{refused}
+"""
+
+
+def page(releases: str) -> str:
+    """docs/architectures.md."""
+
+    def tested(family: str) -> str:
+        but = [f"{release}: {why}" for (name, release), why in NOT_IN.items() if name == family]
+        return f"all but {', '.join(but)}" if but else "all"
+
+    def attention(family: str) -> str:
+        sliding = "sliding_window" in {**SERVED[family], **EXTRA.get(family, {})}
+        return "full and sliding windows" if sliding else "full"
+
+    lines = {
+        "served": [f"| `{name}` | {attention(name)} | {tested(name)} |" for name in SERVED],
+        "multimodal": [
+            f"| `{name}` | `{text}` | {tested(name)} |" for name, (text, *_) in MULTIMODAL.items()
+        ],
+        "refused": [f"| `{name}` | {why} |" for name, (_, why) in REFUSED.items()],
+    }
+    return _PAGE.format(releases=releases, **{key: "\n".join(each) for key, each in lines.items()})

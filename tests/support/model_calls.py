@@ -1,0 +1,182 @@
+"""Each op as the layers of a model call it, for any batch, context and seed.
+
+What the CUDA tests repeat, capture, run side by side and look at under compute-sanitizer.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import claa_ops
+
+HEADS, KV_HEADS = 8, 2
+
+
+class Call(NamedTuple):
+    """An op with its arguments."""
+
+    op: str
+    args: tuple
+    options: dict = {}
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """The outputs of the op, always as a tuple; what it updates is one of them."""
+        out = getattr(claa_ops, self.op)(*self.args, **self.options)
+        if self.op == "score_layer":
+            return out, self.args[0]
+        return out if isinstance(out, tuple) else (out,)
+
+    def tensors(self) -> list[Tensor]:
+        return [x for x in (*self.args, *self.options.values()) if isinstance(x, Tensor)]
+
+
+Maker = Callable[[int, int, str, int], Call]  # batch, context, device, seed
+
+
+def normal(*shape: int, device: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Drawn on the device itself: a long prompt has many keys."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+
+
+def queries_and_keys(
+    batch: int, window: int, total: int, dim: int, *, device: str, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, Tensor]:
+    """As Hugging Face has them: [B, H, N, D] views of [B, N, H, D] memory."""
+    query = normal(batch, window, HEADS, dim, device=device, dtype=dtype, seed=2 * seed)
+    key = normal(batch, total, KV_HEADS, dim, device=device, dtype=dtype, seed=2 * seed + 1)
+    return query.transpose(1, 2), key.transpose(1, 2)
+
+
+def _scores(op: str, window: int, dim: int, dtype: torch.dtype, *given: str, **options) -> Maker:
+    def make(batch: int, context: int, device: str, seed: int) -> Call:
+        sizes = (batch, window, context + window, dim)
+        query, key = queries_and_keys(*sizes, device=device, dtype=dtype, seed=seed)
+        tensors = {}
+        if "lse" in given:  # about the true value
+            tensors["lse"] = normal(batch, HEADS, window, device=device, seed=seed) / 10 + 8
+        if "start" in given:
+            tensors["start"] = torch.arange(batch, device=device) * context // (2 * batch)
+        if "sink_logits" in given:
+            tensors["sink_logits"] = normal(HEADS, device=device, seed=seed)
+        return Call(op, (query, key), options | tensors)
+
+    return make
+
+
+def _layer(*scoring) -> Maker:
+    make_scores = _scores("score_layer", 8, 128, *scoring)
+
+    def make(batch: int, context: int, device: str, seed: int) -> Call:
+        call = make_scores(batch, context, device, seed)
+        # Below every score, so that a repetition ends as it did the first time.
+        running = torch.full((batch, context), -1.0, device=device)
+        return call._replace(args=(running, *call.args))
+
+    return make
+
+
+def _peak(window: int, *given: str) -> Maker:
+    def make(batch: int, context: int, device: str, seed: int) -> Call:
+        sizes = (batch, window, context, 128)
+        query, key = queries_and_keys(*sizes, device=device, dtype=torch.bfloat16, seed=seed)
+        options = {}
+        if "running" in given:
+            running = normal(batch, window, context, device=device, seed=seed)
+            options["running"] = running.sigmoid() / 100
+        return Call("peak_attention", (query, key), options)
+
+    return make
+
+
+def _pool(pool_mode: str) -> Maker:
+    def make(batch: int, context: int, device: str, seed: int) -> Call:
+        scores = normal(batch, HEADS, context, device=device, seed=seed)
+        return Call("pool_heads", (scores, KV_HEADS), {"pool_mode": pool_mode})
+
+    return make
+
+
+def _aggregate(batch: int, context: int, device: str, seed: int) -> Call:
+    running = normal(batch, context, device=device, seed=seed)
+    return Call(
+        "aggregate_scores",
+        (running, normal(batch, KV_HEADS, context, device=device, seed=seed + 1)),
+    )
+
+
+def _select(heads: int | None, per: int, padded: bool = False) -> Maker:
+    def make(batch: int, context: int, device: str, seed: int) -> Call:
+        shape = (batch, context) if heads is None else (batch, heads, context)
+        # Two decimals: ties, which go to the lower position.
+        scores = normal(*shape, device=device, seed=seed).round(decimals=2)
+        options = {"window": 8, "num_sinks": 4}
+        if padded:
+            start = torch.arange(batch, device=device) * context // (2 * batch)
+            options |= {"start": start, "counts": (context - start) // per + 8}
+        return Call("select_topk", (scores, context // per + 8), options)
+
+    return make
+
+
+def _positions(*shape: int, total: int, device: str, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-1, total, shape, generator=generator).to(device)
+
+
+def _gather_kv(batch: int, context: int, device: str, seed: int) -> Call:
+    memory = (batch, context, KV_HEADS, 128)
+    key, value = (
+        normal(*memory, device=device, dtype=torch.bfloat16, seed=seed + i).transpose(1, 2)
+        for i in range(2)
+    )
+    kept = (batch, KV_HEADS, context // 10)
+    return Call(
+        "gather_kv", (key, value, _positions(*kept, total=context, device=device, seed=seed))
+    )
+
+
+def _gather_tokens(batch: int, context: int, device: str, seed: int) -> Call:
+    x = normal(batch, context, 64, device=device, dtype=torch.bfloat16, seed=seed)
+    kept = _positions(batch, context // 10, total=context, device=device, seed=seed)
+    return Call("gather_tokens", (x, kept))
+
+
+def _rank(batch: int, context: int, device: str, seed: int) -> Call:
+    scores = normal(3, batch, context, device=device, seed=seed)
+    return Call("rank_variance", (scores, context // 10))
+
+
+_BF16, _F32 = torch.bfloat16, torch.float32
+_MAKERS: dict[str, Maker] = {
+    "score_window": _scores("score_window", 8, 128, _BF16),
+    "score_window-lse": _scores("score_window", 8, 128, _BF16, "lse"),
+    "score_window-float32": _scores("score_window", 8, 128, _F32),
+    "score_tokens": _scores("score_tokens", 8, 128, _BF16),
+    "score_tokens-lse": _scores("score_tokens", 8, 128, _BF16, "lse"),
+    "score_tokens-w64": _scores("score_tokens", 64, 128, _BF16),
+    "score_tokens-w64-lse": _scores("score_tokens", 64, 128, _BF16, "lse"),
+    "score_tokens-max": _scores("score_tokens", 8, 64, torch.float16, "lse", pool_mode="max"),
+    "score_tokens-any-dim": _scores("score_tokens", 5, 80, _BF16, "start"),
+    "score_tokens-options": _scores(
+        "score_tokens", 8, 128, _BF16, "start", "sink_logits", sliding_window=300, softcap=20.0
+    ),
+    "score_layer": _layer(_BF16),
+    "score_layer-lse": _layer(_BF16, "lse"),
+    "score_layer-float32": _layer(_F32, "start"),
+    "peak_attention": _peak(128),
+    "peak_attention-running": _peak(8, "running"),
+    "pool_heads": _pool("avg"),
+    "pool_heads-max": _pool("max"),
+    "aggregate_scores": _aggregate,
+    "select_topk": _select(None, 10),
+    "select_topk-heads": _select(KV_HEADS, 3),
+    "select_topk-padded": _select(KV_HEADS, 3, padded=True),
+    "gather_kv": _gather_kv,
+    "gather_tokens": _gather_tokens,
+    "rank_variance": _rank,
+}
+MAKERS = [pytest.param(maker, id=name) for name, maker in _MAKERS.items()]
