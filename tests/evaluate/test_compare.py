@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from claa_ops.evaluate.compare import Comparison, compare
 from claa_ops.evaluate.plots import plot_scores
 from claa_ops.evaluate.report import as_table, to_json
+from claa_ops.huggingface.decoding import end_tokens
 from claa_ops.huggingface.models import InputError
-from claa_ops.huggingface.prefill import end_tokens
 from claa_ops.huggingface.work import count_work
 from claa_ops.methods import (
     CLAA,

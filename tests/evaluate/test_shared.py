@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from claa_ops.evaluate.shared import SharedPrefill
+from claa_ops.huggingface.answer import ModelReader
 from claa_ops.methods import (
     ASL,
     CLAA,
@@ -144,7 +145,9 @@ def test_what_goes_before_a_prefill_is_done_once(monkeypatch):
         changed = replace(method, **settings)
         prefilled = shared.run(changed)
         assert len(answers) == number
-        expected = prefill(model, ids, changed, prepared=prepare(changed, model, ids, None))
+        expected = prefill(
+            model, ids, changed, prepared=prepare(changed, ModelReader(model), ids, None)
+        )
         assert torch.equal(prefilled.logits, expected.logits)
         assert prefilled.work_share == expected.work_share
 

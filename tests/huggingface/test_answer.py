@@ -51,7 +51,7 @@ def test_only_queries_of_the_answer_vote(model, llama):
 def test_long_answers_are_reduced_in_parts(model, monkeypatch):
     ids, _ = prompt(LENGTH)
     whole = answer_attention(model, ids, 9)[1]
-    monkeypatch.setattr("claa_ops.huggingface.answer._ROWS", 4)
+    monkeypatch.setattr("claa_ops.selection.answer._ROWS", 4)
     torch.testing.assert_close(answer_attention(model, ids, 9)[1], whole)
 
 

@@ -195,15 +195,15 @@ def test_selected_tokens_keep_their_rotary_positions(model):
 class Staged(Method):
     """Selects after two layers: what a method may do that none here does."""
 
-    def needs_scores(self, state, layer):
-        return layer in (0, 2)
+    def observe(self, state, layer):
+        if layer.index in (0, 2):
+            state.importance = layer.scores.amax(dim=1)
 
     def select(self, state, layer):
         if layer not in (0, 2):
             return None
-        importance = state.layer_scores.amax(dim=1)
         kept = {0: 40, 2: 20}[layer]
-        return select_topk(importance, kept, window=self.window, start=state.start)
+        return select_topk(state.importance, kept, window=self.window, start=state.start)
 
 
 def test_a_method_may_select_more_than_once():

@@ -79,9 +79,9 @@ class Recording(CLAA):
 
     seen: list = field(default_factory=list, compare=False)
 
-    def score(self, state, query, key, **attention):
-        self.seen.append({name: attention[name] for name in attention if name != "start"})
-        return super().score(state, query, key, **attention)
+    def rank(self, layer, before):
+        self.seen.append(layer.attention)
+        return super().rank(layer, before)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])

@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+from claa_ops.huggingface.answer import ModelReader
+from claa_ops.huggingface.models import require_same_tokenizer
 from claa_ops.huggingface.transformers_api import cache_of
 from claa_ops.methods import (
     ASL,
@@ -16,7 +18,6 @@ from claa_ops.methods import (
     SpeculativePrefill,
     make_method,
 )
-from claa_ops.methods.speculative import require_same_tokenizer
 from claa_ops.prefill import ClaaCache, attach, begin, decode, generate, prefill
 from support import slow_methods
 from support.slow_methods import Llama
@@ -76,7 +77,7 @@ def test_generate_is_the_models_own_with_the_cache_where_one_pass_is_enough(mode
     ids, mask = prompt(*rows)
     ranking = None
     if method.needs_ranking:
-        ranking = method.prepare(model, ids, mask).ranking
+        ranking = method.prepare(ModelReader(model), ids, mask).ranking
         with pytest.raises(
             ValueError, match="Oracle needs a ranking of the prompt, which claa_ops"
         ):

@@ -1,6 +1,7 @@
 """CLAA and FullKV: the published numbers, their settings, and when they act."""
 
 import dataclasses
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -114,14 +115,6 @@ def test_zscores_leave_out_padding():
 # When it acts.
 
 
-class Counting(CLAA):
-    scored: list = []
-
-    def score(self, state, query, key, **attention):
-        self.scored.append(1)
-        return super().score(state, query, key, **attention)
-
-
 @pytest.mark.parametrize(
     ("settings", "options", "layers"),
     [
@@ -136,17 +129,20 @@ class Counting(CLAA):
         ({"keep": 1.0}, {"keep_scores": True}, [0, 1, 2, 3, 4, 5, 6]),
     ],
 )
-def test_only_layers_whose_scores_are_needed_are_scored(settings, options, layers):
-    method = Counting(layer=6, last_n=3, window=4, kernel_size=3, **settings)
+def test_only_layers_whose_scores_are_needed_are_scored(monkeypatch, settings, options, layers):
+    counted = [Mock(wraps=op) for op in (claa_ops.score_layer, claa_ops.score_tokens)]
+    monkeypatch.setattr("claa_ops.selection.layer.score_layer", counted[0])
+    monkeypatch.setattr("claa_ops.selection.layer.score_tokens", counted[1])
+    method = CLAA(layer=6, last_n=3, window=4, kernel_size=3, **settings)
     state = prefill.begin(method, num_layers=8, prompt_length=TOKENS, **options)
     scored = []
     for layer in range(8):
-        method.scored.clear()
+        before = sum(op.call_count for op in counted)
         rows = torch.randn(1, 4, state.length, 4)
         state.observe(layer, rows, rows[:, :2])
-        scored += [layer] * len(method.scored)
         state.compress(layer, rows[:, :2], rows[:, :2])
         state.select(layer)
+        scored += [layer] * (sum(op.call_count for op in counted) - before)
     assert scored == layers
     assert state.length == (9 if 9 == method.keep and method.keep_kv != 17 else TOKENS)
     assert sorted(state.scores) == (list(range(7)) if options else [])
@@ -179,7 +175,8 @@ def test_cache_budgets_follow_keep_unless_given():
 
 def test_defaults_are_those_of_the_paper():
     method = CLAA()
-    assert (method.keep, method.layer, method.keep_kv, method.last_n) == (0.1, 15, None, 4)
+    assert (method.keep, method.layer, method.keep_kv, method.last_n) == (0.1, None, None, 4)
+    assert method.at_depth(32) == CLAA(layer=15) and CLAA(layer=9).at_depth(32) == CLAA(layer=9)
     assert (method.window, method.kernel_size, method.pool_mode) == (8, 7, "avg")
     assert (method.first_full, method.zscore) == (4, False)
     assert CLAA(0.2, 13) == CLAA(keep=0.2, layer=13) != CLAA(keep=0.2)

@@ -278,7 +278,7 @@ def test_the_logsumexp_of_the_attention_changes_nothing(name):
         )
         layer = max(getattr(method, "layer", 1), 1)  # PyramidInfer's layer 0 keeps all
         state.observe(layer, query, key, lse=logsumexp)
-        scores.append(state.layer_scores)
+        scores.append(state.observed.scores)
     torch.testing.assert_close(*scores)
 
 

@@ -67,7 +67,7 @@ def test_importance_is_the_peak_over_layers_heads_and_window(tensors):
 def test_nothing_is_computed_that_nothing_reads(tensors, monkeypatch, settings, peaks, scores):
     counted = [Mock(wraps=op) for op in (claa_ops.peak_attention, claa_ops.score_tokens)]
     monkeypatch.setattr("claa_ops.methods.peak.peak_attention", counted[0])
-    monkeypatch.setattr("claa_ops.selection.method.score_tokens", counted[1])
+    monkeypatch.setattr("claa_ops.selection.layer.score_tokens", counted[1])
     query, key = tensors
     method = dataclasses.replace(METHOD, keep=10, **settings)
     state = observed(method, query, key, 3)

@@ -1,5 +1,7 @@
 """The functional API, inside a plain torch decoder."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -186,7 +188,7 @@ def test_attention_settings_reach_the_scores():
     state = prefill.begin(CLAA(keep=0.5, layer=0), num_layers=2, prompt_length=50)
     state.observe(0, query, key, **attention)
     scores = claa_ops.score_tokens(query[:, :, -8:], key, **attention)
-    assert torch.equal(state.layer_scores, scores)
+    assert torch.equal(state.observed.scores, scores)
 
 
 def test_no_gradient_flows_through_a_ranking():
@@ -265,7 +267,9 @@ def test_begin_refuses_an_empty_prompt_and_a_model_too_shallow():
     with pytest.raises(ValueError, match="begin: prompt_length must be at least 1, got 0"):
         prefill.begin(FullKV(), num_layers=4, prompt_length=0)
     with pytest.raises(ValueError, match=r"CLAA: layer must be in \[0, 14\].*16 layers, got 15"):
-        prefill.begin(CLAA(), num_layers=16, prompt_length=9)
+        prefill.begin(CLAA(layer=15), num_layers=16, prompt_length=9)
+    with pytest.raises(ValueError, match="CLAA: the model must have at least 2 layers, got 1"):
+        prefill.begin(CLAA(), num_layers=1, prompt_length=9)
 
 
 @pytest.mark.parametrize("layer", [-1, 4])
@@ -303,9 +307,22 @@ def test_hidden_states_that_were_not_gathered_are_refused():
         state.observe(2, key, key)
 
 
-def test_scores_that_nobody_needs_are_not_there():
-    state = prefill.begin(FullKV(), num_layers=LAYERS, prompt_length=20)
-    key = torch.zeros(1, KV_HEADS, 20, DIM)
-    state.observe(0, torch.zeros(1, HEADS, 20, DIM), key)
-    with pytest.raises(RuntimeError, match="layer_scores: layer 0 was not scored"):
-        _ = state.layer_scores
+@pytest.mark.parametrize("end", ["compress", "select", "release"])
+def test_what_a_layer_saw_is_not_held_longer_than_needed(end):
+    state, key = observed()
+    held = weakref.ref(state.observed)
+    {
+        "compress": lambda: state.compress(0, key, key),
+        "select": lambda: state.select(0),
+        "release": state.release,
+    }[end]()
+    assert held() is None
+    with pytest.raises(RuntimeError, match="observed: what layer 0 saw is held until its compress"):
+        _ = state.observed
+
+
+@pytest.mark.parametrize("name", ["value", "hidden"])
+def test_what_was_not_shown_is_asked_for(name):
+    state, _ = observed()
+    with pytest.raises(RuntimeError, match=f"CLAA: {name} of layer 0 must be shown to observe"):
+        getattr(state.observed, name)

@@ -38,7 +38,7 @@ from claa_ops.huggingface.models import (
     resolve_dtype,
     smollm2_file,
 )
-from claa_ops.methods import METHODS, Method
+from claa_ops.methods import METHODS, Method, find_method
 from claa_ops.methods.pruning import Pruning
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class Settings:
         ]
         layers = model.config.get_text_config().num_hidden_layers
         if self.layer is None and self.schedule is None and spec.has("layer"):
-            here, of_32 = (METHODS[spec.name].defaults(n)["layer"] for n in (layers, 32))
+            here, of_32 = (find_method(spec.name)().selection_layers(n)[0] for n in (layers, 32))
             remarks.append(
                 f"The layer is {here} (of 0 to {layers - 1}) by default, as deep as {of_32} of 0 "
                 "to 31; --layer chooses another."

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from claa_ops.huggingface.prefill import end_tokens, greedy
+from claa_ops.huggingface.decoding import end_tokens, greedy
 from claa_ops.huggingface.transformers_api import cache_argument
 from claa_ops.prefill import Prefilled
 

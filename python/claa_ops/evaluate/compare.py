@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from claa_ops.evaluate.memory import watch_memory
+from claa_ops.huggingface.decoding import end_tokens, greedy
 from claa_ops.huggingface.models import InputError
-from claa_ops.huggingface.prefill import end_tokens, greedy
 from claa_ops.huggingface.transformers_api import cache_argument
 from claa_ops.methods import FullKV, Method
 from claa_ops.prefill import Prefilled, PrefillState, attach, prefill
+from claa_ops.selection.layer import Layer
 from claa_ops.selection.work import Work
 
 # A method is not this much faster than the multiply-adds it leaves allow; other work, such as
@@ -129,19 +130,18 @@ def compare(
             the method does not fit it or the prompt.
     """
     ids = ids.to(model.device)
-    layers = range(model.config.get_text_config().num_hidden_layers)
-    watched = keep_scores and not method.needs_ranking and any(map(method.ranks, layers))
+    watched = keep_scores and not method.needs_ranking
     try:
         attach(model)
         on_step("full prefill: answer")
-        full = _answer(model, ids, _Watched(method=method), max_new_tokens, keep_scores=watched)
+        full = _answer(model, ids, _Watched.by(method), max_new_tokens, keep_scores=watched)
         on_step("method: answer")
         answer = _answer(model, ids, method, max_new_tokens)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
     scores = {layer: row[0].cpu() for layer, row in full.state.scores.items()}
     if keep_scores and answer.state.ranking is not None:  # made beforehand, for all layers
-        scores = {layer: answer.state.ranking[0].cpu() for layer in layers}
+        scores = {layer: answer.state.ranking[0].cpu() for layer in range(len(full.state.lengths))}
 
     expected = answer.work.total / full.work.total
     full_times: list[float] = []
@@ -184,6 +184,16 @@ class _Watched(FullKV):
 
     method: Method
 
+    @classmethod
+    def by(cls, method: Method) -> _Watched:
+        """Scored as this method does."""
+        settings = {name: getattr(method, name) for name in ("window", "kernel_size", "pool_mode")}
+        return cls(method=method, **settings)
+
+    def ranks(self, state: PrefillState, layer: int) -> bool:
+        """All layers, if the method ranks the first."""
+        return self.method.ranks(state, 0)
+
     def begin(self, state: PrefillState) -> None:
         """What the method prepares."""
         self.method.begin(state)
@@ -192,9 +202,9 @@ class _Watched(FullKV):
         """How many queries the method reads."""
         return self.method.rows(state)
 
-    def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
+    def score(self, layer: Layer) -> Tensor:
         """The method's scores."""
-        return self.method.score(state, query, key, **attention)
+        return self.method.score(layer)
 
 
 def _selections(state: PrefillState) -> list[int]:

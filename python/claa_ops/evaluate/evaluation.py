@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from claa_ops.evaluate.prompt import check_fits, encode_prompt
 from claa_ops.evaluate.shared import SharedPrefill
 from claa_ops.evaluate.tasks import Example
 from claa_ops.huggingface.models import InputError
-from claa_ops.methods import ASL, Method, PyramidInfer
+from claa_ops.methods import Method
 
 _MARGIN = 16  # tokens that a text may gain when it is decoded and encoded again
 
@@ -116,7 +115,8 @@ def evaluate_model(
         shared = None
         if missing:
             with left_out(example.where, on_problem):
-                layers = _layers(cell.method for cell in missing)
+                depth = model.config.get_text_config().num_hidden_layers
+                layers = _layers((cell.method for cell in missing), depth)
                 shared = SharedPrefill(model, prompt.ids, layers=layers)
         for cell, key in zip(cells, keys, strict=True):
             result = journal.find({**key, **own})
@@ -209,10 +209,7 @@ def _answer(
     method: Method,
 ) -> Json:
     example = prompt.example
-    if hasattr(method, "seed"):  # each prompt has a draw of its own, in every run the same
-        own = zlib.crc32(f"{method.seed} {example.task} {example.name}".encode())
-        method = replace(method, seed=own)  # type: ignore[call-arg]
-    prefilled = shared.run(method)
+    prefilled = shared.run(method.for_prompt(f"{example.task} {example.name}"))
     tokens = prompt.ids.shape[1]
     result: Json = {
         "work": prefilled.work_share,
@@ -253,12 +250,9 @@ def _record(name: str, example: Example, cell: Cell, result: Json) -> Record:
     )
 
 
-def _layers(methods: Iterable[Method]) -> set[int] | None:
-    """After which layers the methods select; None if one decides that as it goes."""
+def _layers(methods: Iterable[Method], num_layers: int) -> set[int]:
+    """After which layers the methods may select."""
     layers: set[int] = set()
     for method in methods:
-        if isinstance(method, ASL | PyramidInfer):
-            return None
-        layer: int | tuple[int, ...] = getattr(method, "layer", ())
-        layers.update([layer] if isinstance(layer, int) else layer)
+        layers.update(method.selection_layers(num_layers))
     return layers

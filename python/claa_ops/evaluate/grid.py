@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from claa_ops.evaluate.inputs import parse_budget
-from claa_ops.huggingface.models import InputError, load_model
+from claa_ops.huggingface.models import InputError, load_model, require_same_tokenizer
 from claa_ops.methods import METHODS, Method, make_method
 from claa_ops.methods.pruning import Pruning
-from claa_ops.methods.speculative import require_same_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

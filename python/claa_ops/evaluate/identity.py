@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from claa_ops import __version__
 from claa_ops.evaluate.grid import Cell
-from claa_ops.huggingface.prefill import end_tokens
+from claa_ops.huggingface.decoding import end_tokens
 from claa_ops.huggingface.transformers_api import attention_name
 
 _SAMPLES = 2048  # bytes of each tensor, evenly spread, beside the sum of all

@@ -36,7 +36,7 @@ from claa_ops.evaluate.oracle_measures import MEASURES, intervals, measure_ranki
 from claa_ops.evaluate.prompt import Prompt, check_fits, encode_prompt
 from claa_ops.evaluate.shared import SharedPrefill
 from claa_ops.evaluate.tasks import Example
-from claa_ops.huggingface.answer import answer_attention, pool
+from claa_ops.huggingface.answer import ModelReader, answer_attention, pool
 from claa_ops.huggingface.models import InputError
 from claa_ops.methods import Method
 from claa_ops.selection.budget import Budget
@@ -282,7 +282,7 @@ def _answer_length(tokenizer: PreTrainedTokenizerBase, example: Example) -> int:
 
 def _rank_layers(method: Method, shared: SharedPrefill, layers: Sequence[int]) -> Tensor:
     """The method's importance at each layer, ``[L, M]``."""
-    prepared = method.prepare(shared.model, shared.input_ids, None)
+    prepared = method.prepare(ModelReader(shared.model), shared.input_ids, None)
     if prepared is not None:  # it does not come from the prefill, so each layer has the same
         return prepared.ranking.cpu().expand(len(layers), -1)
     rankings = []

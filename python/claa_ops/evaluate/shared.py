@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from claa_ops.huggingface.prefill import count_positions
+from claa_ops.huggingface.answer import ModelReader
+from claa_ops.huggingface.decoding import count_positions
 from claa_ops.huggingface.transformers_api import cache_argument, cache_of, decoder_of
 from claa_ops.methods import FullKV, Method
 from claa_ops.methods.pruning import Pruning
@@ -115,7 +116,7 @@ class SharedPrefill:
         }
         key = type(method), *settings.values()
         if key not in self._prepared:
-            prepared = method.prepare(self.model, self.input_ids, self.attention_mask)
+            prepared = method.prepare(ModelReader(self.model), self.input_ids, self.attention_mask)
             assert prepared is not None  # it is what the method needs
             self._prepared[key] = prepared
         return self._prepared[key]
@@ -135,8 +136,9 @@ class SharedPrefill:
             ValueError: there is no such layer, or the method reads more queries than the last
                 64, which are recorded.
         """
-        if isinstance(getattr(method, "layer", None), int):
-            method = replace(method, layer=layer)  # type: ignore[call-arg]
+        at_depth = method.at_depth(len(self._calls))
+        if isinstance(getattr(at_depth, "layer", None), int):
+            method = replace(at_depth, layer=layer)  # type: ignore[call-arg]
         state = begin(
             method,
             num_layers=len(self._calls),
@@ -209,7 +211,7 @@ class SharedPrefill:
     def _is_recorded(self, given: list[Tensor], cache: Any) -> bool:
         if not isinstance(cache, ClaaCache) or cache.state is None or not cache.prefilling:
             return False
-        enough = cache.method.rows(cache.state) <= _ROWS
+        enough = cache.method.rows(cache.state) <= _ROWS and not cache.method.reads_hidden
         return enough and all(map(torch.equal, given, self._given))
 
 

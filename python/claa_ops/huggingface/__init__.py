@@ -1,0 +1,1 @@
+"""Methods inside the decoders of Hugging Face transformers, without a copy of any of them."""

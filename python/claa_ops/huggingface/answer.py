@@ -13,58 +13,38 @@ from transformers import PreTrainedModel
 
 from claa_ops.huggingface.attach import attach
 from claa_ops.huggingface.cache import ClaaCache
-from claa_ops.huggingface.prefill import count_positions, end_tokens, greedy
+from claa_ops.huggingface.decoding import count_positions, end_tokens, greedy
 from claa_ops.huggingface.prompt import check_prompt, context_length, first_valid
 from claa_ops.huggingface.transformers_api import cache_argument
 from claa_ops.huggingface.work import count_work
 from claa_ops.methods.full import FullKV
-from claa_ops.ops.peak_attention import peak_attention
-from claa_ops.ops.pool_heads import pool_heads
+from claa_ops.selection.answer import Answer, pool
+from claa_ops.selection.layer import Layer
 from claa_ops.selection.state import PrefillState, check_count
-from claa_ops.selection.work import Work
-
-_ROWS = 128  # queries at a time, so that what is held of [T, N] stays small
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A model's own greedy answer, and the queries that made it.
+class ModelReader:
+    """A model as a method may ask it: see :class:`~claa_ops.selection.answer.Reader`."""
 
-    Attributes:
-        tokens: ``[B, T]``, int64, as :func:`claa_ops.prefill.decode` returns them.
-        queries: of each layer with full attention, ``[B, H, T, D]``, after the rotary embedding:
-            those of the last prompt token and of all new tokens but the last.
-        keys: of each such layer, ``[B, G, N, D]``: of the prompt.
-        scales: of each such layer: the factor on their products; None for ``D ** -0.5``.
-        votes: ``[B, T]``, float32: 1 for the queries up to the end of the row's answer, else 0.
-        start: ``[B]``: the first token of each row that is not padding; None without padding.
-        work: the multiply-adds that prompt and answer took.
-    """
+    model: PreTrainedModel
 
-    tokens: Tensor
-    queries: list[Tensor]
-    keys: list[Tensor]
-    scales: list[float | None]
-    votes: Tensor
-    start: Tensor | None
-    work: Work
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens it knows."""
+        return self.model.config.get_text_config().vocab_size
 
-    def peak(self) -> Tensor:
-        """``[B, N]``, float32: the peak over layers and heads, averaged over the queries.
+    def drafted_by(self, draft: PreTrainedModel | None) -> ModelReader:
+        """Another model in its place; itself if that is None."""
+        return self if draft is None else ModelReader(draft)
 
-        The softmax of each query runs over the prompt alone.
-        """
-        total: Tensor | float = 0.0
-        for first in range(0, self.votes.shape[1], _ROWS):
-            rows = slice(first, first + _ROWS)
-            running = None
-            for query, key, scale in zip(self.queries, self.keys, self.scales, strict=True):
-                running = peak_attention(
-                    query[:, :, rows], key, scale=scale, running=running, start=self.start
-                )
-            assert running is not None  # a model has layers
-            total = total + (self.votes[:, None, rows] @ running)[:, 0]
-        return total / self.votes.sum(dim=1, keepdim=True)
+    def answer(
+        self, input_ids: Tensor, max_new_tokens: int, attention_mask: Tensor | None
+    ) -> Answer:
+        """Its greedy answer to a prompt ``[B, N]``, wherever that is."""
+        device = self.model.device
+        mask = None if attention_mask is None else attention_mask.to(device)
+        return record_answer(self.model, input_ids.to(device), max_new_tokens, attention_mask=mask)
 
 
 @torch.no_grad()
@@ -100,7 +80,7 @@ def record_answer(
     attach(model)
     mask = None if start is None else attention_mask
     positions = count_positions(input_ids, mask)
-    cache = _RecordingCache(model.config, FullKV())
+    cache = _RecordingCache(model.config, FullKV(window=1))
     layers = [i for i, kind in enumerate(cache.layer_types) if kind == "full_attention"]
     if not layers:
         raise ValueError("record_answer: a layer must attend to the whole prompt, got none")
@@ -173,11 +153,6 @@ def answer_attention(
     return answer.tokens, pool(ranking, kernel_size) if pooled else ranking
 
 
-def pool(ranking: Tensor, kernel_size: int) -> Tensor:
-    """A ranking ``[B, N]``, averaged over ``kernel_size`` neighbouring tokens."""
-    return pool_heads(ranking[:, None], 1, kernel_size=kernel_size)[:, 0]
-
-
 class _RecordingCache(ClaaCache):
     """Keeps everything, and the last query of every forward."""
 
@@ -200,7 +175,8 @@ class _Recording(PrefillState):
         super().__init__(cache.method, layers, 1, start=None, ranking=None, keep_scores=False)
         self._cache = cache
 
-    def observe(self, layer: int, query: Tensor, key: Tensor, **attention: Any) -> None:
-        self._advance(layer, "observe")
-        self._cache.queries[layer].append(query[:, :, -1:].clone())
-        self._cache.scales[layer] = attention["scale"]
+    def see(self, layer: Layer) -> None:
+        self._advance(layer.index, "observe")
+        self._observed = layer
+        self._cache.queries[layer.index].append(layer.query.clone())
+        self._cache.scales[layer.index] = layer.attention["scale"]

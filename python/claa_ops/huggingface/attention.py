@@ -137,7 +137,7 @@ def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
         else:
             output, lse = (fused[0].transpose(1, 2).contiguous(), None), fused[1]
         if isinstance(claa_cache, ClaaCache) and claa_cache.prefilling:
-            _observe_and_compress(claa_cache, layer, query, key, lse, kwargs)
+            _observe_and_compress(claa_cache, layer, query, key, value, lse, kwargs)
         return output
 
     vars(claa_attention)["claa_base"] = base
@@ -169,6 +169,7 @@ def _observe_and_compress(
     layer: int,
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     lse: Tensor | None,
     attention: dict[str, Any],
 ) -> None:
@@ -180,12 +181,15 @@ def _observe_and_compress(
         layer,
         query,
         key,
+        value=value,
+        hidden=cache.hidden,
         lse=lse,
         scale=attention.get("scaling"),
         sliding_window=attention.get("sliding_window") or 0,
         softcap=attention.get("softcap") or 0.0,
         sink_logits=attention.get("s_aux"),
     )
+    cache.hidden = None
     if not held.is_sliding:
         if held.keys.shape[1] != key.shape[1]:
             raise ValueError(
@@ -195,7 +199,9 @@ def _observe_and_compress(
             )
         held.keys, held.values = state.compress(layer, held.keys, held.values)
         held.start = state.cache_start
-    elif state.positions is not None:
+        return
+    state.release()
+    if state.positions is not None:
         held.place(state.positions, state.start)
 
 

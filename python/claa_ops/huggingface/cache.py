@@ -112,7 +112,9 @@ class ClaaCache(AttachedCache):
         self._seen = torch.empty(0, 0)
         # What the model was given, where its decoder gets something made of that.
         self.given: dict[str, Any] = {}
-        # What the layers behind a selection receive, made once for each type of layer.
+        # What came into the layer that runs, for a method that reads it.
+        self.hidden: Tensor | None = None
+        # What the layers after a selection receive, made once for each type of layer.
         self.selected: dict[str, dict[str, Any]] = {}
 
     @property
@@ -192,6 +194,7 @@ class ClaaCache(AttachedCache):
         """Called by an attached model after its layers."""
         self.given.clear()
         self.selected.clear()
+        self.hidden = None
         self.in_forward = self.prefilling = False
 
     def begin_generate(self, request: Request) -> None:

@@ -44,7 +44,7 @@ def install_hooks(
         (decoder, BeginForward(parameters(decoder), tuple(cache_layers(model.config)))),
         *(
             (layer, ContinueWithSelected(parameters(layer), index))
-            for index, layer in enumerate(layers[1:], start=1)
+            for index, layer in enumerate(layers)
         ),
         *((module, PassCache(parameters(module))) for module in attentions),
     ]
@@ -169,7 +169,7 @@ class ContinueWithSelected(_Hook):
             )
         state = cache.state
         assert state is not None  # begin_forward made it
-        selected = state.select(self.index - 1)
+        selected = state.select(self.index - 1) if self.index > 0 else None
         if selected is not None and cache.first_pass:
             raise FirstPassDone
         if selected is not None:
@@ -181,6 +181,8 @@ class ContinueWithSelected(_Hook):
             if kind not in cache.selected:
                 cache.selected[kind] = _gather(arguments, state.positions, state.start)
             arguments.update(cache.selected[kind])
+        if cache.method.reads_hidden:
+            cache.hidden = hidden
         return (hidden,), arguments
 
 

@@ -365,3 +365,20 @@ def _sentence(error: BaseException) -> str:
         return kind
     said = isinstance(error, ImportError | OSError | ValueError | RuntimeError)
     return words if said else f"{kind}: {words}"
+
+
+def require_same_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase
+) -> None:
+    """Raise ValueError unless the draft's tokenizer has the tokens of the model's, by number.
+
+    Vocabularies of one size may still be different ones; models do not carry their tokenizers, so
+    who loads both has to ask.
+    """
+    ours, theirs = tokenizer.get_vocab(), draft.get_vocab()
+    if ours != theirs:
+        differing = len(ours.items() - theirs.items()) + len(theirs.keys() - ours.keys())
+        raise ValueError(
+            f"SpeculativePrefill: draft must have the tokenizer of the model, got one in which "
+            f"{differing} of {len(ours)} entries differ"
+        )

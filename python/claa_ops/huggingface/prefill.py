@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from numbers import Integral
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from claa_ops.huggingface.answer import ModelReader
 from claa_ops.huggingface.attach import attach
 from claa_ops.huggingface.cache import ClaaCache, hide_before
+from claa_ops.huggingface.decoding import count_positions, end_tokens, greedy
 from claa_ops.huggingface.hooks import FirstPassDone
 from claa_ops.huggingface.prompt import check_prompt, check_room, first_valid
 from claa_ops.huggingface.transformers_api import cache_argument, decoder_of
@@ -99,7 +99,7 @@ def prefill(
             f"prefill: prepared must be what method.prepare returned, got {type(prepared).__name__}"
         )
     if prepared is None:
-        prepared = method.prepare(model, input_ids, attention_mask)
+        prepared = method.prepare(ModelReader(model), input_ids, attention_mask)
     cache.ranking, work = (None, Work()) if prepared is None else prepared
     position_ids = count_positions(input_ids, attention_mask)
     next_position = position_ids[:, -1] + 1
@@ -193,38 +193,6 @@ def decode(
     return torch.cat(list(islice(tokens, max_new_tokens)), dim=1)
 
 
-def greedy(
-    model: PreTrainedModel,
-    logits: Tensor,
-    cache: ClaaCache,
-    position: Tensor,
-    attention_mask: Tensor | None,
-    ends: list[int],
-) -> Iterator[Tensor]:
-    """The tokens of :func:`decode` one by one, ``[B, 1]``, until all rows have ended.
-
-    Each but the first, which the logits ``[B, V]`` of the prompt give, takes a forward.
-    """
-    end = torch.tensor(ends, dtype=torch.int64, device=logits.device)
-    token = logits.argmax(dim=-1, keepdim=True)
-    ended, position = torch.isin(token, end), position[:, None]
-    yield token
-    while not ended.all():
-        if attention_mask is not None:
-            one = torch.ones_like(attention_mask[:, :1])
-            attention_mask = torch.cat([attention_mask, one], dim=1)
-        output = model(
-            input_ids=token,
-            attention_mask=attention_mask,
-            position_ids=position,
-            use_cache=True,
-            **cache_argument(model, cache),
-        )
-        token = torch.where(ended, token, output.logits[:, -1].argmax(dim=-1, keepdim=True))
-        ended, position = ended | torch.isin(token, end), position + 1
-        yield token
-
-
 def generate(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -250,23 +218,6 @@ def generate(
         check_room("generate", model, input_ids.shape[1], max_new_tokens)
     prefilled = prefill(model, input_ids, method, attention_mask)
     return decode(model, prefilled, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id)
-
-
-def end_tokens(
-    model: PreTrainedModel, eos_token_id: int | Sequence[int] | None = None
-) -> list[int]:
-    """The tokens that end an answer: the given ones, else those that the model is configured to."""
-    if eos_token_id is None:
-        config = model.generation_config
-        eos_token_id = () if config is None or config.eos_token_id is None else config.eos_token_id
-    tokens: list[Any] = [eos_token_id]
-    if isinstance(eos_token_id, (Sequence, Tensor)) and not isinstance(eos_token_id, str):
-        tokens = list(eos_token_id)
-    if not all(isinstance(token, (Integral, Tensor)) for token in tokens):
-        raise TypeError(
-            f"decode: eos_token_id must be a token or several of them, got {eos_token_id!r}"
-        )
-    return [int(token) for token in tokens]
 
 
 class _FirstPassCache(ClaaCache):
@@ -300,7 +251,7 @@ def _first_pass(
         first_pass=True,
     )
     chosen = state.choose()
-    if chosen is not None or not any(method.needs_scores(state, layer) for layer in range(layers)):
+    if chosen is not None or method.last_layer(state) is None:
         return state
     try:
         decoder = decoder_of(model)
@@ -317,10 +268,3 @@ def _first_pass(
     if cache.state.positions is None:
         cache.state.select(layers - 1)
     return cache.state
-
-
-def count_positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Positions ``[B, n]`` that count the tokens of each row from 0."""
-    if attention_mask is None:
-        return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)

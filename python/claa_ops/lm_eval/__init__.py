@@ -38,9 +38,8 @@ from tqdm import tqdm
 from claa_ops.evaluate.answer import decode_until, force
 from claa_ops.evaluate.guard import printable, reason
 from claa_ops.evaluate.inputs import parse_budget
-from claa_ops.huggingface.models import InputError, load_model
+from claa_ops.huggingface.models import InputError, load_model, require_same_tokenizer
 from claa_ops.methods import make_method
-from claa_ops.methods.speculative import require_same_tokenizer
 from claa_ops.prefill import Prefilled, attach, prefill
 from claa_ops.selection.budget import is_count
 

@@ -1,4 +1,4 @@
-"""One module per ranking system: which prompt tokens it keeps, where, and how many."""
+"""One module for each method: which prompt tokens it keeps, where, and how many."""
 
 from claa_ops.methods.asl import ASL
 from claa_ops.methods.claa import CLAA
@@ -8,9 +8,10 @@ from claa_ops.methods.full import FullKV
 from claa_ops.methods.gemfilter import GemFilter
 from claa_ops.methods.oracle import Oracle
 from claa_ops.methods.peak import Peak
+from claa_ops.methods.pruning import Pruning
 from claa_ops.methods.pyramidinfer import PyramidInfer
 from claa_ops.methods.pyramidkv import PyramidKV
-from claa_ops.methods.registry import METHODS, make_method
+from claa_ops.methods.registry import METHODS, find_method, make_method, register
 from claa_ops.methods.snapkv import SnapKV
 from claa_ops.methods.speculative import SpeculativePrefill
 from claa_ops.methods.streaming import StreamingLLM
@@ -27,6 +28,7 @@ __all__ = [
     "Method",
     "Oracle",
     "Peak",
+    "Pruning",
     "PyramidInfer",
     "PyramidKV",
     "Random",
@@ -34,5 +36,7 @@ __all__ = [
     "SnapKV",
     "SpeculativePrefill",
     "StreamingLLM",
+    "find_method",
     "make_method",
+    "register",
 ]

@@ -1,18 +1,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from claa_ops.methods.pruning import Pruning
 from claa_ops.ops.rank_variance import rank_variance
-from claa_ops.selection.budget import is_count, is_number
+from claa_ops.selection.budget import Budget, is_count, is_number
+from claa_ops.selection.layer import Layer
 from claa_ops.selection.padding import mask_padding
-
-if TYPE_CHECKING:
-    from claa_ops.selection.state import PrefillState
+from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -25,9 +23,11 @@ class ASL(Pruning):
 
     Args:
         keep, first_full, num_sinks: see :class:`Pruning`; ``keep`` is one budget.
-        layer: the first layer that is tested, the measure of the later ones.
+        layer: the first layer that is tested, the measure of the later ones; None for a third of
+            the model's depth.
         keep_kv: tokens that a layer's cache keeps (SnapKV); ``keep`` if not given.
-        last_n: how many layers must agree; at most ``layer + 1``.
+        last_n: how many layers must agree; at most ``layer + 1``. None for 8, or as many as
+            there are up to ``layer``.
         tau: share of the first variance; None selects at ``layer`` itself, as FastKV does.
         passes: 1, or 2 to start anew on the selected token ids, as GemFilter does, with new
             positions; the last layer's ranking selects then if the test never succeeds.
@@ -51,8 +51,7 @@ class ASL(Pruning):
     """
 
     keep: float | int | tuple[float | int, ...] = 2048
-    layer: int | tuple[int, ...] = 10
-    last_n: int = 8
+    last_n: int | None = None
     tau: float | None = 0.3
     passes: int = 1
     full_before: bool = False
@@ -60,70 +59,92 @@ class ASL(Pruning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(isinstance(self.layer, int), "layer", "one layer")
+        single = self.layer is None or isinstance(self.layer, int)
+        self.require(single, "layer", "one layer")
         self.require(not self.equal_cache, "equal_cache", "False")
-        first = min(self._stages)
-        self.require(is_count(self.last_n, 1), "last_n", "a positive integer")
+        given = self.last_n is None or is_count(self.last_n, 1)
+        self.require(given, "last_n", "a positive integer")
         if self.tau is not None:
-            self.require(self.last_n <= first + 1, "last_n", f"at most layer + 1 = {first + 1}")
             self.require(is_number(self.tau) and self.tau > 0, "tau", "above 0, or None")
+        if isinstance(self.layer, int):
+            self._require_enough_layers(self.layer)
         self.require(self.passes in (1, 2), "passes", "1 or 2")
         self.require(isinstance(self.full_before, bool), "full_before", "True or False")
 
-    @classmethod
-    def defaults(cls, num_layers: int) -> dict[str, Any]:
-        """A third of the depth: 10 of 32, 9 of 28; and no more layers than there are by then."""
-        return {"layer": num_layers // 3, "last_n": min(8, num_layers // 3 + 1)}
+    def _require_enough_layers(self, first: int) -> None:
+        enough = self.tau is None or self._last_n(first) <= first + 1
+        self.require(enough, "last_n", f"at most layer + 1 = {first + 1}")
+
+    @staticmethod
+    def default_layer(num_layers: int) -> int:
+        """A third of the depth: 10 of 32, 9 of 28."""
+        return num_layers // 3
+
+    def check(self, num_layers: int) -> None:
+        """Raise ValueError if no layer comes after the first tested one, or too few before it."""
+        super().check(num_layers)
+        self._require_enough_layers(self._first(num_layers))
+
+    @property
+    def serves_batches(self) -> bool:
+        """Only where the selection layer is known beforehand."""
+        return self.tau is None
 
     @property
     def two_pass(self) -> bool:
         """With two passes."""
         return self.passes == 2
 
-    def ranks(self, layer: int) -> bool:
+    def selection_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Any from the first tested one on."""
+        first = self._first(num_layers)
+        return (first,) if self.tau is None else tuple(range(first, num_layers))
+
+    def stages(self, num_layers: int) -> dict[int, Budget]:
+        """One budget, wherever it is spent; it stands for the first tested layer."""
+        return {self._first(num_layers): self._keeps[0]}
+
+    def last_layer(self, state: PrefillState) -> int | None:
+        """The last of all: its ranking selects if the test never succeeds."""
+        return state.num_layers - 1 if self._drops(state, self._first(state.num_layers)) else None
+
+    def ranks(self, state: PrefillState, layer: int) -> bool:
         """Any layer may be the last to see the whole prompt."""
         return True
 
-    def informs(self, layer: int) -> bool:
-        """The tested layers, and those before with which they are compared."""
-        return layer > min(self._stages) - (1 if self.tau is None else self.last_n)
+    def informs(self, state: PrefillState, layer: int) -> bool:
+        """The tested layers and those before with which they are compared, until one selects."""
+        first = self._first(state.num_layers)
+        compared = layer > first - (1 if self.tau is None else self._last_n(first))
+        return compared and self._selected(state) is None
 
-    def needs_scores(self, state: PrefillState, layer: int) -> bool:
-        """Whether the selection is yet to come, or the layer's cache is compressed."""
-        pending = self.informs(layer) and self._selected(state) is None
-        if pending and self._drops(state, self._next_stage(layer)):
-            return True
-        return not self.two_pass and self._compresses(state, layer)
-
-    def observe(self, state: PrefillState, layer: int) -> None:
+    def observe(self, state: PrefillState, layer: Layer) -> None:
         """Rank the tokens, and test whether the last layers agree."""
-        if not self.informs(layer) or self._selected(state) is not None:
+        if not self._informs_drop(state, layer.index):
             return
-        state.importance = self.rank(state, layer)
-        if self._agree(state, layer, state.importance):
-            state.notes["selected"] = layer
+        ranking = state.importance = self.rank(layer, state.running)
+        if self._agree(state, layer.index, ranking):
+            state.notes["selected"] = layer.index
 
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
         """The most important tokens, ``[B, k]``, and the window, where the test succeeds."""
-        stage = self._next_stage(layer)
+        first = self._first(state.num_layers)
         never = self.two_pass and layer == state.num_layers - 1 and self._selected(state) is None
-        if not self._drops(state, stage) or not (never or self._selected(state) == layer):
+        if not self._drops(state, first) or not (never or self._selected(state) == layer):
             return None
-        return self._best_at(state, stage)
+        return self._best_at(state, first)
 
     def compressible(self, state: PrefillState, layer: int) -> bool:
         """Whether the cache of this layer may be compressed at all."""
         selected = self._selected(state)
-        behind = selected is not None and layer > selected
-        return layer >= self.first_full and (behind or not self.full_before)
+        after = selected is not None and layer > selected
+        return layer >= self.first_full and (after or not self.full_before)
 
     def _agree(self, state: PrefillState, layer: int, scores: Tensor) -> bool:
         """Whether the last layers rank the tokens alike, these ``scores`` being the newest."""
-        first = min(self._stages)
+        first = self._first(state.num_layers)
         if self.tau is None:
             return layer == first
-        if not self._drops(state, first):
-            return False
         if scores.shape[0] > 1:
             raise ValueError(
                 "ASL: a batch must be one prompt, which has its own selection layer, "
@@ -131,7 +152,7 @@ class ASL(Pruning):
             )
         layers = state.notes.setdefault("layers", [])
         layers.append(mask_padding(scores, state.start, -torch.inf))
-        del layers[: -self.last_n]
+        del layers[: -self._last_n(first)]
         if layer < first:
             return False
         rows = state.row_sizes
@@ -140,8 +161,15 @@ class ASL(Pruning):
         variance = rank_variance(torch.stack(layers), best).item()
         return variance < self.tau * state.notes.setdefault("variance", variance)
 
+    def _first(self, num_layers: int) -> int:
+        """The first tested layer."""
+        return super().selection_layers(num_layers)[0]
+
+    def _last_n(self, first: int) -> int:
+        return min(8, first + 1) if self.last_n is None else self.last_n
+
     def _selected(self, state: PrefillState) -> int | None:
         return state.notes.get("selected")
 
-    def _next_stage(self, layer: int) -> int:
-        return min(self._stages)
+    def _next_stage(self, state: PrefillState, layer: int) -> int:
+        return self._first(state.num_layers)

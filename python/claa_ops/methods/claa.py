@@ -1,19 +1,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from claa_ops.methods.pruning import Pruning
 from claa_ops.ops.aggregate_scores import aggregate_scores
-from claa_ops.ops.score_layer import score_layer
-from claa_ops.selection.method import is_count
+from claa_ops.selection.budget import is_count
+from claa_ops.selection.layer import Layer
 from claa_ops.selection.padding import standardise
-
-if TYPE_CHECKING:
-    from claa_ops.selection.state import PrefillState
+from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -70,50 +68,23 @@ class CLAA(Pruning):
         self.require(self.over_heads in ("max", "sum"), "over_heads", "'max' or 'sum'")
         self.require(self.over_layers in ("max", "mean"), "over_layers", "'max' or 'mean'")
 
-    def informs(self, layer: int) -> bool:
-        """The selection layer, and those before it that are aggregated."""
-        return any(stage - self.last_n < layer <= stage for stage in self._stages)
-
-    def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
-        """The scores; the ones that are aggregated as they are join ``state.importance``."""
-        if not self._is_plain or not self._informs_drop(state, state.layer):
-            return super().score(state, query, key, **attention)
-        if state.importance is None or state.layer == self._first_aggregated(state.layer):
-            shape = (key.shape[0], key.shape[2] - query.shape[2])
-            state.importance = key.new_zeros(shape, dtype=torch.float32)
-        return score_layer(
-            state.importance,
-            query,
-            key,
-            kernel_size=self.kernel_size,
-            pool_mode=self.pool_mode,
-            **attention,
-        )
-
-    def rank(self, state: PrefillState, layer: int) -> Tensor:
+    def rank(self, layer: Layer, before: Tensor | None) -> Tensor:
         """The scores of the layers so far, aggregated."""
-        if self._is_plain:
-            assert state.importance is not None  # the scores have joined it
-            return state.importance
-        scores = state.layer_scores
+        if not self.zscore and self.over_heads == self.over_layers == "max":
+            return layer.reduce(layer.running_max(before), "max")
+        scores = layer.scores
         if self.over_heads == "sum":
-            scores = scores.sum(dim=1, keepdim=True)
+            scores = layer.reduce(scores.sum(dim=1, keepdim=True), "sum")
         if self.zscore:
-            scores = standardise(scores, state.start)
-        begins = layer == self._first_aggregated(layer)
-        running = None if begins else state.importance
+            scores = standardise(scores, layer.start)
         if self.over_layers == "mean":  # the sum: it ranks alike
-            scores = scores.amax(dim=1)
-            return scores if running is None else running + scores
-        if running is None:
-            running = scores.new_full((scores.shape[0], scores.shape[2]), -torch.inf)
-        return aggregate_scores(running, scores)
+            scores = layer.reduce(scores.amax(dim=1), "max")
+            return scores if before is None else before + scores
+        if before is None:
+            before = scores.new_full((scores.shape[0], scores.shape[2]), -torch.inf)
+        return layer.reduce(aggregate_scores(before, scores), "max")
 
-    @property
-    def _is_plain(self) -> bool:
-        return not self.zscore and self.over_heads == self.over_layers == "max"
-
-    def _first_aggregated(self, layer: int) -> int:
-        stage = self._next_stage(layer)
-        before = [other for other in self._stages if other < stage]
-        return max([0, stage - self.last_n + 1, *(other + 1 for other in before)])
+    def informs(self, state: PrefillState, layer: int) -> bool:
+        """The selection layer, and those before it that are aggregated."""
+        stages = self.stages(state.num_layers)
+        return any(stage - self.last_n < layer <= stage for stage in stages)

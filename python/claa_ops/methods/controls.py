@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import zlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from claa_ops.methods.fastkv import FastKV
 from claa_ops.methods.pruning import Pruning
-from claa_ops.selection.method import is_count
+from claa_ops.selection.budget import is_count
+from claa_ops.selection.layer import Layer
 from claa_ops.selection.padding import gather_kept
 
 if TYPE_CHECKING:
-    from claa_ops.selection.state import PrefillState
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,13 @@ class Random(Pruning):
         super().__post_init__()
         self.require(is_count(self.seed, 0), "seed", "an integer of at least 0")
 
-    def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
+    def for_prompt(self, key: str) -> Self:
+        """The same method with a seed of its own for each key."""
+        return replace(self, seed=zlib.crc32(f"{self.seed} {key}".encode()))
+
+    def score(self, layer: Layer) -> Tensor:
         """Random numbers: the same for each token in all layers, heads and rows."""
+        state, key = layer.state, layer.key
         numbers = state.notes.get("numbers")
         if numbers is None:
             context = max(0, state.prompt_length - self.window)

@@ -44,15 +44,15 @@ class FastKV(Pruning):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.rates_of in ("prompt", "layer"), "rates_of", "'prompt' or 'layer'")
-        last = self._stages[max(self._stages)]
         if self.rates_of == "layer":
-            rates = bool(self._keep_kv.per and last.per and len(self._stages) == 1)
+            rates = bool(self._keep_kv.per and self._keeps[0].per and len(self._keeps) == 1)
             self.require(rates, "rates_of", "'prompt' unless keep and keep_kv are single rates")
-            object.__setattr__(self, "_keep_kv_after", self._keep_kv.within(last))
+            object.__setattr__(self, "_keep_kv_after", self._keep_kv.within(self._keeps[0]))
 
     def capacity(self, sizes: Sizes[Size], layer: int) -> Size:
         """How many entries the cache of this layer may keep."""
         if self.rates_of == "prompt" or self.equal_cache:
             return super().capacity(sizes, layer)
-        budget = self._keep_kv if layer <= max(self._stages) else self._keep_kv_after
+        last = max(self.stages(sizes.num_layers))
+        budget = self._keep_kv if layer <= last else self._keep_kv_after
         return budget.tokens(sizes.seen, self.window)

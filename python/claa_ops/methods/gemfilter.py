@@ -1,17 +1,19 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from claa_ops.ops.pool_heads import pool_heads
 from claa_ops.selection.budget import Budget, Size, Sizes, is_count
+from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method
 from claa_ops.selection.padding import mask_padding
+from claa_ops.selection.state import PrefillState
 
 if TYPE_CHECKING:
-    from claa_ops.selection.state import PrefillState
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class GemFilter(Method):
     Args:
         keep: tokens of the second pass: a rate of the prompt in (0, 1], or a number. Nothing is
             kept for certain, not even the last token.
-        layer: the filter layer, from 0; the last layer of the first pass.
+        layer: the filter layer, from 0; the last layer of the first pass. None for
+            :meth:`default_layer` of the model's depth.
         kernel_size, pool_mode: see :class:`Method`; ``window`` is 1, the last token.
 
     Raises:
@@ -43,7 +46,7 @@ class GemFilter(Method):
     """
 
     keep: float | int = 0.1
-    layer: int = 13
+    layer: int | None = None
     window: int = field(default=1, kw_only=True)
     kernel_size: int = field(default=5, kw_only=True)
 
@@ -51,47 +54,60 @@ class GemFilter(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(is_count(self.layer, 0), "layer", "an integer of at least 0")
+        valid = self.layer is None or is_count(self.layer, 0)
+        self.require(valid, "layer", "an integer of at least 0")
         self.require(self.window == 1, "window", "1")
         object.__setattr__(self, "_keep", self.budget("keep"))
 
-    @classmethod
-    def defaults(cls, num_layers: int) -> dict[str, Any]:
+    @staticmethod
+    def default_layer(num_layers: int) -> int:
         """Layer 13 of 32."""
-        return {"layer": num_layers * 13 // 32}
+        return num_layers * 13 // 32
+
+    def selection_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The filter layer."""
+        return (self.default_layer(num_layers) if self.layer is None else self.layer,)
+
+    def at_depth(self, num_layers: int) -> Self:
+        """The same method with its filter layer filled in; ValueError if there is none."""
+        return replace(super().at_depth(num_layers), layer=self.selection_layers(num_layers)[0])
 
     def check(self, num_layers: int) -> None:
         """Raise ValueError if the model has no such layer."""
-        self.require(self.layer < num_layers, "layer", f"in [0, {num_layers - 1}]")
+        (layer,) = self.selection_layers(num_layers)
+        self.require(layer < num_layers, "layer", f"in [0, {num_layers - 1}]")
 
     @property
     def two_pass(self) -> bool:
         """Yes."""
         return True
 
-    def ranks(self, layer: int) -> bool:
+    def last_layer(self, state: PrefillState) -> int | None:
+        """The filter layer, if the prompt is longer than the budget."""
+        (layer,) = self.selection_layers(state.num_layers)
+        return layer if state.length > self._tokens(state.sizes) else None
+
+    def ranks(self, state: PrefillState, layer: int) -> bool:
         """The layers of the first pass."""
-        return layer <= self.layer
+        return layer <= self.selection_layers(state.num_layers)[0]
 
-    def needs_scores(self, state: PrefillState, layer: int) -> bool:
-        """Whether this is the filter layer of a prompt that is longer than the budget."""
-        return layer == self.layer and state.length > self._tokens(state.sizes)
-
-    def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
+    def score(self, layer: Layer) -> Tensor:
         """Pooled inner products with the last query, summed over heads: ``[B, 1, N]``."""
-        heads = query.unflatten(1, (key.shape[1], -1))[:, :, :, 0]  # [B, G, H / G, D]
+        key = layer.key
+        heads = layer.query.unflatten(1, (key.shape[1], -1))[:, :, :, 0]  # [B, G, H / G, D]
         products = (heads @ key.transpose(2, 3)).float()  # [B, G, H / G, N]
-        summed = products.sum(dim=(1, 2)).unsqueeze(1)
-        summed = mask_padding(summed, attention["start"], 0.0)
+        summed = layer.reduce(products.sum(dim=(1, 2)).unsqueeze(1), "sum")
+        summed = mask_padding(summed, layer.start, 0.0)
         return pool_heads(summed, 1, kernel_size=self.kernel_size, pool_mode=self.pool_mode)
 
-    def observe(self, state: PrefillState, layer: int) -> None:
-        """The scores of one layer are the ranking."""
-        state.importance = state.layer_scores[:, 0]
+    def observe(self, state: PrefillState, layer: Layer) -> None:
+        """The scores of the filter layer are the ranking."""
+        if layer.index == self.last_layer(state):
+            state.importance = layer.scores[:, 0]
 
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
-        """At the filter layer, the best tokens."""
-        if not self.needs_scores(state, layer):
+        """After the filter layer, the best tokens."""
+        if layer != self.last_layer(state):
             return None
         assert state.importance is not None  # the filter layer was observed
         return self.keep_best(state, state.importance, self._tokens)

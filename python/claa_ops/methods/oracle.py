@@ -1,18 +1,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from claa_ops.methods.pruning import Pruning
-from claa_ops.selection.method import Preparation, is_count
+from claa_ops.selection.answer import Reader, pool
+from claa_ops.selection.budget import is_count
+from claa_ops.selection.layer import Layer
+from claa_ops.selection.method import Preparation
 from claa_ops.selection.padding import gather_kept
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -54,20 +51,20 @@ class Oracle(Pruning):
         return True
 
     def prepare(
-        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None
+        self, reader: Reader, input_ids: Tensor, attention_mask: Tensor | None
     ) -> Preparation:
         """Answer, and rank the prompt by the answer's attention."""
-        # Here, because it needs transformers, which users of the functional API may not have.
-        from claa_ops.huggingface.answer import pool, record_answer
-
-        answer = record_answer(model, input_ids, self.max_new_tokens, attention_mask=attention_mask)
+        answer = reader.answer(input_ids, self.max_new_tokens, attention_mask)
         return Preparation(pool(answer.peak(), self.kernel_size), answer.work)
 
-    def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
+    def score(self, layer: Layer) -> Tensor:
         """The ranking of the tokens that this layer sees, without the window."""
-        ranking = state.ranking
+        ranking = layer.state.ranking
         assert ranking is not None  # a prefill that needs one does not begin without
-        if state.positions is not None:
-            ranking = gather_kept(ranking, state.positions)
-        context = max(0, state.length - self.window)
-        return ranking[:, None, :context].expand(-1, key.shape[1], -1)
+        if layer.state.positions is not None:
+            ranking = gather_kept(ranking, layer.state.positions)
+        return ranking[:, None, : layer.context].expand(-1, layer.key.shape[1], -1)
+
+    def rank(self, layer: Layer, before: Tensor | None) -> Tensor:
+        """The ranking, once for each head."""
+        return layer.scores.sum(dim=1)

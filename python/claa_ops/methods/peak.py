@@ -1,17 +1,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from claa_ops.methods.pruning import Pruning
 from claa_ops.ops.peak_attention import peak_attention
 from claa_ops.ops.pool_heads import pool_heads
+from claa_ops.selection.layer import Layer
 from claa_ops.selection.padding import gather_kept
-
-if TYPE_CHECKING:
-    from claa_ops.selection.state import PrefillState
+from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -48,49 +46,37 @@ class Peak(Pruning):
     window: int = field(default=16, kw_only=True)
     kernel_size: int = field(default=25, kw_only=True)
 
-    @classmethod
-    def defaults(cls, num_layers: int) -> dict[str, Any]:
-        """Layer 8 of 30, which is known to be good in one small model."""
-        return {"layer": num_layers * 4 // 15}
+    def rank(self, layer: Layer, before: Tensor | None) -> Tensor:
+        """The peaks of the context tokens over layers, heads and window, pooled."""
+        notes = layer.state.notes  # the peaks of each query of the window, [B, W, n]
+        notes["peaks"] = peaks = peak_attention(
+            layer.query,
+            layer.key,
+            scale=layer.attention["scale"],
+            running=notes.get("peaks"),
+            start=layer.start,
+        )
+        highest = peaks[..., : peaks.shape[2] - peaks.shape[1]].amax(dim=1, keepdim=True)
+        highest = layer.reduce(highest, "max")
+        return pool_heads(highest, 1, kernel_size=self.kernel_size, pool_mode=self.pool_mode)[:, 0]
 
-    def informs(self, layer: int) -> bool:
+    def informs(self, state: PrefillState, layer: int) -> bool:
         """Every layer up to the last selection."""
-        return layer <= max(self._stages)
+        return layer <= max(self.stages(state.num_layers))
+
+    @staticmethod
+    def default_layer(num_layers: int) -> int:
+        """Layer 8 of 30, which is known to be good in one small model."""
+        return num_layers * 4 // 15
 
     def _informs_drop(self, state: PrefillState, layer: int) -> bool:
         """Whether any selection from this layer on drops tokens: all layers before it count."""
-        return any(stage >= layer and self._drops(state, stage) for stage in self._stages)
-
-    def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
-        """The window's scores, if the layer's cache is compressed by them, else the peaks.
-
-        The peaks of the layers so far, ``[B, W, n]``, are noted, up to the last selection.
-        """
-        if self.informs(state.layer):
-            state.notes["peaks"] = peak_attention(
-                query,
-                key,
-                scale=attention["scale"],
-                running=state.notes.get("peaks"),
-                start=attention["start"],
-            )
-            if not self._compresses(state, state.layer):
-                return self._highest(state)
-        return super().score(state, query, key, **attention)
-
-    def rank(self, state: PrefillState, layer: int) -> Tensor:
-        """The peaks of the context tokens over layers, heads and window, pooled."""
-        peaks = self._highest(state)
-        return pool_heads(peaks, 1, kernel_size=self.kernel_size, pool_mode=self.pool_mode)[:, 0]
-
-    def _highest(self, state: PrefillState) -> Tensor:
-        """``[B, 1, M]``: the highest of the window's peaks of each context token."""
-        peaks = state.notes["peaks"]
-        return peaks[..., : peaks.shape[2] - peaks.shape[1]].amax(dim=1, keepdim=True)
+        stages = self.stages(state.num_layers)
+        return any(stage >= layer and self._drops(state, stage) for stage in stages)
 
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
         """At a selection layer, the most important tokens, ``[B, k]``, and the window."""
         index = super().select(state, layer)
-        if index is not None:  # the peaks of the tokens that go on
+        if index is not None:  # the peaks of the tokens that continue
             state.notes["peaks"] = gather_kept(state.notes["peaks"], index)
         return index

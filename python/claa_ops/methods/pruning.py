@@ -1,37 +1,50 @@
-"""What most systems share: tokens dropped after some layers, and compressed caches."""
+"""What most methods share: tokens dropped after some layers, and compressed caches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from claa_ops.selection.budget import Budget, Size, Sizes, either, equal_share, is_count, smaller
+from claa_ops.selection.budget import (
+    Budget,
+    Size,
+    Sizes,
+    either,
+    equal_share,
+    is_count,
+    smaller,
+)
+from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method
+from claa_ops.selection.state import PrefillState
 
 if TYPE_CHECKING:
-    from claa_ops.selection.state import PrefillState
+    from typing_extensions import Self
 
 Keep = float | int
 
 
 @dataclass(frozen=True)
 class Pruning(Method):
-    """A system that drops tokens after one or more layers and compresses each layer's cache.
+    """A method that drops tokens after one or more layers and compresses each layer's cache.
 
-    A subclass says how tokens are ranked at a selection layer; FastKV's way, the sum of that
-    layer's scores over its heads, stands here.
+    A new ranking is a subclass with one function: ``rank``, of what a layer saw and of the
+    ranking before it, says which tokens continue; :meth:`Method.score`, of what a layer saw, says
+    which tokens each head's cache keeps, and is what ``rank`` sums over the heads if it is not
+    overridden, as in FastKV.
 
     Args:
-        keep: tokens that go on after the selection layer: a rate of the prompt in (0, 1], or a
+        keep: tokens that continue after the selection layer: a rate of the prompt in (0, 1], or a
             number. The window counts. A tuple for staged selection, all of the whole prompt, none
             larger than the one before it.
         layer: the selection layer, from 0; it still sees every token. A tuple, ascending, of
-            the length of ``keep``, selects once after each of these layers.
+            the length of ``keep``, selects once after each of these layers. None for
+            :meth:`default_layer` of the model's depth.
         keep_kv: tokens that a layer's cache keeps, likewise; the last ``keep`` if not given.
         first_full: the first layers, whose caches stay whole.
         num_sinks: first tokens of the prompt that are always kept; a number of tokens has room for
@@ -49,36 +62,48 @@ class Pruning(Method):
     Raises:
         ValueError: a setting is out of its range; or, when a prefill begins, ``equal_cache``
             is impossible, because the whole caches alone hold more than is allowed.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class KeyNorm(Pruning):
+        ...     '''Keys of small norm are attended to most (arXiv 2406.11430).'''
+        ...
+        ...     def score(self, layer):
+        ...         return -layer.key[:, :, : layer.context].float().norm(dim=-1)
+        >>> method = KeyNorm(keep=0.2, layer=7)
     """
 
     keep: Keep | tuple[Keep, ...] = 0.1
-    layer: int | tuple[int, ...] = 15
+    layer: int | tuple[int, ...] | None = None
     keep_kv: Keep | None = None
     first_full: int = 0
     num_sinks: int = 0
     equal_cache: bool = False
 
     # Parsed here, once: torch.compile traces what a prefill calls, but not fractions.
-    _stages: dict[int, Budget] = field(init=False, repr=False, compare=False)
+    _keeps: tuple[Budget, ...] = field(init=False, repr=False, compare=False)
     _keep_kv: Budget = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        layers, keeps = self._each("layer"), self._each("keep")
+        layers = [0] if self.layer is None else self._each("layer")
+        keeps = self._each("keep")
         integers = all(is_count(layer, 0) for layer in layers)
         self.require(integers, "layer", "an integer of at least 0")
         self.require(layers == sorted(set(layers)), "layer", "in ascending order")
         budgets = [budget for budget in map(Budget.of, keeps) if budget is not None]
         valid = len(budgets) == len(keeps)
         self.require(valid, "keep", "a rate in (0, 1] or a number of tokens")
-        stages = f"one for each selection layer of {self.layer!r}"
+        unnamed = "one budget unless layer names several layers"
+        stages = unnamed if self.layer is None else f"one for each selection layer of {self.layer}"
         self.require(len(keeps) == len(layers), "keep", stages)
         rises = any(later.exceeds(earlier) for earlier, later in pairwise(budgets))
         self.require(not rises, "keep", "no larger at a later layer")
         self.require(is_count(self.first_full, 0), "first_full", "an integer of at least 0")
         self.require(is_count(self.num_sinks, 0), "num_sinks", "an integer of at least 0")
         self.require(isinstance(self.equal_cache, bool), "equal_cache", "True or False")
-        object.__setattr__(self, "_stages", dict(zip(layers, budgets, strict=True)))
+        object.__setattr__(self, "_keeps", tuple(budgets))
         cached = budgets[-1] if self.keep_kv is None else self.budget("keep_kv")
         object.__setattr__(self, "_keep_kv", cached)
         self._require_room_for_sinks("keep", budgets)
@@ -97,15 +122,64 @@ class Pruning(Method):
             self.num_sinks == 0 or room, name, f"at least window + num_sinks = {least} tokens"
         )
 
-    @classmethod
-    def defaults(cls, num_layers: int) -> dict[str, Any]:
-        """The last layer of the first half selects: 15 of 32."""
-        return {"layer": max(0, num_layers // 2 - 1)}
+    # What a ranking is made of: the page of a method.
+
+    def rank(self, layer: Layer, before: Tensor | None) -> Tensor:
+        """The ranking ``[B, M]``, float32, after a layer that informs it.
+
+        Args:
+            layer: what the layer saw.
+            before: ``[B, M]``, the ranking after the layers before it, which may be updated in
+                place; None if there is none of the tokens that this layer sees.
+        """
+        return layer.reduce(layer.scores.sum(dim=1), "sum")
+
+    def informs(self, state: PrefillState, layer: int) -> bool:
+        """Whether this layer enters the ranking of a selection layer."""
+        return layer in self.stages(state.num_layers)
+
+    @staticmethod
+    def default_layer(num_layers: int) -> int:
+        """Where to select in a model of this depth: the last of the first half, 15 of 32."""
+        return max(0, num_layers // 2 - 1)
+
+    # What follows from the settings.
+
+    def stages(self, num_layers: int) -> dict[int, Budget]:
+        """The selection layers, ascending, and how many tokens continue after each."""
+        return dict(zip(self.selection_layers(num_layers), self._keeps, strict=True))
+
+    def selection_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The layers after which tokens may be dropped, ascending."""
+        layer = self.default_layer(num_layers) if self.layer is None else self.layer
+        return layer if isinstance(layer, tuple) else (layer,)
+
+    def at_depth(self, num_layers: int) -> Self:
+        """The same method with its selection layer filled in; ValueError if there is none."""
+        method = super().at_depth(num_layers)
+        if self.layer is not None:
+            return method
+        return replace(method, layer=self.default_layer(num_layers))
 
     def check(self, num_layers: int) -> None:
         """Raise ValueError if no layer comes after the last selection layer."""
+        name = type(self).__name__
+        if num_layers < 2:
+            raise ValueError(f"{name}: the model must have at least 2 layers, got {num_layers}")
         allowed = f"in [0, {num_layers - 2}], before the last of the model's {num_layers} layers"
-        self.require(max(self._stages) <= num_layers - 2, "layer", allowed)
+        self.require(max(self.stages(num_layers)) <= num_layers - 2, "layer", allowed)
+
+    def capacity(self, sizes: Sizes[Size], layer: int) -> Size:
+        """How many entries the cache of this layer may keep."""
+        nominal = self._keep_kv.tokens(sizes.prompt, self.window)
+        if not self.equal_cache:
+            return nominal
+        # All caches together hold as much as if each held the nominal number.
+        seen = self._seen(sizes)
+        total = nominal * sizes.num_layers - sum(seen[: self.first_full])
+        return equal_share(total, seen[self.first_full :])
+
+    # The decisions.
 
     def begin(self, state: PrefillState) -> None:
         """Refuse equal caches where the whole ones leave the others too little."""
@@ -122,44 +196,32 @@ class Pruning(Method):
                 f"{self.first_full} layers alone hold {whole}"
             )
 
-    def ranks(self, layer: int) -> bool:
+    def ranks(self, state: PrefillState, layer: int) -> bool:
         """The layers that see the whole prompt."""
-        return layer <= min(self._stages)
+        return layer <= min(self.stages(state.num_layers))
 
-    def informs(self, layer: int) -> bool:
-        """Whether the scores of this layer enter the ranking of a selection layer."""
-        return layer in self._stages
+    def observe(self, state: PrefillState, layer: Layer) -> None:
+        """Bring the ranking up to date, if a selection that drops tokens will read it."""
+        if self._informs_drop(state, layer.index):
+            state.importance = self.rank(layer, state.running)
 
-    def rank(self, state: PrefillState, layer: int) -> Tensor:
-        """The ranking ``[B, M]`` after this layer, which informs it."""
-        return state.layer_scores.sum(dim=1)
-
-    def needs_scores(self, state: PrefillState, layer: int) -> bool:
-        """Whether this layer informs a selection, or its cache is compressed."""
-        return self._informs_drop(state, layer) or self._compresses(state, layer)
-
-    def observe(self, state: PrefillState, layer: int) -> None:
-        """Bring ``state.importance`` up to date."""
-        if self._informs_drop(state, layer):
-            state.importance = self.rank(state, layer)
-
-    def compress(self, state: PrefillState, layer: int) -> Tensor | None:
+    def compress(self, state: PrefillState, layer: Layer) -> Tensor | None:
         """The tokens with this layer's best scores, ``[B, G, k]``, and the window."""
-        if not self._compresses(state, layer):
+        if not self._compresses(state, layer.index):
             return None
-        tokens = partial(self.capacity, layer=layer)
-        return self._best(state, state.layer_scores, tokens, grows=not self.equal_cache)
+        tokens = partial(self.capacity, layer=layer.index)
+        return self._best(state, layer.scores, tokens, grows=not self.equal_cache)
 
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
         """At a selection layer, the most important tokens, ``[B, k]``, and the window."""
-        if layer not in self._stages or not self._drops(state, layer):
+        if layer not in self.stages(state.num_layers) or not self._drops(state, layer):
             return None
         return self._best_at(state, layer)
 
     def _best_at(self, state: PrefillState, stage: int) -> Tensor:
-        """The most important tokens, as many as go on after a selection layer."""
-        assert state.importance is not None  # a layer that selects needs scores
-        kept, cached = self._stages[stage], self._keep_kv
+        """The most important tokens, as many as continue after a selection layer."""
+        assert state.importance is not None  # a layer that selects was ranked
+        kept, cached = self.stages(state.num_layers)[stage], self._keep_kv
         # A row that is left alone may keep more than a longer one.
         grows = bool(cached.per) or (not kept.per and kept.count >= cached.count)
         tokens = partial(self._tokens, stage=stage)
@@ -177,16 +239,6 @@ class Pruning(Method):
             state, scores, tokens, window=self.window, num_sinks=self.num_sinks, grows=grows
         )
 
-    def capacity(self, sizes: Sizes[Size], layer: int) -> Size:
-        """How many entries the cache of this layer may keep."""
-        nominal = self._keep_kv.tokens(sizes.prompt, self.window)
-        if not self.equal_cache:
-            return nominal
-        # All caches together hold as much as if each held the nominal number.
-        seen = self._seen(sizes)
-        total = nominal * sizes.num_layers - sum(seen[: self.first_full])
-        return equal_share(total, seen[self.first_full :])
-
     def compressible(self, state: PrefillState, layer: int) -> bool:
         """Whether the cache of this layer may be compressed at all."""
         return layer >= self.first_full
@@ -195,24 +247,26 @@ class Pruning(Method):
         if not self.compressible(state, layer) or state.length <= self.window:
             return False
         fits = state.length <= self.capacity(state.sizes, layer)
-        return not fits or (state.start is not None and self._only_longest_fits(layer))
+        return not fits or (state.start is not None and self._only_longest_fits(state, layer))
 
-    def _only_longest_fits(self, layer: int) -> bool:
+    def _only_longest_fits(self, state: PrefillState, layer: int) -> bool:
         """Whether a shorter row may see more than its cache may hold where the longest does not."""
-        return self.equal_cache or self._uneven(self._keep_kv, layer)
+        return self.equal_cache or self._uneven(state, self._keep_kv, layer)
 
-    def _uneven(self, budget: Budget, layer: int) -> bool:
+    def _uneven(self, state: PrefillState, budget: Budget, layer: int) -> bool:
         """Whether earlier stages leave rows of different lengths different shares of a budget.
 
-        Of a number that went on, a rate of the prompt is less for a short row than for a long one;
-        and of two rates that are nearly the same, integers may be the same for one length alone.
+        Of a number that was kept, a rate of the prompt is less for a short row than for a long
+        one; and of two rates that are nearly the same, integers may be the same for one length
+        alone.
         """
-        before = [kept for stage, kept in self._stages.items() if stage < layer]
+        stages = self.stages(state.num_layers).items()
+        before = [kept for stage, kept in stages if stage < layer]
         return bool(budget.per) and any(not kept.per or kept.exceeds(budget) for kept in before)
 
     def _tokens(self, sizes: Sizes[Size], stage: int) -> Size:
-        """How many go on after a selection layer: all of a prompt that is below the capacity."""
-        kept = self._stages[stage].tokens(sizes.prompt, self.window)
+        """How many continue after a selection layer: all of a prompt that is below the capacity."""
+        kept = self.stages(sizes.num_layers)[stage].tokens(sizes.prompt, self.window)
         capacity = self._keep_kv.tokens(sizes.prompt, self.window)
         return either(sizes.prompt < capacity, sizes.prompt, kept)
 
@@ -220,20 +274,22 @@ class Pruning(Method):
         """Whether the selection layer drops tokens, or may drop some of a row."""
         if state.length <= self.window:
             return False
-        uneven = state.start is not None and self._uneven(self._stages[stage], stage)
+        budget = self.stages(state.num_layers)[stage]
+        uneven = state.start is not None and self._uneven(state, budget, stage)
         return state.length > self._tokens(state.sizes, stage) or uneven
 
     def _informs_drop(self, state: PrefillState, layer: int) -> bool:
-        """Whether this layer's scores enter the ranking of a selection that drops tokens."""
-        return self.informs(layer) and self._drops(state, self._next_stage(layer))
+        """Whether this layer enters the ranking of a selection that drops tokens."""
+        return self.informs(state, layer) and self._drops(state, self._next_stage(state, layer))
 
-    def _next_stage(self, layer: int) -> int:
-        return min(stage for stage in self._stages if stage >= layer)
+    def _next_stage(self, state: PrefillState, layer: int) -> int:
+        return min(stage for stage in self.stages(state.num_layers) if stage >= layer)
 
     def _seen(self, sizes: Sizes[Size]) -> list[Size]:
         """How many tokens each layer sees."""
+        stages = self.stages(sizes.num_layers)
         seen = [sizes.prompt]
         for layer in range(sizes.num_layers - 1):
-            selects = layer in self._stages
+            selects = layer in stages
             seen.append(smaller(seen[-1], self._tokens(sizes, layer)) if selects else seen[-1])
         return seen

@@ -1,19 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import cos, pi
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from claa_ops.ops.score_window import score_window
 from claa_ops.selection.budget import Size, Sizes, is_count, is_number
+from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method
-
-if TYPE_CHECKING:
-    from claa_ops.selection.state import PrefillState
+from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,23 @@ class PyramidInfer(Method):
         """The recent tokens, and the last one."""
         return self._recent(state.prompt_length)
 
-    def needs_scores(self, state: PrefillState, layer: int) -> bool:
+    def selection_layers(self, num_layers: int) -> Sequence[int]:
+        """All but the last."""
+        return range(num_layers - 1)
+
+    def _drops(self, state: PrefillState, layer: int) -> bool:
         """Whether this layer drops tokens, or may drop some of a row."""
         sizes = state.sizes
         if state.row_sizes is not None:
             return self._share(sizes, layer) < 1
         return self._tokens(sizes, layer) < sizes.seen
 
-    def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
+    def score(self, layer: Layer) -> Tensor:
         """The weighted mean attention, ``[B, 1, n - 1]``; infinite for recent tokens."""
+        query, key, lse = layer.query, layer.key, layer.lse
         rows, total = query.shape[2], key.shape[2]
-        sizes = state.row_sizes
+        sizes = layer.state.row_sizes
         recent = key.new_tensor([rows]) if sizes is None else self._recent(sizes.prompt)
-        lse = attention.pop("lse")
         scores = torch.zeros(key.shape[0], total - 1, device=key.device)
         for row in range(rows):
             context = total - rows + row
@@ -87,24 +91,27 @@ class PyramidInfer(Method):
                 query[:, :, row : row + 1],
                 key[:, :, : context + 1],
                 lse=None if lse is None else lse[:, :, row : row + 1],
-                **attention,
+                start=layer.start,
+                **layer.attention,
             )
             ramp = (row - rows + recent) / (recent - 1).clamp_min(1)  # below 0: not recent
             weight = (1 + (self.distance_weight - 1) * ramp) * (ramp >= 0)
             scores[:, :context] += weight[:, None] * seen.mean(dim=1)
+        scores = layer.reduce(scores, "sum")
         places = torch.arange(total - 1, device=key.device)
         scores = scores / recent[:, None]
         return scores.masked_fill(places >= total - recent[:, None], torch.inf)[:, None]
 
-    def observe(self, state: PrefillState, layer: int) -> None:
+    def observe(self, state: PrefillState, layer: Layer) -> None:
         """The scores of one layer are the ranking."""
-        state.importance = state.layer_scores[:, 0]
+        if self._drops(state, layer.index):
+            state.importance = layer.scores[:, 0]
 
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
         """The best of the context tokens, and the recent ones, ``[B, k]``."""
-        if not self.needs_scores(state, layer):
+        if not self._drops(state, layer):
             return None
-        assert state.importance is not None  # a layer that selects needs scores
+        assert state.importance is not None  # a layer that selects was ranked
         tokens = partial(self._tokens, layer=layer)
         return self.keep_best(
             state, state.importance, tokens, window=1, num_sinks=self.num_sinks, grows=False

@@ -1,17 +1,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from claa_ops.methods.snapkv import SnapKV
 from claa_ops.selection.budget import Size, Sizes, is_number, smaller
-
-if TYPE_CHECKING:
-    from claa_ops.selection.state import PrefillState
+from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -39,23 +36,18 @@ class PyramidKV(SnapKV):
 
     beta: float | int = 20
 
+    capacity_grows = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         valid = is_number(self.beta) and self.beta >= 1
         self.require(valid, "beta", "a number of at least 1")
 
-    def needs_scores(self, state: PrefillState, layer: int) -> bool:
+    def compresses(self, state: PrefillState, layer: int) -> bool:
         """Whether the layer sees more tokens than its cache may keep, or a row of it may."""
         if state.row_sizes is not None:
             return state.length > self.window
-        return super().needs_scores(state, layer)
-
-    def compress(self, state: PrefillState, layer: int) -> Tensor | None:
-        """The tokens with this layer's best scores, ``[B, G, k]``, and the window."""
-        if not self.needs_scores(state, layer):
-            return None
-        tokens = partial(self.capacity, layer=layer)
-        return self.keep_best(state, state.layer_scores, tokens, window=self.window, grows=False)
+        return super().compresses(state, layer)
 
     def capacity(self, sizes: Sizes[Size], layer: int) -> Size:
         """How many entries the cache of this layer may keep."""

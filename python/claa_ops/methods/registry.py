@@ -1,10 +1,13 @@
-"""Methods by name."""
+"""Methods by name: ours, those that other packages bring, and a user's own."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any
+import importlib
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
 
 from claa_ops.methods.asl import ASL
 from claa_ops.methods.claa import CLAA
@@ -39,6 +42,92 @@ METHODS: dict[str, type[Method]] = {
     "fastkv-deferral": FastKVDeferral,
 }
 
+ENTRY_POINTS = "claa_ops.methods"
+
+M = TypeVar("M", bound=type[Method])
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Give a method of one's own a name, as a class decorator.
+
+    The name then works wherever the names of ``METHODS`` do: in :func:`make_method` and in the
+    commands, if the module that registers it is imported. A package that is installed names its
+    methods in the entry-point group ``claa_ops.methods`` instead, and need not be imported.
+
+    Raises:
+        ValueError: the name is taken, or could not be written on a command line.
+        TypeError: the class is no :class:`Method`.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from claa_ops.methods import METHODS, Pruning, register
+        >>> @register("key-norm")
+        ... @dataclass(frozen=True)
+        ... class KeyNorm(Pruning):
+        ...     def score(self, layer):
+        ...         return -layer.key[:, :, : layer.context].float().norm(dim=-1)
+        >>> METHODS.pop("key-norm").__name__
+        'KeyNorm'
+    """
+    if not name or any(character in ":=, \t\n" for character in name):
+        raise ValueError(f"register: name must be without spaces, ':', '=' and ',', got {name!r}")
+
+    def registered(method: M) -> M:
+        known = METHODS.get(name)
+        if known is not None and known is not method:
+            raise ValueError(f"register: name must be a new one, got {name!r} of {known.__name__}")
+        METHODS[name] = _checked(f"register: {name}", method)
+        return method
+
+    return registered
+
+
+def find_method(name: str) -> type[Method]:
+    """The method of this name.
+
+    Args:
+        name: a key of ``METHODS``, an entry point of the group ``claa_ops.methods``, or
+            ``module:Class``.
+
+    Raises:
+        ValueError: there is none, or it cannot be imported.
+        TypeError: what has the name is no :class:`Method`.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        return _checked(name, _imported(name, lambda: _attribute(module, attribute)))
+    offered = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if name in offered:
+        return _checked(name, _imported(name, offered[name].load))
+    names = [*METHODS, *offered]
+    near = difflib.get_close_matches(name.lower(), names, n=1)
+    expected = f"expected one of {', '.join(names)}, or module:Class"
+    raise ValueError(
+        f"unknown method {name!r}: " + (f"did you mean {near[0]!r}?" if near else expected)
+    )
+
+
+def _attribute(module: str, name: str) -> Any:
+    found = importlib.import_module(module)
+    if not hasattr(found, name):
+        raise ImportError(f"module {module!r} has no {name!r}")
+    return getattr(found, name)
+
+
+def _imported(name: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except Exception as error:  # whatever a module does while it is imported
+        raise ValueError(f"method {name!r} must be importable, got {error}") from error
+
+
+def _checked(name: str, found: Any) -> Any:
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise TypeError(f"{name}: a method must be a subclass of claa_ops.methods.Method")
+    return found
+
 
 def make_method(
     name: str,
@@ -51,8 +140,8 @@ def make_method(
     """The method of this name for a model of this depth.
 
     Args:
-        name: a key of ``METHODS``.
-        num_layers: how many layers the model has; defaults that follow its depth are scaled.
+        name: as :func:`find_method` takes it.
+        num_layers: how many layers the model has; settings that follow the depth are filled in.
         layer: the selection layer; left out for methods without one.
         keep: the budget, a rate or a number of tokens; left out for methods without one.
         settings: any other setting of the method.
@@ -68,17 +157,16 @@ def make_method(
         Traceback (most recent call last):
         ValueError: unknown method 'fastvk': did you mean 'fastkv'?
     """
-    if name not in METHODS:
-        near = difflib.get_close_matches(name.lower(), METHODS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(METHODS)}"
-        raise ValueError(f"unknown method {name!r}: {hint}")
-    method = METHODS[name]
-    known = [field.name for field in dataclasses.fields(method) if field.init]
+    method = find_method(name)
+    known = settings_of(method)
     for setting in settings:
         if setting not in known:
             raise ValueError(f"{name}: a setting must be one of {', '.join(known)}, got {setting}")
     given = {"layer": layer, "keep": keep}
     settings |= {key: value for key, value in given.items() if key in known and value is not None}
-    made = method(**{**method.defaults(num_layers), **settings})
-    made.check(num_layers)
-    return made
+    return method(**settings).at_depth(num_layers)
+
+
+def settings_of(method: type[Method]) -> list[str]:
+    """The names of the settings of a method."""
+    return [field.name for field in dataclasses.fields(method) if field.init]

@@ -2,15 +2,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 from torch import Tensor
 
 from claa_ops.selection.budget import Budget, Size, Sizes
+from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method
-
-if TYPE_CHECKING:
-    from claa_ops.selection.state import PrefillState
+from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -43,22 +42,26 @@ class SnapKV(Method):
     window: int = field(default=32, kw_only=True)
     kernel_size: int = field(default=5, kw_only=True)
 
+    capacity_grows: ClassVar[bool] = True  # whether no shorter prompt may keep more than a longer
+
     _keep: Budget = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "_keep", self.budget("keep"))
 
-    def needs_scores(self, state: PrefillState, layer: int) -> bool:
+    def compresses(self, state: PrefillState, layer: int) -> bool:
         """Whether the layer sees more tokens than its cache may keep."""
         return state.length > self.capacity(state.sizes, layer)
 
-    def compress(self, state: PrefillState, layer: int) -> Tensor | None:
+    def compress(self, state: PrefillState, layer: Layer) -> Tensor | None:
         """The tokens with this layer's best scores, ``[B, G, k]``, and the window."""
-        if not self.needs_scores(state, layer):
+        if not self.compresses(state, layer.index):
             return None
-        tokens = partial(self.capacity, layer=layer)
-        return self.keep_best(state, state.layer_scores, tokens, window=self.window)
+        tokens = partial(self.capacity, layer=layer.index)
+        return self.keep_best(
+            state, layer.scores, tokens, window=self.window, grows=self.capacity_grows
+        )
 
     def capacity(self, sizes: Sizes[Size], layer: int) -> Size:
         """How many entries the cache of this layer may keep."""

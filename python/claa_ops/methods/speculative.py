@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,14 +10,10 @@ from claa_ops.ops.aggregate_scores import aggregate_scores
 from claa_ops.ops.peak_attention import peak_attention
 from claa_ops.ops.pool_heads import pool_heads
 from claa_ops.ops.select_topk import select_topk
+from claa_ops.selection.answer import Answer, Reader
 from claa_ops.selection.budget import Budget, Size, is_count, smaller
 from claa_ops.selection.method import Method, Preparation
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from claa_ops.huggingface.answer import Answer
-    from claa_ops.selection.state import PrefillState
+from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class SpeculativePrefill(Method):
     """
 
     keep: float | int = 0.1
-    draft: PreTrainedModel | None = field(default=None, repr=False)
+    draft: Any | None = field(default=None, repr=False)
     shared_tokenizer: bool = False
     look_ahead: int = 8
     chunk: int | None = 32
@@ -87,23 +83,22 @@ class SpeculativePrefill(Method):
         return True
 
     def prepare(
-        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None
+        self, reader: Reader, input_ids: Tensor, attention_mask: Tensor | None
     ) -> Preparation:
         """Rank the prompt with the draft."""
-        # Here, because it needs transformers, which users of the functional API may not have.
-        from claa_ops.huggingface.answer import record_answer
-
-        draft = model if self.draft is None else self.draft
-        sizes = [m.config.get_text_config().vocab_size for m in (draft, model)]
-        if sizes[0] != sizes[1] and not self.shared_tokenizer:
+        draft = reader.drafted_by(self.draft)
+        if draft.vocab_size != reader.vocab_size and not self.shared_tokenizer:
             raise ValueError(
                 "SpeculativePrefill: draft must have the tokenizer of the model, whose vocabulary "
-                f"has {sizes[1]} tokens, got one of {sizes[0]}"
+                f"has {reader.vocab_size} tokens, got one of {draft.vocab_size}"
             )
-        mask = None if attention_mask is None else attention_mask.to(draft.device)
-        ids = input_ids.to(draft.device)
-        answer = record_answer(draft, ids, self.look_ahead, attention_mask=mask)
+        answer = draft.answer(input_ids, self.look_ahead, attention_mask)
         return Preparation(self.rank_prompt(answer).to(input_ids.device), answer.work)
+
+    @property
+    def serves_batches(self) -> bool:
+        """Not in chunks, of which the last is shorter."""
+        return self.chunk is None
 
     def choose(self, state: PrefillState) -> Tensor | None:
         """The best chunks, or tokens, ``[B, k]``."""
@@ -153,20 +148,3 @@ class SpeculativePrefill(Method):
             running = aggregate_scores(running, pooled)
         peak = running.view(batch, queries, -1)
         return (answer.votes[:, None] @ peak)[:, 0] / answer.votes.sum(dim=1, keepdim=True)
-
-
-def require_same_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase
-) -> None:
-    """Raise ValueError unless the draft's tokenizer has the tokens of the model's, by number.
-
-    Vocabularies of one size may still be different ones; models do not carry their tokenizers, so
-    who loads both has to ask.
-    """
-    ours, theirs = tokenizer.get_vocab(), draft.get_vocab()
-    if ours != theirs:
-        differing = len(ours.items() - theirs.items()) + len(theirs.keys() - ours.keys())
-        raise ValueError(
-            f"SpeculativePrefill: draft must have the tokenizer of the model, got one in which "
-            f"{differing} of {len(ours)} entries differ"
-        )

@@ -1,16 +1,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from claa_ops.selection.budget import Budget, Size, Sizes, is_count
+from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method
-
-if TYPE_CHECKING:
-    from claa_ops.selection.state import PrefillState
+from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
@@ -47,26 +45,17 @@ class StreamingLLM(Method):
         self.require(more, "keep", f"more than the num_sinks of {self.num_sinks} tokens")
         object.__setattr__(self, "_keep", budget)
 
-    def ranks(self, layer: int) -> bool:
-        """None: there are no scores."""
+    def ranks(self, state: PrefillState, layer: int) -> bool:
+        """None: what is kept does not depend on what a layer saw."""
         return False
 
-    def needs_scores(self, state: PrefillState, layer: int) -> bool:
-        """Whether the layer sees more tokens than its cache may keep."""
-        return state.length > self._capacity(state.sizes)
-
-    def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
-        """The later, the better."""
-        places = torch.arange(state.length, device=key.device, dtype=torch.float32)
-        return places.expand(key.shape[0], 1, -1)
-
-    def compress(self, state: PrefillState, layer: int) -> Tensor | None:
+    def compress(self, state: PrefillState, layer: Layer) -> Tensor | None:
         """The first tokens and the last, ``[B, k]``."""
-        if not self.needs_scores(state, layer):
+        if state.length <= self._capacity(state.sizes):
             return None
-        return self.keep_best(
-            state, state.layer_scores[:, 0], self._capacity, num_sinks=self.num_sinks
-        )
+        later = torch.arange(state.length, device=layer.key.device, dtype=torch.float32)
+        scores = later.expand(layer.key.shape[0], -1)
+        return self.keep_best(state, scores, self._capacity, num_sinks=self.num_sinks)
 
     def _capacity(self, sizes: Sizes[Size]) -> Size:
         return self._keep.tokens(sizes.prompt, self.num_sinks + 1)

@@ -1,0 +1,21 @@
+"""What a method may see of a prefill, and decide: torch only, and nothing of any model."""
+
+from claa_ops.selection.answer import Answer, Reader
+from claa_ops.selection.budget import Budget, Sizes
+from claa_ops.selection.layer import Layer
+from claa_ops.selection.method import Method, Preparation
+from claa_ops.selection.state import PrefillState, begin
+from claa_ops.selection.work import Work
+
+__all__ = [
+    "Answer",
+    "Budget",
+    "Layer",
+    "Method",
+    "PrefillState",
+    "Preparation",
+    "Reader",
+    "Sizes",
+    "Work",
+    "begin",
+]

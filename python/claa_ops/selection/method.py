@@ -1,23 +1,24 @@
-"""What a ranking system decides about a prompt."""
+"""What a method decides about a prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from claa_ops.ops._pool_mode import PoolMode
-from claa_ops.ops.score_tokens import score_tokens
 from claa_ops.ops.select_topk import select_topk
+from claa_ops.selection.answer import Reader
 from claa_ops.selection.budget import Budget, Sizes, is_count, plain
+from claa_ops.selection.work import Work
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from typing_extensions import Self
 
+    from claa_ops.selection.layer import Layer
     from claa_ops.selection.state import PrefillState
-    from claa_ops.selection.work import Work
 
 
 class Preparation(NamedTuple):
@@ -29,12 +30,17 @@ class Preparation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A ranking system: settings, and its decisions for each layer of a prefill.
+    """Settings, and the decisions of one prefill: which tokens are ranked, kept and dropped.
 
-    The decisions below are those that keep everything; a system overrides the ones it makes
-    otherwise. A method is immutable and holds nothing of a request: what it has learned so far
-    stands on the :class:`~claa_ops.prefill.PrefillState`, which it may read, and whose
-    ``importance`` and ``notes`` it may write. So one method serves any number of requests.
+    The decisions below are those that keep everything; a method overrides the ones that it makes
+    otherwise. In each layer there are three: :meth:`observe` takes in what the layer saw,
+    :meth:`compress` says what its cache keeps, :meth:`select` which tokens the next layers see.
+    Most methods need none of them, but only :meth:`score` or ``rank`` of
+    :class:`claa_ops.methods.Pruning`.
+
+    A method is immutable and holds nothing of a request: what it has learned so far stands on the
+    :class:`~claa_ops.prefill.PrefillState`, which it may read, and whose ``importance`` and
+    ``notes`` it may write. So one method serves any number of requests.
 
     Args:
         window: the last tokens of the prompt, whose attention ranks the others.
@@ -60,13 +66,44 @@ class Method:
         self.require(self.kernel_size < 2**16, "kernel_size", "below 65,536")
         self.require(self.pool_mode in ("avg", "max"), "pool_mode", "'avg' or 'max'")
 
-    @classmethod
-    def defaults(cls, num_layers: int) -> dict[str, Any]:
-        """The settings that follow the depth of the model, for :func:`make_method`."""
-        return {}
+    # What can be known of it without a prompt.
+
+    def at_depth(self, num_layers: int) -> Self:
+        """The same method with the settings that follow the depth of the model filled in.
+
+        A prefill does not need this: it follows the same rule. A report does.
+
+        Raises:
+            ValueError: a model of ``num_layers`` layers cannot be served.
+        """
+        self.check(num_layers)
+        return self
 
     def check(self, num_layers: int) -> None:
         """Raise ValueError if a model of ``num_layers`` layers cannot be served."""
+
+    def selection_layers(self, num_layers: int) -> Sequence[int]:
+        """The layers after which tokens may be dropped, ascending."""
+        return ()
+
+    @property
+    def serves_batches(self) -> bool:
+        """Whether one prefill may have several prompts."""
+        return True
+
+    @property
+    def differs_by_row(self) -> bool:
+        """Whether it may keep more of one prompt than of another that is as long."""
+        return False
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether it reads ``layer.hidden``, which an adapter then holds on to."""
+        return False
+
+    def for_prompt(self, key: str) -> Self:
+        """The method for one prompt of an evaluation: a random one draws anew for each key."""
+        return self
 
     # Before the prefill.
 
@@ -86,9 +123,15 @@ class Method:
         return False
 
     def prepare(
-        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None
+        self, reader: Reader, input_ids: Tensor, attention_mask: Tensor | None
     ) -> Preparation | None:
-        """Rank the prompt by other means than its prefill; None if the method does not."""
+        """Rank the prompt by other means than its prefill; None if the method does not.
+
+        Args:
+            reader: the model, which can be asked for an answer.
+            input_ids: ``[B, N]``, int64.
+            attention_mask: ``[B, N]``, 0 where there is padding; None without.
+        """
         return None
 
     def begin(self, state: PrefillState) -> None:
@@ -98,52 +141,46 @@ class Method:
         """The tokens of a second pass, ``[B, k]``, if no first pass is needed to choose them."""
         return None
 
+    def last_layer(self, state: PrefillState) -> int | None:
+        """The last layer that a first pass needs; None if it would drop nothing."""
+        return None
+
     # In each layer.
 
-    def ranks(self, layer: int) -> bool:
-        """Whether this layer's scores belong in a plot of the system's ranking."""
-        return True
-
-    def needs_scores(self, state: PrefillState, layer: int) -> bool:
-        """Whether a decision of this prefill depends on the scores of this layer."""
-        return False
-
     def rows(self, state: PrefillState) -> int:
-        """How many queries, the last ones, score the tokens."""
+        """How many queries, the last ones, the method reads."""
         return self.window
 
-    def score(self, state: PrefillState, query: Tensor, key: Tensor, **attention: Any) -> Tensor:
-        """Scores ``[B, G, M]`` of the context tokens, from the queries of the window.
+    def score(self, layer: Layer) -> Tensor:
+        """Scores ``[B, G, M]``, float32, of the context tokens for each key/value head.
 
-        Args:
-            state: the prefill.
-            query: ``[B, H, W, D]``, the last :meth:`rows` queries.
-            key: ``[B, G, n, D]``.
-            attention: ``lse, scale, start, sliding_window, softcap, sink_logits``, as
-                :func:`claa_ops.score_tokens` takes them.
+        They rank the tokens for the layer's own cache, and are what a plot shows. Asked for once,
+        and only if a decision depends on it.
         """
-        return score_tokens(
-            query, key, kernel_size=self.kernel_size, pool_mode=self.pool_mode, **attention
-        )
+        return layer.window_scores
 
-    def observe(self, state: PrefillState, layer: int) -> None:
-        """Take note of ``state.layer_scores``, the scores of this layer."""
+    def ranks(self, state: PrefillState, layer: int) -> bool:
+        """Whether this layer's scores belong in a plot of the method's ranking."""
+        return True
 
-    def compress(self, state: PrefillState, layer: int) -> Tensor | None:
+    def observe(self, state: PrefillState, layer: Layer) -> None:
+        """Take in what a layer saw, such as in ``state.importance``."""
+
+    def compress(self, state: PrefillState, layer: Layer) -> Tensor | None:
         """Tokens that this layer's cache keeps, ``[B, G, k]`` or ``[B, k]``; None for all."""
         return None
 
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
-        """Tokens, ``[B, k]``, that go on to the layers after this one; None for all."""
+        """Tokens, ``[B, k]``, that continue to the layers after this one; None for all."""
         return None
 
-    # For what a system keeps.
+    # For what a method keeps.
 
     def keep_best(
         self,
         state: PrefillState,
         scores: Tensor,
-        tokens: Callable[[Sizes[Any]], Any],
+        tokens: Callable[[Sizes[Any]], Any] | Tensor,
         *,
         window: int = 0,
         num_sinks: int = 0,
@@ -154,7 +191,9 @@ class Method:
         Args:
             state: the prefill.
             scores: ``[B, ..., M]``, float32.
-            tokens: how many to keep, as a function of the numbers of tokens that there are.
+            tokens: how many to keep, as a function of the numbers of tokens that there are; or
+                ``[B]``, int64, where that follows from what was seen of each prompt. The host
+                then reads the largest (``differs_by_row``).
             window, num_sinks: see :func:`claa_ops.select_topk`.
             grows: whether no shorter prompt ever keeps more. If not, the host has to read how
                 much the rows of a padded batch keep.
@@ -163,14 +202,19 @@ class Method:
             ``[B, ..., k]``, int64. A row of a padded batch keeps what it keeps alone, and -1
             stands before it.
         """
-        counts = None if state.row_sizes is None else tokens(state.row_sizes)
-        most = tokens(state.sizes) if counts is None or grows else int(counts.max())
+        if isinstance(tokens, Tensor):
+            counts, most = tokens, int(tokens.max())
+        elif state.row_sizes is None:
+            counts, most = None, tokens(state.sizes)
+        else:
+            counts = tokens(state.row_sizes)
+            most = tokens(state.sizes) if grows else int(counts.max())
         kept = min(state.length, most)
         return select_topk(
             scores, kept, window=window, num_sinks=num_sinks, start=state.start, counts=counts
         )
 
-    # For the settings of a system.
+    # For the settings of a method.
 
     def budget(self, name: str) -> Budget:
         """The named setting, a rate in (0, 1] or a number of tokens, as a budget."""
@@ -186,5 +230,5 @@ class Method:
 
     def refusal(self, name: str, requirement: str) -> ValueError:
         """The error that names the setting, what it must be and what it is."""
-        system = type(self).__name__
-        return ValueError(f"{system}: {name} must be {requirement}, got {getattr(self, name)!r}")
+        method = type(self).__name__
+        return ValueError(f"{method}: {name} must be {requirement}, got {getattr(self, name)!r}")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from claa_ops.ops.gather_kv import gather_kv
 from claa_ops.selection.budget import Sizes
+from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method
 
 _CALLS = ("observe", "compress", "select")
+
+Reduce = Callable[[Tensor, Literal["max", "sum"]], Tensor]
 
 
 def begin(
@@ -24,6 +28,7 @@ def begin(
     ranking: Tensor | None = None,
     keep_scores: bool = False,
     first_pass: bool = False,
+    reduce: Reduce | None = None,
 ) -> PrefillState:
     """Start the prefill of one batch of prompts.
 
@@ -39,7 +44,7 @@ def begin(
             hidden = claa_ops.gather_tokens(hidden, index)   # and cos, sin, position ids
 
     Args:
-        method: the ranking system, such as :class:`claa_ops.methods.CLAA`.
+        method: such as :class:`claa_ops.methods.CLAA`.
         num_layers: how many layers the model has.
         prompt_length: N, the length of the (padded) prompts.
         start: ``[B]``, int64 or int32: the first token of each row that is not left padding.
@@ -49,6 +54,9 @@ def begin(
             ranks.
         first_pass: this is the first of the two passes of a method that prefills twice: it ends
             with the selection, and what it keeps in caches is nothing.
+        reduce: for a model whose heads are on several devices: ``reduce(scores, how)`` returns the
+            maximum or the sum, ``how``, of the scores of all devices, the same on each. Then each
+            device observes its own heads, and all select the same tokens.
 
     Under ``torch.export`` make the length of the prompt ``torch.export.Dim.AUTO``: what is kept
     depends on comparisons with it, such as ``n > max(window, n // 10)``, which become conditions
@@ -91,7 +99,7 @@ def begin(
             f"begin: {type(method).__name__} needs a ranking of the prompt, which "
             "claa_ops.prefill.generate and .prefill prepare, got none"
         )
-    state = PrefillState(method, num_layers, prompt_length, start, ranking, keep_scores)
+    state = PrefillState(method, num_layers, prompt_length, start, ranking, keep_scores, reduce)
     method.begin(state)
     return state
 
@@ -121,7 +129,7 @@ class PrefillState:
     """What one prefill has seen and selected so far; made by :func:`begin`.
 
     Attributes:
-        method: the ranking system.
+        method: what decides.
         num_layers: how many layers the model has.
         prompt_length: N, the length of the prompts, padding included.
         layer: the layer that was observed last, -1 before the first.
@@ -130,8 +138,7 @@ class PrefillState:
         positions: ``[B, n]``, int64, ascending: where these n stood in the prompt, -1 for
             padding that stood nowhere; None while they are the whole prompt.
         ranking: ``[B, N]``, float32: a ranking of the prompt that was there before; or None.
-        importance: ``[B, M]``, float32: the method's ranking so far, or None. The next layer may
-            update it in place.
+        reduce: what merges the scores of heads on several devices; None if all heads are here.
         notes: whatever else the method has to remember.
         lengths: for each observed layer, how many tokens it saw.
         cache_start: ``[B]`` or None: the first entry of what :meth:`compress` returned last that
@@ -148,6 +155,7 @@ class PrefillState:
         start: Tensor | None,
         ranking: Tensor | None,
         keep_scores: bool,
+        reduce: Reduce | None = None,
     ) -> None:
         self.method = method
         self.num_layers = num_layers
@@ -158,12 +166,14 @@ class PrefillState:
         self.row_lengths = None if start is None else prompt_length - start.long()
         self.positions: Tensor | None = None
         self.ranking = ranking
-        self.importance: Tensor | None = None
+        self.reduce = reduce
+        self._importance: Tensor | None = None
+        self._running: Tensor | None = None
         self.notes: dict[str, Any] = {}
         self.lengths: list[int] = []
         self.scores: dict[int, Tensor] = {}
         self._keep_scores = keep_scores
-        self._layer_scores: Tensor | None = None
+        self._observed: Layer | None = None
         self.layer, self._call = -1, "select"
 
     @property
@@ -179,11 +189,31 @@ class PrefillState:
         return Sizes(self.row_lengths, self.length - self.start, self.num_layers)
 
     @property
-    def layer_scores(self) -> Tensor:
-        """``[B, G, M]``, float32: the scores of the current layer, if the method needs them."""
-        if self._layer_scores is None:
-            raise RuntimeError(f"layer_scores: layer {self.layer} was not scored")
-        return self._layer_scores
+    def importance(self) -> Tensor | None:
+        """``[B, M]``, float32: the method's ranking so far; None before there is one.
+
+        The next layer may update it in place. After a selection it is still that of the tokens
+        from which was selected.
+        """
+        return self._importance
+
+    @importance.setter
+    def importance(self, ranking: Tensor) -> None:
+        self._importance = self._running = ranking
+
+    @property
+    def running(self) -> Tensor | None:
+        """``importance`` if it is of the tokens that the current layer sees, else None."""
+        return self._running
+
+    @property
+    def observed(self) -> Layer:
+        """What the current layer saw, from :meth:`observe` to the end of :meth:`compress`."""
+        if self._observed is None:
+            raise RuntimeError(
+                f"observed: what layer {self.layer} saw is held until its compress, got none"
+            )
+        return self._observed
 
     def observe(
         self,
@@ -191,19 +221,23 @@ class PrefillState:
         query: Tensor,
         key: Tensor,
         *,
+        value: Tensor | None = None,
+        hidden: Tensor | None = None,
         lse: Tensor | None = None,
         scale: float | None = None,
         sliding_window: int = 0,
         softcap: float = 0.0,
         sink_logits: Tensor | None = None,
     ) -> None:
-        """Show the method the queries and keys of a layer; it scores the tokens if it needs to.
+        """Show the method what a layer saw; it computes what it needs of that.
 
         Args:
             layer: the layer, from 0; layers come in ascending order.
             query: ``[B, H, n, D]``, after the rotary embedding. Only the last ``window`` rows
                 are read (``method.rows``), and it may hold just these.
             key: ``[B, G, n, D]``, likewise.
+            value: ``[B, G, n, Dv]``, and hidden: ``[B, n, C]``, the layer's input, for methods
+                that read them; none of ours does.
             lse: ``[B, H, n]`` or the last rows of it, float32: the attention's logsumexp.
             scale, sliding_window, softcap, sink_logits: what the layer's attention uses, as in
                 :func:`claa_ops.score_window`.
@@ -213,43 +247,44 @@ class PrefillState:
             ValueError: the layer is out of range, ``key`` does not have n rows, or ``query``
                 fewer than the method reads.
         """
-        self._advance(layer, "observe")
-        self._layer_scores = None
-        if self.ranking is not None and self.ranking.shape[0] != key.shape[0]:
+        self.see(
+            Layer(
+                self,
+                layer,
+                query,
+                key,
+                value=value,
+                hidden=hidden,
+                lse=lse,
+                scale=scale,
+                sliding_window=sliding_window,
+                softcap=softcap,
+                sink_logits=None if sink_logits is None else sink_logits.detach(),
+            )
+        )
+
+    def see(self, layer: Layer) -> None:
+        """:meth:`observe`, of a view of the layer that the caller made."""
+        self._advance(layer.index, "observe")
+        if self.ranking is not None and self.ranking.shape[0] != layer.key.shape[0]:
             raise ValueError(
-                f"observe: ranking must be of the {key.shape[0]} prompts of the batch, "
+                f"observe: ranking must be of the {layer.key.shape[0]} prompts of the batch, "
                 f"got one of {self.ranking.shape[0]}"
             )
-        if key.shape[2] != self.length:
+        if layer.key.shape[2] != self.length:
             raise ValueError(
-                f"observe: key of layer {layer} must have the {self.length} tokens that the layer "
-                f"sees, got {key.shape[2]}"
+                f"observe: key of layer {layer.index} must have the {self.length} tokens that the "
+                f"layer sees, got {layer.key.shape[2]}"
             )
         self.lengths.append(self.length)
-        recorded = self._keep_scores and self.method.ranks(layer)
-        if not recorded and not self.method.needs_scores(self, layer):
-            return
-        rows = self.method.rows(self)
-        if query.shape[2] < min(rows, self.length):
-            raise ValueError(
-                f"observe: query of layer {layer} must have the last {rows} rows, which "
-                f"{type(self.method).__name__} reads, got {query.shape[2]}"
-            )
-        # A ranking has no gradient; its queries and keys may.
-        self._layer_scores = self.method.score(
-            self,
-            query[:, :, -rows:].detach(),
-            key.detach(),
-            lse=None if lse is None else lse[:, :, -rows:].detach(),
-            scale=scale,
-            start=self.start,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sink_logits=None if sink_logits is None else sink_logits.detach(),
-        )
+        self._observed = layer
         self.method.observe(self, layer)
-        if recorded:
-            self.scores[layer] = self._layer_scores.amax(dim=1)
+        if self._keep_scores and self.method.ranks(self, layer.index):
+            self.scores[layer.index] = layer.scores.amax(dim=1)
+
+    def release(self) -> None:
+        """Let go of what the layer saw, where :meth:`compress` is not called; select may follow."""
+        self._observed = None
 
     def compress(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """What the decode cache of an observed layer keeps.
@@ -269,16 +304,18 @@ class PrefillState:
         """
         self._advance(layer, "compress")
         if self.method.two_pass:  # its first pass only chooses tokens
+            self.release()
             return key[:, :, :0].clone(), value[:, :, :0].clone()
-        index = self.method.compress(self, layer)
+        index = self.method.compress(self, self.observed)
+        self.release()
         self.cache_start = self._padding(index)
         return (key, value) if index is None else gather_kv(key, value, index)
 
     def select(self, layer: int) -> Tensor | None:
-        """Which tokens go on to the layers after an observed layer.
+        """Which tokens continue to the layers after an observed layer.
 
         Returns:
-            ``[B, k]``, int64, ascending, into the n tokens of this layer; None if all go on.
+            ``[B, k]``, int64, ascending, into the n tokens of this layer; None if all do.
             The caller gathers hidden states, position embeddings and ids with
             :func:`claa_ops.gather_tokens`, which gives zeros where the index is -1: there a row
             of a padded batch keeps less than others. Attention must not see what lies before
@@ -288,6 +325,7 @@ class PrefillState:
             RuntimeError: the layer was not observed just before, or selects a second time.
         """
         self._advance(layer, "select")
+        self.release()
         return self._keep(self.method.select(self, layer))
 
     def choose(self) -> Tensor | None:
@@ -295,10 +333,13 @@ class PrefillState:
         return self._keep(self.method.choose(self))
 
     def _keep(self, index: Tensor | None) -> Tensor | None:
-        """Go on with the tokens at ``index`` of the current ones."""
+        """Continue with the tokens at ``index`` of the current ones."""
         if index is None:
             return None
+        self._running = None
         self.start = self._padding(index)
+        if self.start is not None and self.row_lengths is None:
+            self.row_lengths = torch.full_like(self.start, self.prompt_length)
         if self.positions is None:
             self.positions = index
         elif self.start is None:
@@ -311,10 +352,15 @@ class PrefillState:
 
     def _padding(self, index: Tensor | None) -> Tensor | None:
         """``[B]``: how many of the tokens at ``[B, k]`` or ``[B, G, k]`` are padding, the first."""
-        if self.start is None or index is None:
-            return self.start
+        start = self.start
+        if index is None:
+            return start
+        if start is None and self.method.differs_by_row and index.shape[0] > 1:
+            start = index.new_zeros(index.shape[0])
+        if start is None:
+            return None
         head = index if index.dim() == 2 else index[:, 0]  # all heads keep as many
-        return (head < self.start[:, None]).sum(dim=1)
+        return (head < start[:, None]).sum(dim=1)
 
     def _advance(self, layer: int, call: str) -> None:
         """Check that calls come in order: layers ascend; observe, then compress, then select."""

@@ -1,0 +1,76 @@
+"""What a model attended to while it answered, and who can be asked for an answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from claa_ops.ops.peak_attention import peak_attention
+from claa_ops.ops.pool_heads import pool_heads
+from claa_ops.selection.work import Work
+
+_ROWS = 128  # queries at a time, so that what is held of [T, N] stays small
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's own greedy answer, and the queries that made it.
+
+    Attributes:
+        tokens: ``[B, T]``, int64, as :func:`claa_ops.prefill.decode` returns them.
+        queries: of each layer with full attention, ``[B, H, T, D]``, after the rotary embedding:
+            those of the last prompt token and of all new tokens but the last.
+        keys: of each such layer, ``[B, G, N, D]``: of the prompt.
+        scales: of each such layer: the factor on their products; None for ``D ** -0.5``.
+        votes: ``[B, T]``, float32: 1 for the queries up to the end of the row's answer, else 0.
+        start: ``[B]``: the first token of each row that is not padding; None without padding.
+        work: the multiply-adds that prompt and answer took.
+    """
+
+    tokens: Tensor
+    queries: list[Tensor]
+    keys: list[Tensor]
+    scales: list[float | None]
+    votes: Tensor
+    start: Tensor | None
+    work: Work
+
+    def peak(self) -> Tensor:
+        """``[B, N]``, float32: the peak over layers and heads, averaged over the queries.
+
+        The softmax of each query runs over the prompt alone.
+        """
+        total: Tensor | float = 0.0
+        for first in range(0, self.votes.shape[1], _ROWS):
+            rows = slice(first, first + _ROWS)
+            running = None
+            for query, key, scale in zip(self.queries, self.keys, self.scales, strict=True):
+                running = peak_attention(
+                    query[:, :, rows], key, scale=scale, running=running, start=self.start
+                )
+            assert running is not None  # a model has layers
+            total = total + (self.votes[:, None, rows] @ running)[:, 0]
+        return total / self.votes.sum(dim=1, keepdim=True)
+
+
+class Reader(Protocol):
+    """A model that a method may ask before the prefill."""
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens it knows."""
+
+    def drafted_by(self, draft: Any | None) -> Reader:
+        """Another model in its place; itself if that is None."""
+
+    def answer(
+        self, input_ids: Tensor, max_new_tokens: int, attention_mask: Tensor | None
+    ) -> Answer:
+        """Its greedy answer to a prompt ``[B, N]``, padded on the left, on the prompt's device."""
+
+
+def pool(ranking: Tensor, kernel_size: int) -> Tensor:
+    """A ranking ``[B, N]``, averaged over ``kernel_size`` neighbouring tokens."""
+    return pool_heads(ranking[:, None], 1, kernel_size=kernel_size)[:, 0]
