@@ -4,12 +4,11 @@ All numbers are measured: no line is taken from elsewhere. Caches are cold befor
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
-from bench import busy, cpu, cuda
+from bench import busy, cpu, cuda, record
 from bench.cases import OPS
 from bench.machine import machine, short_name
 
@@ -53,8 +52,7 @@ def main() -> None:
     full = not arguments.quick and arguments.op is None
     out = arguments.out or (RESULTS / f"{name}.json" if full else None)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"machine": about} | report, indent=1) + "\n")
+        record.write(out, {"machine": about} | report)
 
 
 if __name__ == "__main__":

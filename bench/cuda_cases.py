@@ -69,7 +69,7 @@ def peak_attention(shape: Shape) -> Iterator[Make]:
 def layer(tokens: int) -> dict[str, Callable[[], object]]:
     """The ops of a layer that is aggregated and whose cache is compressed, in their order.
 
-    `score_layer` does the work of the first two.
+    ``score_layer`` does the work of the first two.
     """
     shape = Shape(LLAMA, tokens, "cuda")
     query, key = _queries_and_keys(shape, WINDOW)

@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from bench import record
 from bench.machine import machine
 from claa_ops.methods import CLAA, Method
 from claa_ops.prefill import ClaaCache, PrefillState, attach
@@ -328,7 +329,7 @@ def add_to(path: Path, about: dict, measured: list[dict]) -> None:
     kept = [row for row in before if place(row) != place(measured[0])]
     marked = [{"commit": about["commit"]} | row for row in measured]
     rows = sorted(kept + marked, key=place)
-    path.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+    record.write(path, {"machine": about, "rows": rows})
 
 
 if __name__ == "__main__":

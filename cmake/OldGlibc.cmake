@@ -1,7 +1,7 @@
-# Makes the libraries load wherever manylinux_2_28 does (glibc 2.28, the libstdc++ of GCC 8),
-# whatever glibc and GCC build them. tests/test_abi.py holds them to it.
+# Makes the libraries load wherever manylinux_2_28 wheels do (glibc 2.28, the libstdc++ of GCC 8),
+# whichever glibc and GCC build them. tests/test_abi.py checks it.
 #
-# libstdc++ and libgcc stay shared, torch brings them in anyway: a refused argument is a C++ exception
+# libstdc++ and libgcc stay shared, which torch loads anyway: a refused argument is a C++ exception
 # that torch catches, and must be thrown by the runtime that catches it. (Thrown by a static libgcc it
 # ends the process; by a static libstdc++ it leaves std::uncaught_exceptions() at -1.)
 
@@ -9,7 +9,7 @@ add_library(claa_old_glibc INTERFACE)
 target_sources(claa_old_glibc INTERFACE "${CMAKE_SOURCE_DIR}/src/claa_ops/old_systems.cpp")
 
 # Stubs of the system's libraries, with the old versions of functions that have newer ones. At link
-# time they stand before the libraries themselves (and after what calls them), so that the functions
+# time they come before the libraries themselves (and after what calls them), so that the functions
 # are bound to those versions, which every newer system still has.
 function(claa_stub_library library)
   set(code "")
@@ -34,7 +34,7 @@ function(claa_stub_library library)
   target_link_libraries(claa_old_glibc INTERFACE claa_stub_${library})
 endfunction()
 
-# Since glibc 2.34 libc has these, before that three other libraries. CUDA's static runtime calls them.
+# Since glibc 2.34 these are in libc; before that they were in three other libraries. CUDA's static runtime calls them.
 claa_stub_library(libpthread.so.0 GLIBC_2.2.5
   pthread_condattr_setpshared pthread_create pthread_detach pthread_getcpuclockid pthread_getspecific
   pthread_join

@@ -6,9 +6,9 @@
 //
 // The kernels of both devices take the same params.
 //
-// CPU: an op is a number of units, which threads take as they come free (`Schedule` below). What a
-// unit computes does not depend on who computes it or when, so results do not depend on the number
-// of threads.
+// CPU: an op is a number of units, which threads take as they become free (`Schedule` below). What
+// a unit computes does not depend on which thread computes it, or when, so results do not depend on
+// the number of threads.
 
 #pragma once
 
@@ -36,29 +36,37 @@ struct Indices {
   }
 };
 
-// The last `window` queries of a prompt and all its keys: what score_window and score_tokens share.
-// Query row i stands at position total - window + i; context = total - window.
-struct WindowAttention {
-  const void* query;        // [batch, heads, window, dim]
-  const void* key;          // [batch, kv_heads, total, dim]
-  const float* lse;         // [batch, heads, window], may be nullptr
-  Indices start;            // [batch], may be nullptr
-  const void* sink_logits;  // [heads], may be nullptr
-  void* workspace;          // scratch memory, as much as the device asks for
+// The query rows of an op and the keys they are multiplied with. Query head h reads key head
+// h / group(). Each op says itself how many query rows there are and how far apart they lie.
+struct QueryKey {
+  const void* query;  // [batch, heads, query rows, dim]
+  const void* key;    // [batch, kv_heads, total, dim]
+  Indices start;      // [batch]: the first valid key; may be nullptr
+  void* workspace;    // scratch memory, as much as the device asks for
 
   DType dtype;  // of query and key
-  DType sinks_dtype;
-  int64_t batch, heads, kv_heads, window, total, dim;
-  int64_t query_stride_b, query_stride_h, query_stride_w;
+  int64_t batch, heads, kv_heads, total, dim;
+  int64_t query_stride_b, query_stride_h;
   int64_t key_stride_b, key_stride_g, key_stride_n;
-  int64_t lse_stride_b, lse_stride_h;
-  float scale, softcap;    // softcap 0: none
-  int64_t sliding_window;  // 0: none
-  int64_t workers;         // CPU: threads at hand, each with its own part of the workspace
+  float scale;
+  int64_t workers;  // CPU: threads available, each with its own part of the workspace
 
-  CLAA_HOST_DEVICE int64_t context() const { return total - window; }
   // A GPU takes hundreds of cycles for a division of 64 bits.
   CLAA_HOST_DEVICE int64_t group() const { return int32_t(heads) / int32_t(kv_heads); }
+};
+
+// The last `window` queries of a prompt and all its keys: what score_window and score_tokens share.
+// Query row i stands at position total - window + i; context = total - window.
+struct WindowAttention : QueryKey {
+  int64_t window = 0, query_stride_w = 0;
+  const float* lse = nullptr;  // [batch, heads, window], may be nullptr
+  int64_t lse_stride_b = 0, lse_stride_h = 0;
+  const void* sink_logits = nullptr;  // [heads], may be nullptr
+  DType sinks_dtype = DType::f32;
+  float softcap = 0.f;         // 0: none
+  int64_t sliding_window = 0;  // 0: none
+
+  CLAA_HOST_DEVICE int64_t context() const { return total - window; }
   bool has_queries() const { return heads > 0 && window > 0; }
 };
 
@@ -99,8 +107,8 @@ struct ScoreLayerParams {
   int64_t kernel_size;
   PoolMode pool_mode;
 
-  // The op in two steps: score_tokens, then aggregate_scores in place. Inlined for the same reason
-  // as `tiers` below.
+  // The op in two steps: score_tokens, then aggregate_scores in place. Always inlined, for the same
+  // reason as `tiers` below.
   CLAA_HOST_DEVICE __attribute__((always_inline)) inline ScoreTokensParams scores() const {
     return {.attention = attention, .out = out, .kernel_size = kernel_size, .pool_mode = pool_mode};
   }
@@ -130,8 +138,8 @@ struct SelectTopkParams {
   int64_t scores_stride_b, scores_stride_inner;
 
   // What a row keeps: four tiers, best first: window, sinks, scored tokens, padding; `n_empty`
-  // entries remain. Always inlined: a copy of its own could be one of an instruction set that the
-  // processor does not have.
+  // entries remain. Always inlined: the linker could keep an out-of-line copy that was compiled for
+  // an instruction set the processor does not have.
   struct Tiers {
     int64_t n_window, n_sinks, n_scored, n_padding, n_empty;
     int64_t first_valid, first;  // the first token that is not padding, and after the sinks
@@ -179,23 +187,11 @@ struct GatherTokensParams {
   int64_t index_stride_b;          // in elements
 };
 
-struct PeakAttentionParams {
-  const void* query;     // [batch, heads, queries, dim]
-  const void* key;       // [batch, kv_heads, total, dim]
-  const float* running;  // [batch, queries, total], may be nullptr
-  Indices start;         // [batch], may be nullptr
-  float* out;            // [batch, queries, total]
-  void* workspace;       // scratch memory, as much as the device asks for
-
-  DType dtype;
-  int64_t batch, heads, kv_heads, queries, total, dim;
-  int64_t query_stride_b, query_stride_h, query_stride_t;
-  int64_t key_stride_b, key_stride_g, key_stride_n;
-  int64_t running_stride_b, running_stride_t;
-  float scale;
-  int64_t workers;
-
-  CLAA_HOST_DEVICE int64_t group() const { return heads / kv_heads; }
+struct PeakAttentionParams : QueryKey {
+  int64_t queries = 0, query_stride_t = 0;
+  const float* running = nullptr;  // [batch, queries, total], may be nullptr
+  int64_t running_stride_b = 0, running_stride_t = 0;
+  float* out = nullptr;  // [batch, queries, total]
 };
 
 struct RankVarianceParams {
@@ -227,9 +223,9 @@ enum class Isa : int { plain, avx2, avx512, avx512_bf16 };
 Isa active_isa();
 void limit_isa(Isa best);
 
-// What there is to do: `rounds`, each in up to kSteps steps, each of as many independent units as
+// The work of one call: `rounds`, each in up to kSteps steps, each of as many independent units as
 // `units` says (the first 0 ends the steps). A step begins when the step before it is complete in
-// its own round; rounds do not wait for each other, but only `rounds_at_once` have scratch memory
+// its own round. Rounds do not wait for each other, but only `rounds_at_once` have scratch memory
 // and are open at a time. When all are complete, `last_units` more follow. A unit costs about
 // `unit_cost` bytes of traffic.
 constexpr int kSteps = 3;
@@ -241,14 +237,15 @@ struct Schedule {
   int64_t workspace_bytes = 0;
 };
 
-// What one worker does next: the units [begin, end) of a step. At any time a worker has one portion
-// and a place belongs to one round, so both have scratch memory of their own.
+// What one worker does next: the units [begin, end) of a step. At any time a worker has one
+// portion, and a slot belongs to one round, so each worker and each slot has scratch memory of its
+// own.
 struct Portion {
   int64_t worker;
   int64_t begin = 0, end = 0;
-  int64_t round = 0, place = 0;  // round `rounds`: the last units
+  int64_t round = 0, slot = 0;  // round `rounds`: the last units
   int step = 0;
-  int64_t prepared = -1;  // the kernel's note of what it left in the worker's scratch memory
+  int64_t prepared = -1;  // the kernel's note of what the worker's scratch memory holds
 };
 
 #define CLAA_DECLARE_CPU_OP(Params)   \
@@ -268,7 +265,7 @@ namespace cuda {
   cudaError_t run(const Params& p, cudaStream_t stream);
 CLAA_FOR_EACH_OP(CLAA_DECLARE_CUDA_OP)
 
-// Sets `sm` to the architecture (90 for sm_90) of the code that runs on the current device.
+// Sets `sm` to the architecture (90 for sm_90) whose code runs on the current device.
 cudaError_t device_code(int* sm);
 
 }  // namespace cuda

@@ -128,7 +128,7 @@ CASES = [
 
 
 class Graphs:
-    """A `torch.compile` backend that counts the graphs it is given."""
+    """A ``torch.compile`` backend that counts the graphs it is given."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -231,7 +231,7 @@ def test_the_reference_can_be_trained(op, device):
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 @pytest.mark.parametrize("op", SCORES)
 def test_a_graph_serves_arguments_that_want_gradients(op, device):
-    """A model that is compiled without `no_grad`, and never asks for a gradient of its scores."""
+    """A model that is compiled without ``no_grad``, and never asks for a gradient of its scores."""
     torch._dynamo.reset()
     args, _ = scoring_call(op, device)
     function = getattr(claa_ops, op)

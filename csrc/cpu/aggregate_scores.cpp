@@ -1,4 +1,4 @@
-// aggregate_scores: the larger of the running score and of every head's score, token by token.
+// aggregate_scores: the maximum of the running score and of every head's score, token by token.
 //
 // Memory bound: reads (1 + kv_heads) * context floats of a row and writes context.
 

@@ -1,10 +1,11 @@
 // Products of a few query rows with many keys, tile by tile, and the softmax over all keys.
 //
-// The rows of one key head (its query heads times the window or the block of queries) lie side by
-// side in vector lanes: a tile holds [keys, rows] logits. So one read of a key serves all rows of
-// its group, the sums over keys of a row run in key order whatever the tile, and a row of a tile
-// needs no shuffles. Rows are ordered outer * inner + i; the ops reduce over `outer` (score_window:
-// the queries of the window; peak_attention: the heads of the group) and keep `inner`.
+// The query rows of one key head (its query heads times the window or the block of queries) lie
+// side by side in vector lanes: a tile holds [keys, query rows] logits. So one read of a key serves
+// all rows of its group, the sum over keys runs in key order for every row whatever the tile, and
+// no reduction shuffles lanes. Rows are ordered outer * inner + i; the ops reduce over `outer`
+// (score_window: the queries of the window; peak_attention: the heads of the group) and keep
+// `inner`.
 
 #pragma once
 
@@ -12,11 +13,11 @@
 
 namespace claa::cpu::CLAA_ISA {
 
-constexpr int64_t kTileKeys = 512;  // keys of one tile, without the halo of the pooling
-constexpr int64_t kStepBlock = 64;  // steps of a product that are summed before they join the rest
-constexpr int64_t kLineSteps = 16;  // steps that one cache line of a key holds
-constexpr int64_t kRowAlign = 8;    // rows of a tile are padded alike in every build
-constexpr int64_t kBlockKeys = kLanes == 16 ? 12 : 6;  // keys times 2 vectors of rows fit registers
+constexpr int64_t kTileKeys = 512;  // keys of one tile, without the halo that pooling reads
+constexpr int64_t kStepBlock = 64;  // steps of a product that form one partial sum
+constexpr int64_t kLineSteps = 16;  // steps in one cache line of a key
+constexpr int64_t kRowAlign = 8;    // rows of a tile: a multiple of this in every build
+constexpr int64_t kBlockKeys = kLanes == 16 ? 12 : 6;  // times 2 vectors of rows: fills registers
 
 struct QueryRows {
   const char* first;  // row 0
@@ -32,7 +33,19 @@ struct Keys {
   int64_t stride;     // in elements
 };
 
-// The keys' rows as floats.
+// The first query row and the keys of one key head of one prompt; T reads their dtype.
+template <class T>
+const char* first_query_row(const QueryKey& p, int64_t b, int64_t g) {
+  const int64_t offset = b * p.query_stride_b + g * p.group() * p.query_stride_h;
+  return static_cast<const char*>(p.query) + offset * T::kBytes;
+}
+template <class T>
+Keys keys_of(const QueryKey& p, int64_t b, int64_t g) {
+  const int64_t offset = b * p.key_stride_b + g * p.key_stride_g;
+  return {.first = static_cast<const char*>(p.key) + offset * T::kBytes, .stride = p.key_stride_n};
+}
+
+// One key as floats.
 template <class T>
 void convert_row(const char* from, int64_t dim, float* to) {
   int64_t d = 0;
@@ -40,13 +53,13 @@ void convert_row(const char* from, int64_t dim, float* to) {
   for (; d < dim; ++d) to[d] = T::to_float_one(from + d * T::kBytes);
 }
 
-// The scratch of one worker, in floats.
-struct AttentionSlot {
-  float* panel;  // [blocks of rows][dim][rows of the block]: the queries as the product reads them
-  float* keys;   // [kBlockKeys, dim]: keys as floats, where they are not floats in memory
+// The scratch memory of one worker, in floats.
+struct AttentionScratch {
+  float* panel;  // [blocks of rows][dim][rows of the block]: queries in the order they are read
+  float* keys;   // [kBlockKeys, dim]: keys converted to floats, where memory holds another dtype
   float* tile;   // [tile_keys, row_stride]
   float* sums;   // [inner, tile_keys]
-  // [row_stride] each, and room behind the end for a vector that begins in the last row
+  // [row_stride] each, with room after the end for a vector that begins in the last row
   float *row, *shift, *factor;
 
   static int64_t floats(int64_t row_stride, int64_t inner, int64_t dim, int64_t tile_keys) {
@@ -55,7 +68,7 @@ struct AttentionSlot {
                     kRowAlign);
   }
 
-  AttentionSlot(float* base, int64_t row_stride, int64_t inner, int64_t dim, int64_t tile_keys)
+  AttentionScratch(float* base, int64_t row_stride, int64_t inner, int64_t dim, int64_t tile_keys)
       : panel(base),
         keys(panel + row_stride * dim),
         tile(keys + kBlockKeys * dim),
@@ -99,7 +112,7 @@ struct PairStep {
 };
 #endif
 
-// Calls fn with the step that multiplies rows of T: a pair must not reach over the end of a row.
+// Calls fn with the step that multiplies rows of T: a pair must not cross the end of a row.
 template <class T, class Fn>
 inline void with_step(int64_t dim, Fn fn) {
 #if defined(__AVX512BF16__)
@@ -111,20 +124,21 @@ inline void with_step(int64_t dim, Fn fn) {
   fn(FloatStep{});
 }
 
-// Bytes from a key to the keys that are fetched while it is multiplied, 0 for none: the order in
-// which a product meets keys is not one that the processor would guess. `near`: the next block, for
-// the nearest cache; `far`: the next tile, so that memory is read while exponentials are computed.
+// Bytes from a key to the keys that are prefetched while it is multiplied, 0 for none: the hardware
+// prefetcher does not predict the order in which a product reads keys. `near`: the next block, into
+// L1; `far`: the next tile, into L2, so that memory is read while exponentials are computed.
 struct Ahead {
   int64_t near = 0, far = 0;
 };
 
-// Rows go in blocks: two vectors, then what is left: one vector, half a vector, or both.
+// Rows are multiplied in blocks of two vectors; the last block may be one vector, half a vector, or
+// both.
 inline int64_t block_rows(int64_t rows_left) {
   return min(2 * kLanes, round_up(rows_left, kRowLanes));
 }
 
-// Copies the query rows into `panel`, [blocks][steps][rows of the block], with zeros for the rows
-// that fill up the last block.
+// Copies the query rows into `panel`, [blocks][steps][rows of the block]; the padding rows of the
+// last block are zeros.
 template <class T>
 void pack_queries(const QueryRows& q, float* panel) {
   with_step<T>(q.dim, [&](auto step) {
@@ -149,8 +163,8 @@ void pack_queries(const QueryRows& q, float* panel) {
 }
 
 // out[j, row] = scale * panel[row] . keys[j] for j < n_keys and the rows of one block: `n_vectors`
-// vectors, and half a vector more if has_half. Long products go in parts of kStepBlock steps.
-// Meanwhile keys that come later are fetched, a line of each at a time.
+// vectors, and half a vector more if has_half. Long products are summed in parts of kStepBlock
+// steps. Meanwhile later keys are prefetched, one cache line of each at a time.
 template <class Step, int n_keys, int n_vectors, bool has_half>
 inline void multiply_block(const float* panel, int64_t steps, const char* keys, int64_t key_bytes,
                            Ahead ahead, float scale, float* out, int64_t out_stride) {
@@ -221,7 +235,7 @@ inline void multiply_rows(const float* panel, int64_t rows, int64_t steps, const
 // tile[j - begin, r] = scale * (query row r . key j) for begin <= j < end
 template <class T>
 void multiply_tile(const QueryRows& q, const Keys& keys, int64_t begin, int64_t end, float scale,
-                   const AttentionSlot& slot, float* tile, int64_t row_stride) {
+                   const AttentionScratch& scratch, float* tile, int64_t row_stride) {
   with_step<T>(q.dim, [&](auto step) {
     using Step = decltype(step);
     const int64_t steps = q.dim / Step::kItems;
@@ -231,29 +245,29 @@ void multiply_tile(const QueryRows& q, const Keys& keys, int64_t begin, int64_t 
       int64_t key_bytes = keys.stride * T::kBytes;
       if constexpr (Step::kItems * T::kBytes != 4) {
         for (int64_t i = 0; i < n_keys; ++i)
-          convert_row<T>(block + i * key_bytes, q.dim, slot.keys + i * q.dim);
-        block = reinterpret_cast<const char*>(slot.keys);
+          convert_row<T>(block + i * key_bytes, q.dim, scratch.keys + i * q.dim);
+        block = reinterpret_cast<const char*>(scratch.keys);
         key_bytes = q.dim * 4;
       }
       float* out = tile + (j - begin) * row_stride;
       if (n_keys == kBlockKeys) {
-        const bool reads_keys = block != reinterpret_cast<const char*>(slot.keys);
+        const bool reads_keys = block != reinterpret_cast<const char*>(scratch.keys);
         Ahead ahead;
         if (reads_keys && j + 2 * kBlockKeys <= end) ahead.near = kBlockKeys * key_bytes;
         if (reads_keys && j >= kTileKeys) ahead.far = -kTileKeys * key_bytes;
-        multiply_rows<Step, kBlockKeys>(slot.panel, q.rows(), steps, block, key_bytes, ahead, scale,
-                                        out, row_stride);
+        multiply_rows<Step, kBlockKeys>(scratch.panel, q.rows(), steps, block, key_bytes, ahead,
+                                        scale, out, row_stride);
       } else {
         for (int64_t i = 0; i < n_keys; ++i)
-          multiply_rows<Step, 1>(slot.panel, q.rows(), steps, block + i * key_bytes, key_bytes, {},
-                                 scale, out + i * row_stride, row_stride);
+          multiply_rows<Step, 1>(scratch.panel, q.rows(), steps, block + i * key_bytes, key_bytes,
+                                 {}, scale, out + i * row_stride, row_stride);
       }
     }
   });
 }
 
-// Calls fn(V{}, r) for the rows [r, r + lanes of V): whole vectors, then half of one if that holds
-// the rest.
+// Calls fn(V{}, r) for the rows [r, r + lanes of V): whole vectors, then half of one if that is
+// enough for the rest.
 template <class Fn>
 inline void for_each_vector(int64_t rows, Fn fn) {
   int64_t r = 0;
@@ -261,24 +275,24 @@ inline void for_each_vector(int64_t rows, Fn fn) {
   if (r < rows) fn(RowVec{}, r);
 }
 
-// The largest logit of each row over the n_keys keys of a tile, and the sum of
-// exp(logit - largest) over its keys [first, last). With `keep` the exponentials replace the
-// logits. Sums go from the last key to the first: padding before the first then adds zeros at
-// their end.
-inline void measure_tile(float* tile, int64_t n_keys, int64_t first, int64_t last,
-                         int64_t row_stride, int64_t rows, bool keep, float* largest, float* sum) {
+// The softmax partial of each query row in a tile: its largest logit over the n_keys keys, and the
+// sum of exp(logit - largest) over the keys [first, last). With `keep` the exponentials replace the
+// logits. Sums run from the last key to the first, so left padding only adds zeros at their end.
+inline void softmax_partials(float* tile, int64_t n_keys, int64_t first, int64_t last,
+                             int64_t row_stride, int64_t rows, bool keep, float* largest,
+                             float* sum) {
   for_each_vector(rows, [&](auto lanes, int64_t r) {
     using V = decltype(lanes);
-    float* column = tile + r;
+    float* logits = tile + r;
     V top = splat<V>(-kInfinity);
     for (int64_t j = 0; j < n_keys; ++j) {
-      const V z = load<V>(column + j * row_stride);
+      const V z = load<V>(logits + j * row_stride);
       top = z > top ? z : top;
     }
     const V shift = top == -kInfinity ? V{} : top;  // a row that sees no key of this tile
     const auto exponential = [&](int64_t j) {
-      const V e = exp(load<V>(column + j * row_stride) - shift);
-      if (keep) store(column + j * row_stride, e);
+      const V e = exp(load<V>(logits + j * row_stride) - shift);
+      if (keep) store(logits + j * row_stride, e);
       return e;
     };
     V total = {};
@@ -296,22 +310,22 @@ inline void measure_tile(float* tile, int64_t n_keys, int64_t first, int64_t las
   });
 }
 
-// Joins the measures of all tiles, tile 0 first: probability = exp(logit - shift) * factor.
-// A row that sees no key gets factor 0.
-inline void join_measures(const float* measures, int64_t tiles, int64_t row_stride, int64_t rows,
+// Joins the softmax partials of all tiles, tile 0 first:
+// probability = exp(logit - shift) * factor. A row that sees no key gets factor 0.
+inline void join_partials(const float* partials, int64_t tiles, int64_t row_stride, int64_t rows,
                           const float* sink, float* shift, float* factor) {
   for_each_vector(rows, [&](auto lanes, int64_t r) {
     using V = decltype(lanes);
     V top = sink ? load<V>(sink + r) : splat<V>(-kInfinity);
     for (int64_t t = 0; t < tiles; ++t) {
-      const V largest = load<V>(measures + 2 * t * row_stride + r);
+      const V largest = load<V>(partials + 2 * t * row_stride + r);
       top = largest > top ? largest : top;
     }
     const V safe = top == -kInfinity ? V{} : top;
     V total = sink ? exp(load<V>(sink + r) - safe) : V{};
     for (int64_t t = 0; t < tiles; ++t) {
-      const V largest = load<V>(measures + 2 * t * row_stride + r);
-      total = multiply_add(load<V>(measures + (2 * t + 1) * row_stride + r), exp(largest - safe),
+      const V largest = load<V>(partials + 2 * t * row_stride + r);
+      total = multiply_add(load<V>(partials + (2 * t + 1) * row_stride + r), exp(largest - safe),
                            total);
     }
     store(shift + r, safe);

@@ -1,5 +1,5 @@
-// What std::condition_variable does. That one's `wait` has a version which older systems lack since
-// GCC 12.
+// Stands in for std::condition_variable, whose `wait` has, since GCC 12, a symbol version that
+// older systems lack.
 
 #pragma once
 

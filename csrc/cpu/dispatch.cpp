@@ -1,4 +1,4 @@
-// Chooses the build of the kernels that this processor runs best.
+// Chooses the best build of the kernels that this processor can run.
 
 #include "csrc/kernels.h"
 

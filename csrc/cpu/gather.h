@@ -12,7 +12,7 @@ struct RowSource {
   int64_t row_bytes;
 };
 
-constexpr int64_t kPrefetchRows = 8;  // kept rows lie far apart: the hardware cannot guess the next
+constexpr int64_t kPrefetchRows = 8;  // kept rows lie far apart: hardware cannot predict the next
 
 // out[i] = source row index[offset + i] for begin <= i < end; -1 gives zeros.
 inline void gather_rows(const RowSource& source, const Indices& index, int64_t offset,

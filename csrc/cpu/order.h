@@ -1,4 +1,4 @@
-// The order of scores: as torch.topk has it, NaN above every number, -0 equal to 0.
+// The order of scores, as in torch.topk: NaN above every number, -0 equal to 0.
 
 #pragma once
 
@@ -18,7 +18,7 @@ inline VecInt order_of(Vec score) {
   return score != score ? VecInt{} + INT32_MAX : order;
 }
 
-// The same order in unsigned integers, whose digits can be counted.
+// The same order as an unsigned integer, for radix passes over its digits.
 inline uint32_t digits_of(int32_t order) { return uint32_t(order) ^ 0x80000000u; }
 
 }  // namespace claa::cpu::CLAA_ISA

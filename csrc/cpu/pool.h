@@ -6,11 +6,11 @@
 
 namespace claa::cpu::CLAA_ISA {
 
-constexpr int64_t kStrip = 128;  // tokens whose pools are built together, tap by tap
+constexpr int64_t kStrip = 128;  // tokens that are pooled together, tap by tap
 
-// sums[j - strip] = sum of the taps within `half` of each token j of [strip, strip_end).
-// Tokens outside [low, high) count as zeros. The blocks of
-// the sum do not depend on where the row begins.
+// sums[j - strip] = the sum of the taps within `half` of each token j of [strip, strip_end). Tokens
+// outside [low, high) count as zeros. How the sum is split into blocks does not depend on where the
+// row begins.
 inline void sum_taps(const float* in, int64_t low, int64_t high, int64_t strip, int64_t strip_end,
                      int64_t half, float* sums) {
   for (int64_t block = -half; block <= half; block += kSumBlock) {
@@ -25,7 +25,7 @@ inline void sum_taps(const float* in, int64_t low, int64_t high, int64_t strip, 
   }
 }
 
-// The same for the largest tap; tokens outside [low, high) do not count.
+// The same with the maximum; tokens outside [low, high) do not count.
 inline void max_taps(const float* in, int64_t low, int64_t high, int64_t strip, int64_t strip_end,
                      int64_t half, float* largest) {
   for (int64_t i = 0; i < strip_end - strip; ++i) largest[i] = -kInfinity;
@@ -38,8 +38,8 @@ inline void max_taps(const float* in, int64_t low, int64_t high, int64_t strip, 
 }
 
 // out[j - begin] (+)= pooled value of token j, begin <= j < end. `in` holds the tokens [low, high).
-// Every pool is summed anew: a running sum would carry a NaN or a rounding error on to every later
-// token.
+// Every pool is summed from its taps: a running sum would carry a NaN or a rounding error to every
+// later token.
 inline void pool_row(const float* in, int64_t low, int64_t high, int64_t begin, int64_t end,
                      int64_t kernel_size, PoolMode pool_mode, bool accumulate, float* out) {
   float pooled[kStrip];

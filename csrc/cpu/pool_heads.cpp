@@ -1,6 +1,6 @@
 // pool_heads: pool each query head along its tokens, then sum the heads of each group.
 //
-// Works on tiles of a row that stay in the L1 cache while the group's heads are added to them.
+// Works on tiles of a row that stay in the L1 cache while the heads of the group are added.
 
 #include "csrc/cpu/pool.h"
 

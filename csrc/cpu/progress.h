@@ -1,9 +1,9 @@
-// Who computes what: deals the units of one call (`Schedule` in csrc/kernels.h) to its workers.
+// Deals the units of one call (`Schedule` in csrc/kernels.h) to its workers.
 //
-// A worker that comes free takes what is left of the oldest round, so none waits for a worker that
-// the operating system has put aside, until there is nothing else to do. Each worker has a part of
-// every step, neighbouring units, as caches like it; when it is through, it takes half of what
-// another one has left.
+// A worker that becomes free takes what is left of the oldest round, so none waits for a worker
+// that the operating system has descheduled while there is anything else to do. Each worker begins
+// with a part of its own of every step, consecutive units, which suits the caches; after that it
+// steals half of the largest part that is left.
 
 #pragma once
 
@@ -21,11 +21,11 @@ class Progress {
  public:
   Progress(const Schedule& plan, int64_t workers);
 
-  // The workers that are worth their start.
+  // How many workers are worth starting.
   int64_t workers() const { return workers_; }
 
   // Marks `portion` as done, unless it is new, and makes it the next one of its worker; false when
-  // all units are taken. Waits while units are left that none may take yet.
+  // all units are taken. Waits while units are left that may not be taken yet.
   bool next(Portion& portion);
 
  private:
@@ -33,15 +33,15 @@ class Progress {
     int64_t begin, end;
   };
   struct Round {
-    int64_t number = -1;  // -1: its place is free
+    int64_t number = -1;  // -1: the slot is free
     int step = 0;
-    int64_t untaken = 0, undone = 0;
+    int64_t untaken = 0, unfinished = 0;
     std::vector<Part> parts;
   };
 
   void finish(const Portion& portion);
   bool take(Portion& portion);
-  bool look_for_news(std::unique_lock<std::mutex>& lock);
+  bool spin_for_change(std::unique_lock<std::mutex>& lock);
   void take_from(Round& round, Portion& portion);
   Round* open_round();
   void begin_step(Round& round);
@@ -50,12 +50,12 @@ class Progress {
 
   const Schedule plan_;
   const int64_t grain_, workers_;
-  std::mutex mutex_;  // of all that follows
-  std::vector<Round> places_;
-  const int64_t rounds_;  // with the last one, which waits for all
+  std::mutex mutex_;  // guards all members below
+  std::vector<Round> slots_;
+  const int64_t rounds_;  // with the last one, which waits for all others
   int64_t opened_ = 0;
-  bool is_patient_ = true;
-  std::atomic<int64_t> news_ = 0;  // changes when there may be units to take that there were not
+  bool may_spin_ = true;
+  std::atomic<int64_t> changes_ = 0;  // counts the moments when units may have become available
   Condition wake_;
 };
 

@@ -1,7 +1,7 @@
-// rank_variance: how much the ranks of the important tokens move between layers.
+// rank_variance: how much the ranks of the important tokens change between layers.
 //
 // Step 0 ranks each layer's tokens: a stable radix sort of (order, position) pairs, three digits
-// of 11, 11 and 10 bits, best score first. Step 1 goes over the tokens once. Ranks are integers,
+// of 11, 11 and 10 bits, best score first. Step 1 reads the ranks once. They are integers,
 // so the variance of one token is exact up to its last division.
 
 #include "csrc/cpu/order.h"

@@ -1,6 +1,6 @@
-// score_layer: score_tokens, then aggregate_scores in place, when all scores are there.
+// score_layer: score_tokens, then aggregate_scores in place, once all scores are written.
 //
-// The scores of a token's heads come from different workers, so their maximum has to wait for all.
+// The scores of a token's heads come from different workers, so the maximum waits for all of them.
 // It reads 4 bytes per head and token, which are still in the cache unless the prompt is long.
 
 #include "csrc/cpu/vec.h"

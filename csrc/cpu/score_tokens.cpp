@@ -1,7 +1,7 @@
 // score_tokens: score_window, pooled along the tokens and summed over each head group.
 //
-// The engine (window_attention.h) hands over a tile of sums with a halo of half a pooling kernel
-// on each side, so pooling needs no second pass over memory.
+// window_attention.h hands over a tile of sums with a halo of half a pooling kernel on each side,
+// so pooling needs no second pass over memory.
 
 #include "csrc/cpu/pool.h"
 #include "csrc/cpu/window_attention.h"

@@ -1,6 +1,6 @@
 // score_window: the window's attention to each context key, per query head.
 //
-// One key head's engine (window_attention.h) without a halo; its sums are the result.
+// The sums of window_attention.h, without a halo, are the result.
 
 #include "csrc/cpu/window_attention.h"
 

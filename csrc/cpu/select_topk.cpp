@@ -1,10 +1,10 @@
 // select_topk: positions of the k best scores, ascending.
 //
 // Radix selection: three histograms (11, 11, 10 bits of the score's order) find the threshold and
-// how many of the scores equal to it are wanted; one more pass in token order writes the positions,
+// how many of the scores equal to it are kept; one more pass in token order writes the positions,
 // so they ascend without a sort and a tie goes to the lower position. Reads a row four times,
-// writes k positions, needs no scratch memory. Only the first histogram looks at every score one by
-// one; the other passes compare whole vectors and visit the few scores that matter.
+// writes k positions, needs no scratch memory. Only the first histogram visits every score; the
+// other passes compare whole vectors and visit only the scores that match.
 
 #include "csrc/cpu/order.h"
 
@@ -42,8 +42,8 @@ struct Threshold {
   int64_t ties;   // how many of those equal to it are
 };
 
-// How often each digit occurs. Two histograms: neighbouring scores are often equal, and adding to
-// one counter twice in a row waits for the first addition.
+// How often each digit occurs. Two histograms in turn: neighbouring scores are often equal, and
+// adding to the same counter twice in a row waits for the first addition.
 struct Histogram {
   uint32_t count[2][2048] = {};
 
@@ -73,7 +73,7 @@ Threshold find_threshold(const float* scores, int64_t n, int64_t wanted) {
   uint32_t prefix = high.find(wanted);
 
   Histogram middle;
-  const int32_t top = int32_t(prefix) - 1024;  // as the arithmetic shift of an order gives it
+  const int32_t top = int32_t(prefix) - 1024;  // the value of order >> 21, which keeps the sign
   for_each_wanted(
       scores, 0, n, [=](auto order) { return (order >> 21) == top; },
       [&](int64_t at, int32_t order) { middle.add(at, (order >> 10) & 2047); });

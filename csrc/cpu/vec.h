@@ -1,9 +1,9 @@
-// Vectors of floats as wide as the instruction set of this build, and exp and tanh on them.
+// Vectors of floats, as wide as the instruction set of this build allows, and exp and tanh on them.
 //
 // Every file of csrc/cpu is compiled once per instruction set; CLAA_ISA (plain, avx2, avx512,
 // avx512_bf16) names the namespace of that build, so that dispatch.cpp can choose between them at
-// run time. Kernels use no standard-library templates: a copy compiled with AVX-512 could be the
-// one that the linker keeps for all.
+// run time. Kernels use no standard-library templates: of the copies compiled for different
+// instruction sets the linker keeps one for all, which may be the AVX-512 one.
 
 #pragma once
 
@@ -25,7 +25,7 @@ constexpr int64_t kLanes = 8;
 constexpr int64_t kLanes = 4;
 #endif
 
-// n floats, and the integers as wide as they are.
+// n floats, and n integers of the same width.
 template <int64_t n>
 struct VecOf {
   using Float __attribute__((vector_size(n * 4))) = float;
@@ -36,8 +36,8 @@ using VecInt = VecOf<kLanes>::Int;
 using VecHalf = uint16_t __attribute__((vector_size(kLanes * 2)));
 using Vec4 = VecOf<4>::Float;
 
-// Rows of a product are padded to this many lanes: the widest vector, or half of it where that
-// still is a vector that computes at full rate.
+// Rows of a product are padded to this many lanes: the widest vector, or half of it where half a
+// vector still computes at full rate.
 constexpr int64_t kRowLanes = kLanes == 16 ? 8 : kLanes;
 using RowVec = VecOf<kRowLanes>::Float;
 
@@ -46,8 +46,7 @@ using IntOf = typename VecOf<sizeof(V) / 4>::Int;
 
 constexpr float kInfinity = __builtin_inff();
 
-// Terms that are added up before they join a longer sum: two levels keep the rounding error of a
-// sum near that of a tree.
+// Terms of one partial sum: summing in two levels keeps the rounding error near that of a tree.
 constexpr int64_t kSumBlock = 16;
 
 template <class V>
@@ -105,8 +104,9 @@ inline uint32_t mask_of(VecInt comparison) {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// a * b + c, rounded once where the processor can. The kernels are built without contraction, and
-// say where they want it: the same line must round alike in every copy that the compiler makes.
+// a * b + c, rounded once where the processor has such an instruction. The kernels are built
+// without contraction and fuse only here: the same line must round the same in every copy that the
+// compiler makes.
 inline Vec multiply_add(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
   return bits_as<Vec>(_mm512_fmadd_ps(bits_as<__m512>(a), bits_as<__m512>(b), bits_as<__m512>(c)));
@@ -156,7 +156,7 @@ inline V exp(V x) {
   p = multiply_add(p, r, 1.6666665459e-1f);
   p = multiply_add(p, r, 5.0000001201e-1f);
   p = multiply_add(p, r * r, r + 1.f);
-  // The integer n stands in the low bits of `shifted`; those above are shifted out.
+  // The low bits of `shifted` are the integer n; the bits above are shifted out.
   p = p * bits_as<V>((bits_as<IntOf<V>>(shifted) + 127) << 23);  // 2^n; infinity for n = 128
   return x < kLow ? V{} : p;
 }
@@ -194,8 +194,8 @@ struct BF16 {
   }
 };
 
-// Shifts exponent and mantissa into place and repairs the bias by a multiplication, which also
-// makes subnormals right; infinity and NaN get the largest exponent back.
+// Shifts exponent and mantissa into position and corrects the bias by a multiplication, which also
+// handles subnormals; infinity and NaN get the largest exponent back.
 template <class Float, class Int>
 inline Float half_to_float(Int half) {
   const Int sign = (half & 0x8000) << 16;

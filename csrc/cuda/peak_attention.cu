@@ -137,33 +137,12 @@ cudaError_t emit(EmitParams p, cudaStream_t stream) {
                           a.batch * p.key_blocks * p.query_blocks, shared_bytes, stream, p);
 }
 
+// The softmax of both ops is one: here the window is the block of queries.
 WindowAttention attention_of(const PeakAttentionParams& p) {
-  return {.query = p.query,
-          .key = p.key,
-          .lse = nullptr,
-          .start = p.start,
-          .sink_logits = nullptr,
-          .workspace = p.workspace,
-          .dtype = p.dtype,
-          .sinks_dtype = DType::f32,
-          .batch = p.batch,
-          .heads = p.heads,
-          .kv_heads = p.kv_heads,
-          .window = p.queries,
-          .total = p.total,
-          .dim = p.dim,
-          .query_stride_b = p.query_stride_b,
-          .query_stride_h = p.query_stride_h,
-          .query_stride_w = p.query_stride_t,
-          .key_stride_b = p.key_stride_b,
-          .key_stride_g = p.key_stride_g,
-          .key_stride_n = p.key_stride_n,
-          .lse_stride_b = 0,
-          .lse_stride_h = 0,
-          .scale = p.scale,
-          .softcap = 0.f,
-          .sliding_window = 0,
-          .workers = 1};
+  WindowAttention attention{static_cast<const QueryKey&>(p)};
+  attention.window = p.queries;
+  attention.query_stride_w = p.query_stride_t;
+  return attention;
 }
 
 }  // namespace

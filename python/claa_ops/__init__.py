@@ -1,11 +1,11 @@
-"""Fused ops that rank prompt tokens, keep the important ones and prefill the rest on those alone.
+"""Fused ops that rank prompt tokens, keep the important ones and prefill the later layers on those.
 
-Importing the package loads ``torch.ops.claa.*``; the functions here are the same ops with their
-manual pages. In both, whatever has a default is given by name. A ``pool_mode`` is a number in
-``torch.ops.claa``: 0 avg, 1 max (``pool_mode`` of ``score_layer``).
+Importing the package registers ``torch.ops.claa.*``; the functions here are the same ops with
+docstrings. In both, arguments that have a default are keyword-only. ``pool_mode`` is a string here,
+``"avg"`` or ``"max"``, and a number in ``torch.ops.claa``, 0 or 1.
 
-``claa_ops.reference`` has each op in plain PyTorch, ``claa_ops.methods`` has the ranking systems,
-``claa_ops.prefill`` puts them into a model.
+``claa_ops.reference`` has each op in plain PyTorch, ``claa_ops.methods`` the methods that decide
+which tokens stay, and ``claa_ops.prefill`` runs them in a model.
 """
 
 from claa_ops import _library as _library  # loads the ops; the modules below need them

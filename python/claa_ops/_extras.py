@@ -1,4 +1,4 @@
-"""One sentence for whoever lacks the packages of an extra."""
+"""One sentence for a user who lacks the packages of an extra."""
 
 from importlib.util import find_spec
 
@@ -8,7 +8,7 @@ class MissingExtra(ImportError):
 
 
 def require(extra: str, *modules: str) -> None:
-    """Go on only where all of these modules are, which ``claa-ops[EXTRA]`` installs.
+    """Check that these modules, which ``claa-ops[EXTRA]`` installs, can be imported.
 
     Raises:
         MissingExtra: one of them is missing.

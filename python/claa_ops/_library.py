@@ -13,13 +13,13 @@ _MINIMUM_TORCH = (2, 11)  # what the libraries are built for; see cmake/FindTorc
 
 
 def _find(name: str) -> Path | None:
-    # importlib.resources finds the file in a wheel and in an editable install alike.
+    # importlib.resources finds the file in a wheel and in an editable install.
     with resources.as_file(resources.files("claa_ops").joinpath("lib", name)) as path:
         return path if path.exists() else None
 
 
 def _load() -> bool:
-    """Load the libraries; whether there are CUDA kernels."""
+    """Load the libraries and return whether there are CUDA kernels."""
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < _MINIMUM_TORCH:
         raise ImportError(f"claa_ops needs torch >= 2.11, got {torch.__version__}")
@@ -35,7 +35,7 @@ def _load() -> bool:
 
 
 def _refuse_cuda(library: torch.library.Library, op: str) -> None:
-    """Say in one sentence what the dispatcher would say in a page."""
+    """Refuse CUDA tensors in one sentence, where the dispatcher would print a page."""
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError(

@@ -1,12 +1,16 @@
 """The specification: every op in plain PyTorch, one short function each.
 
-Tests compare the kernels with these functions in float64, and the bench uses them as the eager
+Tests compare the kernels with these functions in float64, and the benchmark uses them as the eager
 baseline: they follow the chain of tensor operations of the published code (keys repeated to the
 query heads, one softmax over all logits), so they read and write what that code does. Scores are
-float32 whatever the input dtype, and float64 for float64 inputs.
+float32 whatever the input dtype, and float64 for float64 inputs. Letters are those of the ops'
+docstrings: B prompts, H query heads, G key heads, N keys, W window queries, M = N - W context
+tokens, D channels of a head.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +28,7 @@ def score_window(
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,  # [H]
 ) -> Tensor:
-    """Attention that the last W queries pay to each context key, summed over those queries."""
+    """Attention that the last W queries pay to each context key, summed over them: [B, H, M]."""
     window, total = query.shape[2], key.shape[2]
     logits = _logits(query, key, scale)  # [B, H, W, N]
     if softcap:
@@ -32,99 +36,72 @@ def score_window(
 
     key_position = torch.arange(total, device=key.device)
     query_position = key_position[total - window :, None]
-    visible = key_position <= query_position
+    visible = key_position <= query_position  # [W, N]
     if sliding_window:
         visible = visible & (key_position > query_position - sliding_window)
     visible = visible & _valid_keys(start, key_position)  # [B or 1, 1, W, N]
     logits = logits.masked_fill(~visible, -torch.inf)
 
     if lse is None:
-        columns = logits
         if sink_logits is not None:
-            sink_column = sink_logits.to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)
-            columns = torch.cat([logits, sink_column], dim=-1)
-        probability = columns.softmax(dim=-1)[..., :total]
+            sinks = sink_logits.to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)
+            logits = torch.cat([logits, sinks], dim=-1)  # [B, H, W, N + 1]
+        probability = logits.softmax(dim=-1)[..., :total]
     else:
         lse = lse.to(logits.dtype)
         if sink_logits is not None:
             lse = torch.logaddexp(lse, sink_logits.to(logits.dtype)[:, None])
         probability = torch.exp(logits - lse[..., None])
-    # A query that sees no key is padding: it has no vote.
+    # A query that sees no key is padding and has no vote.
     probability = probability.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
     return probability.sum(dim=2)[..., : total - window]
 
 
 def pool_heads(
-    scores: Tensor, num_kv_heads: int, *, kernel_size: int = 7, pool_mode: str = "avg"
-) -> Tensor:
-    """Pool [B, H, M] along the tokens of each head, then sum the heads of each group."""
-    pool = F.avg_pool1d if pool_mode == "avg" else F.max_pool1d
-    if scores.numel():
-        scores = pool(scores, kernel_size, stride=1, padding=kernel_size // 2)
-    return scores.unflatten(1, (num_kv_heads, -1)).sum(dim=2)
-
-
-def score_tokens(
-    query: Tensor,
-    key: Tensor,
+    scores: Tensor,  # [B, H, M]
+    num_kv_heads: int,  # G
     *,
     kernel_size: int = 7,
     pool_mode: str = "avg",
-    scale: float | None = None,
-    lse: Tensor | None = None,
-    start: Tensor | None = None,
-    sliding_window: int = 0,
-    softcap: float = 0.0,
-    sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """`score_window`, then `pool_heads`: [B, G, M]."""
-    scores = score_window(
-        query,
-        key,
-        scale=scale,
-        lse=lse,
-        start=start,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sink_logits=sink_logits,
-    )
+    """Pool along the tokens of each head, then sum the heads of each group: [B, G, M]."""
+    pool = F.avg_pool1d if pool_mode == "avg" else F.max_pool1d
+    if scores.numel():
+        scores = pool(scores, kernel_size, stride=1, padding=kernel_size // 2)  # [B, H, M]
+    return scores.unflatten(1, (num_kv_heads, -1)).sum(dim=2)  # of [B, G, H // G, M]
+
+
+def score_tokens(
+    query: Tensor,  # [B, H, W, D]
+    key: Tensor,  # [B, G, N, D]
+    *,
+    kernel_size: int = 7,
+    pool_mode: str = "avg",
+    **options: Any,  # the keyword arguments of score_window
+) -> Tensor:
+    """``score_window``, then ``pool_heads``: [B, G, M]."""
+    scores = score_window(query, key, **options)  # [B, H, M]
     return pool_heads(scores, key.shape[1], kernel_size=kernel_size, pool_mode=pool_mode)
 
 
-def aggregate_scores(running: Tensor, scores: Tensor) -> Tensor:
-    """Running maximum over layers, and over heads where `scores` still has them."""
+def aggregate_scores(
+    running: Tensor,  # [B, M]
+    scores: Tensor,  # [B, M] or [B, G, M]
+) -> Tensor:
+    """Running maximum over layers, and over heads where ``scores`` still has them: [B, M]."""
     if scores.dim() == 3:
-        scores = scores.amax(dim=1)
+        scores = scores.amax(dim=1)  # [B, M]
     return torch.maximum(running, scores)
 
 
 def score_layer(
     running: Tensor,  # [B, M], updated in place
-    query: Tensor,
-    key: Tensor,
-    *,
-    kernel_size: int = 7,
-    pool_mode: str = "avg",
-    scale: float | None = None,
-    lse: Tensor | None = None,
-    start: Tensor | None = None,
-    sliding_window: int = 0,
-    softcap: float = 0.0,
-    sink_logits: Tensor | None = None,
+    query: Tensor,  # [B, H, W, D]
+    key: Tensor,  # [B, G, N, D]
+    **options: Any,  # the keyword arguments of score_tokens
 ) -> Tensor:
-    """`score_tokens`, and `running` becomes `aggregate_scores` of itself and them."""
-    scores = score_tokens(
-        query,
-        key,
-        kernel_size=kernel_size,
-        pool_mode=pool_mode,
-        scale=scale,
-        lse=lse,
-        start=start,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sink_logits=sink_logits,
-    )
+    """``score_tokens``, [B, G, M], and ``running`` becomes ``aggregate_scores`` of it and them."""
+    scores = score_tokens(query, key, **options)
     running.copy_(aggregate_scores(running, scores))
     return scores
 
@@ -139,11 +116,11 @@ def select_topk(
     counts: Tensor | None = None,  # [B]
     int32: bool = False,
 ) -> Tensor:
-    """Ascending positions of the k best of M + window tokens.
+    """Ascending positions of the k best of M + window tokens: [..., k].
 
     Four tiers, best first: the window (latest first, which matters only for k < window), the
     sinks (earliest first), the other tokens by score (NaN first, then the lower position on a
-    tie), padding. A row keeps the best of its count, and -1 stands before them.
+    tie), padding. A row with a count below k keeps that many, after entries of -1.
     """
     context = scores.shape[-1]
     position = torch.arange(context + window, device=scores.device)
@@ -167,8 +144,12 @@ def select_topk(
     return best.sort(dim=-1).values.to(torch.int32 if int32 else torch.int64)
 
 
-def gather_kv(key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of key and value at `index` ([B, G, k], or [B, k] for all heads alike)."""
+def gather_kv(
+    key: Tensor,  # [B, G, N, D]
+    value: Tensor,  # [B, G, N, Dv]
+    index: Tensor,  # [B, G, k], or [B, k] for all heads; -1 gives a row of zeros
+) -> tuple[Tensor, Tensor]:
+    """Rows of key and value at ``index``: [B, G, k, D] and [B, G, k, Dv]."""
     if index.dim() == 2:
         index = index[:, None].expand(-1, key.shape[1], -1)
     index = index.long()
@@ -180,8 +161,11 @@ def gather_kv(key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor
     return rows(key), rows(value)
 
 
-def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x [B or 1, N, C] at `index` [B, k]."""
+def gather_tokens(
+    x: Tensor,  # [B, N, C], or [1, N, C] for all prompts
+    index: Tensor,  # [B, k]; -1 gives a row of zeros
+) -> Tensor:
+    """Rows of x at ``index``: [B, k, C]."""
     index = index.long()[..., None].expand(-1, -1, x.shape[-1])
     kept = x.expand(index.shape[0], -1, -1).gather(1, index.clamp_min(0))
     return kept.masked_fill(index < 0, 0)
@@ -196,7 +180,7 @@ def peak_attention(
     start: Tensor | None = None,  # [B]
 ) -> Tensor:
     """The largest attention over heads that each query pays to each key: [B, T, N]."""
-    logits = _logits(query, key, scale)
+    logits = _logits(query, key, scale)  # [B, H, T, N]
     visible = _valid_keys(start, torch.arange(key.shape[2], device=key.device))
     probability = logits.masked_fill(~visible, -torch.inf).softmax(dim=-1)
     probability = probability.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
@@ -204,7 +188,10 @@ def peak_attention(
     return peak if running is None else torch.maximum(running, peak)
 
 
-def rank_variance(scores: Tensor, k: int) -> Tensor:
+def rank_variance(
+    scores: Tensor,  # [L, B, M]
+    k: int,
+) -> Tensor:
     """Variance over L layers of the ranks of all tokens that are in some layer's top k: [B]."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices  # [L, B, M]
     one_based = torch.arange(1, scores.shape[-1] + 1, device=scores.device).expand_as(order)
@@ -216,11 +203,11 @@ def rank_variance(scores: Tensor, k: int) -> Tensor:
 
 
 def _logits(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
-    """Scaled products of each query head with the keys of its group, in the dtype of scores."""
+    """Scaled products of each query head with the keys of its group, in the dtype of the scores."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # [B, H, N, D]
     logits = query @ key.transpose(-1, -2)
     logits = logits * (query.shape[-1] ** -0.5 if scale is None else scale)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))  # [B, H, W, N]
 
 
 def _valid_keys(start: Tensor | None, position: Tensor) -> Tensor:

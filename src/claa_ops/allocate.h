@@ -1,7 +1,8 @@
 // Memory for results and scratch.
 //
-// By the shim that generated code calls: torch::stable::new_empty finds its operator by name and
-// packs its arguments into a stack on every call, which took as long as the rest of a small op.
+// Through the C shim that AOTInductor's generated code calls: torch::stable::new_empty looks its
+// operator up by name and boxes its arguments on every call, which took as long as the rest of a
+// small op.
 
 #pragma once
 
@@ -19,7 +20,8 @@
 
 namespace claa {
 
-// A contiguous, uninitialised tensor on the device of `like`, with its dtype unless told.
+// A contiguous, uninitialised tensor on the device of `like`, with its dtype unless another
+// is given.
 inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
                        std::optional<ScalarType> dtype = std::nullopt) {
   std::vector<int64_t> strides(shape.size(), 1);

@@ -19,7 +19,7 @@ namespace claa {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// RuntimeError in Python, with these words and nothing else. It is the one class of exception that
+// Raises RuntimeError in Python with exactly this text. It is the only class of exception that
 // every torch release carries across the stable ABI.
 template <class... Parts>
 [[noreturn]] void fail(const char* op, const Parts&... parts) {
@@ -59,8 +59,8 @@ inline const char* name_of(ScalarType dtype) {
   }
 }
 
-// What a message says of a tensor. They hold the tensor and write only when a check has failed: a
-// stream is a microsecond, and more where its code is cold.
+// How messages print a tensor. These hold the tensor and format it only when a check has failed:
+// a stream costs a microsecond, and more when its code is cold.
 struct ShapeOf {
   const Tensor& tensor;
 };
@@ -183,7 +183,7 @@ inline void check_groups(const char* op, int64_t heads, int64_t kv_heads) {
 }
 
 // On the CPU an index outside [-1, total) is an error here, before any row is copied; on CUDA it is
-// a device assertion, as reading the indices would make the host wait.
+// a device assertion, because reading the indices would make the host wait.
 inline void check_index_range(const char* op, const Tensor& index, int64_t total) {
   if (!index.is_cpu() || index.numel() == 0) return;
   const Indices values = indices_of(op, "index", index);

@@ -1,5 +1,5 @@
-// The only place that knows whether this library runs on the CPU or on CUDA: the border is compiled
-// once for each.
+// The only file of the border that differs between the CPU and CUDA: the border is compiled once
+// for each.
 
 #pragma once
 
@@ -45,7 +45,7 @@ void launch(const Tensor& like, const Params& params) {
 
 #else
 
-// Threads that a kernel may prepare scratch memory for.
+// The threads that a kernel prepares scratch memory for.
 inline int64_t workers() { return torch::stable::get_num_threads(); }
 
 // Scratch memory for `params`, empty if it needs none. Keep it until the launch.
@@ -54,8 +54,7 @@ Tensor workspace_for(const Params& params, const Tensor& like) {
   return allocate(like, {cpu::schedule(params).workspace_bytes}, ScalarType::Byte);
 }
 
-// Whether a thread computes at this moment: its clock of CPU time goes on. True for one that has
-// ended.
+// Whether a thread is running at this moment: its CPU clock advances. True for one that has ended.
 inline bool is_running(clockid_t cpu_clock) {
   timespec before, after;
   if (clock_gettime(cpu_clock, &before) || clock_gettime(cpu_clock, &after)) return true;
@@ -64,14 +63,15 @@ inline bool is_running(clockid_t cpu_clock) {
 
 // Works through the steps in this thread and in others at the same time.
 //
-// After an op of torch's its threads spin for some milliseconds, so they begin at once, and other
-// threads would have to push them aside. But a parallel region waits until all of them have come,
-// and on a busy machine one that has spun its time slice away comes last. So torch's threads work
-// if they are running at this moment, and else our own, of which only those are waited for that
-// have begun.
+// After an op of torch its threads spin for some milliseconds: they start at once, and other
+// threads would compete with them for the cores. But a parallel region ends only when all of its
+// threads have run, and on a busy machine a thread that has spun through its time slice is
+// scheduled last. So torch's threads take part if they are running at this moment. Otherwise our
+// own helpers do, and only those that have started are waited for.
 inline void spread(int64_t workers, const cpu::Step& step) {
-  constexpr int64_t kWatched = 4;  // threads: a look at one takes half a microsecond
-  // Of those that last worked for this thread. A clock that always runs: none has yet.
+  constexpr int64_t kWatched = 4;  // threads: asking for one clock takes half a microsecond
+  // The clocks of the threads that last worked for this one. None has yet: a clock that always
+  // runs.
   static thread_local clockid_t clocks[kWatched] = {CLOCK_MONOTONIC, CLOCK_MONOTONIC,
                                                     CLOCK_MONOTONIC, CLOCK_MONOTONIC};
   if (workers == 1) return cpu::work_through(step, 0);

@@ -1,4 +1,4 @@
-// The table of contents: every op's schema, then the function behind it.
+// The table of contents: every op's schema and the function that implements it.
 //
 // Compiled into both libraries. The CPU library is always loaded and has the schemas.
 //

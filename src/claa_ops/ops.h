@@ -1,5 +1,5 @@
-// The ops behind the schemas of library.cpp: each checks its arguments, allocates the result and
-// launches the kernel of its device.
+// The functions that implement the schemas of library.cpp: each checks its arguments, allocates the
+// result and launches the kernel of its device.
 
 #pragma once
 

@@ -22,31 +22,16 @@ Tensor peak_attention(const Tensor& query, const Tensor& key, std::optional<doub
   }
 
   const Tensor out = allocate(query, {batch, queries, total}, ScalarType::Float);
-  PeakAttentionParams params{
-      .query = query.const_data_ptr(),
-      .key = key.const_data_ptr(),
-      .running = running ? running->const_data_ptr<float>() : nullptr,
-      .start = row_integers(op, "start", start, batch, query, "query"),
-      .out = out.mutable_data_ptr<float>(),
-      .workspace = nullptr,
-      .dtype = float_dtype(op, "query", query),
-      .batch = batch,
-      .heads = query.size(1),
-      .kv_heads = key.size(1),
-      .queries = queries,
-      .total = total,
-      .dim = query.size(3),
-      .query_stride_b = query.stride(0),
-      .query_stride_h = query.stride(1),
-      .query_stride_t = query.stride(2),
-      .key_stride_b = key.stride(0),
-      .key_stride_g = key.stride(1),
-      .key_stride_n = key.stride(2),
-      .running_stride_b = running ? running->stride(0) : 0,
-      .running_stride_t = running ? running->stride(1) : 0,
-      .scale = scale_or_default(scale, query.size(3)),
-      .workers = workers(),
-  };
+  PeakAttentionParams params{query_key(op, query, key, scale)};
+  params.start = row_integers(op, "start", start, batch, query, "query");
+  params.queries = queries;
+  params.query_stride_t = query.stride(2);
+  if (running) {
+    params.running = running->const_data_ptr<float>();
+    params.running_stride_b = running->stride(0);
+    params.running_stride_t = running->stride(1);
+  }
+  params.out = out.mutable_data_ptr<float>();
   if (out.numel() == 0) return out;
   const Tensor workspace = workspace_for(params, out);
   params.workspace = workspace.mutable_data_ptr();

@@ -33,7 +33,7 @@ Tensor score_layer(const Tensor& running, const Tensor& query, const Tensor& key
                                 .kernel_size = kernel_size,
                                 .pool_mode = mode};
   launch_window(params, out);
-  // Scores of no queries are zeros that nothing has computed; they count.
+  // Without queries no kernel runs and the scores are zeros, which count in the maximum.
   if (!attention.has_queries() && out.numel() > 0) launch(out, params.maximum());
   return out;
 }

@@ -24,7 +24,7 @@ Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t num_
   check(!counts || rank > 1, op, "counts needs scores of shape [B, ..., M], got ",
         shape_of(scores));
   const int64_t batch = rank > 1 ? scores.size(0) : 1;
-  int64_t inner = 1;  // rows of one batch entry; one stride must lead through them
+  int64_t inner = 1;  // rows of one batch entry, which must be a constant stride apart
   for (int64_t dim = 1; dim < rank - 1; ++dim) {
     inner *= scores.size(dim);
     check(dim == 1 || scores.size(dim - 1) <= 1 ||

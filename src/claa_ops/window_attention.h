@@ -1,4 +1,4 @@
-// Checks and params of the window's queries against all keys: score_window and score_tokens.
+// Checks and params of query rows against keys: the ops that attend.
 
 #pragma once
 
@@ -14,7 +14,7 @@ inline float scale_or_default(std::optional<double> scale, int64_t dim) {
   return float(scale ? *scale : 1.0 / std::sqrt(double(dim)));
 }
 
-// What query and key must agree on; `query_shape` is how messages write the shape of query.
+// Checks query and key; `query_shape` is how messages write the shape of query.
 inline void check_query_key(const char* op, const Tensor& query, const Tensor& key,
                             const char* query_shape) {
   check_rank(op, "query", query, 4, query_shape);
@@ -30,6 +30,30 @@ inline void check_query_key(const char* op, const Tensor& query, const Tensor& k
   check_last_dim_contiguous(op, "key", key);
 }
 
+// The params of a query and a key that check_query_key has passed.
+inline QueryKey query_key(const char* op, const Tensor& query, const Tensor& key,
+                          std::optional<double> scale) {
+  return {
+      .query = query.const_data_ptr(),
+      .key = key.const_data_ptr(),
+      .start = {},
+      .workspace = nullptr,
+      .dtype = float_dtype(op, "query", query),
+      .batch = query.size(0),
+      .heads = query.size(1),
+      .kv_heads = key.size(1),
+      .total = key.size(2),
+      .dim = query.size(3),
+      .query_stride_b = query.stride(0),
+      .query_stride_h = query.stride(1),
+      .key_stride_b = key.stride(0),
+      .key_stride_g = key.stride(1),
+      .key_stride_n = key.stride(2),
+      .scale = scale_or_default(scale, query.size(3)),
+      .workers = workers(),
+  };
+}
+
 inline WindowAttention window_attention(const char* op, const Tensor& query, const Tensor& key,
                                         std::optional<double> scale,
                                         const std::optional<Tensor>& lse,
@@ -41,6 +65,11 @@ inline WindowAttention window_attention(const char* op, const Tensor& query, con
   check(total >= window, op, "N must be at least W = ", window, ", got ", total);
   check(sliding_window >= 0, op, "sliding_window must not be negative, got ", sliding_window);
   check(softcap >= 0, op, "softcap must not be negative, got ", softcap);
+  WindowAttention attention{query_key(op, query, key, scale)};
+  attention.window = window;
+  attention.query_stride_w = query.stride(2);
+  attention.sliding_window = sliding_window;
+  attention.softcap = float(softcap);
   if (lse) {
     check_rank(op, "lse", *lse, 3, "[B, H, W]");
     check_size(op, "lse", *lse, 0, "B", batch, "query");
@@ -49,8 +78,10 @@ inline WindowAttention window_attention(const char* op, const Tensor& query, con
     check_dtype(op, "lse", *lse, ScalarType::Float);
     check_device_like(op, "lse", *lse, query, "query");
     check_last_dim_contiguous(op, "lse", *lse);
+    attention.lse = lse->const_data_ptr<float>();
+    attention.lse_stride_b = lse->stride(0);
+    attention.lse_stride_h = lse->stride(1);
   }
-  DType sinks_dtype = DType::f32;
   if (sink_logits) {
     check_rank(op, "sink_logits", *sink_logits, 1, "[H]");
     check_size(op, "sink_logits", *sink_logits, 0, "H", heads, "query");
@@ -58,38 +89,13 @@ inline WindowAttention window_attention(const char* op, const Tensor& query, con
               sink_logits->scalar_type() == query.scalar_type(),
           op, "sink_logits must have dtype float32 or that of query (",
           name_of(query.scalar_type()), "), got ", name_of(sink_logits->scalar_type()));
-    sinks_dtype = float_dtype(op, "sink_logits", *sink_logits);
+    attention.sinks_dtype = float_dtype(op, "sink_logits", *sink_logits);
     check_device_like(op, "sink_logits", *sink_logits, query, "query");
     check_last_dim_contiguous(op, "sink_logits", *sink_logits);
+    attention.sink_logits = sink_logits->const_data_ptr();
   }
-  return {
-      .query = query.const_data_ptr(),
-      .key = key.const_data_ptr(),
-      .lse = lse ? lse->const_data_ptr<float>() : nullptr,
-      .start = row_integers(op, "start", start, batch, query, "query"),
-      .sink_logits = sink_logits ? sink_logits->const_data_ptr() : nullptr,
-      .workspace = nullptr,
-      .dtype = float_dtype(op, "query", query),
-      .sinks_dtype = sinks_dtype,
-      .batch = batch,
-      .heads = heads,
-      .kv_heads = key.size(1),
-      .window = window,
-      .total = total,
-      .dim = query.size(3),
-      .query_stride_b = query.stride(0),
-      .query_stride_h = query.stride(1),
-      .query_stride_w = query.stride(2),
-      .key_stride_b = key.stride(0),
-      .key_stride_g = key.stride(1),
-      .key_stride_n = key.stride(2),
-      .lse_stride_b = lse ? lse->stride(0) : 0,
-      .lse_stride_h = lse ? lse->stride(1) : 0,
-      .scale = scale_or_default(scale, query.size(3)),
-      .softcap = float(softcap),
-      .sliding_window = sliding_window,
-      .workers = workers(),
-  };
+  attention.start = row_integers(op, "start", start, batch, query, "query");
+  return attention;
 }
 
 // Allocates the scratch memory and launches. Without queries nothing has a score.

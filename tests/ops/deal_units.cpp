@@ -19,16 +19,16 @@ void require(bool holds, const char* what) {
   std::exit(1);
 }
 
-// Plain integers, so that a sanitizer sees two workers at one unit or at one place.
+// Plain integers, so that a sanitizer sees two workers in one unit or in one slot.
 struct Record {
   const Schedule& plan;
-  std::vector<std::vector<int>> done;      // [round * kSteps + step][unit]
-  std::vector<std::vector<int64_t>> seat;  // [place][unit]: the round that wrote there last
+  std::vector<std::vector<int>> done;       // [round * kSteps + step][unit]
+  std::vector<std::vector<int64_t>> owner;  // [slot][unit]: the round that wrote there last
 
   explicit Record(const Schedule& plan)
       : plan(plan),
         done((plan.rounds + 1) * kSteps, std::vector<int>(16)),
-        seat(plan.rounds_at_once, std::vector<int64_t>(16)) {}
+        owner(plan.rounds_at_once, std::vector<int64_t>(16)) {}
 
   bool is_complete(int64_t round, int step) const {
     const int64_t units = round == plan.rounds ? plan.last_units : plan.units[step];
@@ -45,15 +45,16 @@ struct Record {
 
   void add(const Portion& portion) {
     if (portion.step > 0)
-      require(is_complete(portion.round, portion.step - 1), "begun before the step before it");
+      require(is_complete(portion.round, portion.step - 1),
+              "a step started before the one before it was complete");
     for (int64_t round = 0; portion.round == plan.rounds && round < plan.rounds; ++round)
-      require(is_complete(round), "the last units begun before a round was complete");
+      require(is_complete(round), "the last units started before a round was complete");
     for (int64_t i = portion.begin; i < portion.end; ++i) {
       ++done[portion.round * kSteps + portion.step][i];
-      if (portion.step == 0) seat[portion.place][i] = portion.round;
+      if (portion.step == 0) owner[portion.slot][i] = portion.round;
     }
     for (int64_t i = 0; portion.step > 0 && i < plan.units[0]; ++i)
-      require(seat[portion.place][i] == portion.round, "two rounds at one place");
+      require(owner[portion.slot][i] == portion.round, "two rounds in one slot");
   }
 };
 
@@ -68,7 +69,7 @@ void deal(int64_t seed) {
   Progress progress(plan, 1 + seed % 6);
   claa::cpu::with_helpers(progress.workers(), [&](Portion& portion) {
     if (!progress.next(portion)) return false;
-    // One worker is put aside for a while: the others open more rounds, or sleep.
+    // One worker pauses for a while: the others open more rounds, or sleep.
     if (portion.worker == seed % 3 && portion.begin == seed % 5)
       std::this_thread::sleep_for(std::chrono::microseconds(200));
     record.add(portion);

@@ -186,7 +186,7 @@ def test_peaks_are_shares_of_a_vote(kv_heads, group, queries, total, dim, seed, 
 
 @given(**SIZES)
 def test_is_the_maximum_over_its_heads(kv_heads, group, queries, total, dim, seed, device):
-    """Head by head through `running`, in any order, gives all heads at once: bit for bit."""
+    """Head by head through ``running``, in any order, gives all heads at once: bit for bit."""
     heads = kv_heads * group
     query, key = queries_and_keys(1, heads, kv_heads, queries, total, dim, device=device, seed=seed)
     running = None

@@ -22,12 +22,12 @@ KINDS = ["meta", "fake", "symbolic"]
 
 
 def on_meta(x: Tensor) -> Tensor:
-    """Without memory, as under `torch.device("meta")`."""
+    """Without memory, as under ``torch.device("meta")``."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 class Symbols:
-    """Every size and stride a symbol, as in `torch.compile(dynamic=True)`."""
+    """Every size and stride a symbol, as in ``torch.compile(dynamic=True)``."""
 
     def __init__(self) -> None:
         self.shapes = ShapeEnv()

@@ -27,7 +27,7 @@ def normal(*shape: int, device: str, dtype: torch.dtype = torch.float32, seed: i
 
 
 def chosen_from(values: tuple[float, ...], *shape: int, device: str, seed: int) -> Tensor:
-    """Each entry one of `values`: few values give many ties."""
+    """Each entry one of ``values``: few values give many ties."""
     generator = torch.Generator().manual_seed(seed)
     choice = torch.randint(len(values), shape, generator=generator)
     return torch.tensor(values)[choice].to(device)
@@ -106,7 +106,7 @@ def assert_same_bits_on_any_run(call: Callable[[], Tensor]) -> None:
 
 
 def vector_query(layer: int, first: int, last: int) -> Tensor:
-    """Queries `first` to `last` of the published check values (formula in docs): [1, 4, T, 4]."""
+    """Queries ``first`` to ``last`` of the published check values: [1, 4, T, 4]."""
     head, position, channel = _grid(4, first, last)
     angle = 1 + 1.7 * head + 0.9 * position + 2.3 * channel + 0.6 * layer + 0.05 * position**2
     return (2 * angle.sin()).float()[None]

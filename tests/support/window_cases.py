@@ -1,4 +1,4 @@
-"""Cases for the two ops that score a window of queries: `score_window` and `score_tokens`."""
+"""Cases for the two ops that score a window of queries: ``score_window`` and ``score_tokens``."""
 
 import pytest
 import torch
@@ -166,6 +166,6 @@ REJECTED = [
 
 
 def rejected_call(changes: dict, device: str) -> dict:
-    """Arguments that are right but for `changes`."""
+    """Arguments that are right but for ``changes``."""
     call = {"query": _zeros(2, 8, 4, 64), "key": _zeros(2, 4, 16, 64)} | changes
     return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in call.items()}

@@ -1,1 +1,1 @@
-"""One module per op: its Python signature, its manual page, its fake for `torch.compile`."""
+"""One module per op: its Python signature, its docstring, its fake for ``torch.compile``."""

@@ -1,4 +1,4 @@
-"""What a backward pass through a score is told."""
+"""The error of a backward pass through a score."""
 
 from functools import partial
 from typing import NoReturn
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def without_gradient(op: str, scores: Tensor) -> Tensor:
-    """The result of an op that has no gradient; asking for one is a RuntimeError.
+    """Mark the result of an op that has no gradient; asking for one raises a RuntimeError.
 
-    By a hook: an autograd kernel in Python would cost every call more than a small op takes. A
+    A hook does it: an autograd kernel in Python would cost every call more than a small op takes. A
     compiled graph holds no hooks; there PyTorch itself warns that it found no formula.
     """
     if scores.requires_grad and not torch.compiler.is_compiling():

@@ -1,9 +1,9 @@
-"""What the ops ask of their arguments, for the fakes: `src/claa_ops/checks.h`, word for word.
+"""The argument checks of the ops, for the fakes: ``src/claa_ops/checks.h``, word for word.
 
-A fake runs while a graph is made, of tensors that have no values yet. It refuses there what the op
-would refuse at the graph's first run. A condition on symbolic sizes is judged at the sizes at hand
-and leaves no guard: no graph is made anew for it, and no range of sizes is ruled out, as the op
-checks again whenever it runs. Sizes that nobody knows yet pass.
+A fake runs while a graph is traced, on tensors that have no values yet. It refuses there what the
+op would refuse in the graph's first run. A condition on symbolic sizes is evaluated at their hints
+and adds no guard: nothing is recompiled for it and no range of sizes is excluded, because the op
+checks again whenever it runs. Sizes without a hint pass.
 """
 
 from collections.abc import Callable
@@ -15,24 +15,24 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check(op: str, condition: bool | SymBool, message: Callable[[], str]) -> None:
-    """RuntimeError, as from the op itself, unless the condition holds."""
-    if at_hand(condition) is False:
+    """Raise the RuntimeError of the op itself unless the condition holds."""
+    if hint_of(condition) is False:
         raise RuntimeError(f"{op}: {message()}")
 
 
-def at_hand(value: object) -> object:
-    """A number as it is at the sizes at hand; what has no value yet stays a symbol."""
+def hint_of(value: object) -> object:
+    """The number that a symbolic one stands for in this trace; without a hint it stays a symbol."""
     if isinstance(value, (SymBool, SymInt)) and value.node.has_hint():
         return value.node.hint
     return value
 
 
 def shape_of(t: Tensor) -> list[object]:
-    return [at_hand(size) for size in t.shape]
+    return [hint_of(size) for size in t.shape]
 
 
 def strides_of(t: Tensor) -> list[object]:
-    return [at_hand(stride) for stride in t.stride()]
+    return [hint_of(stride) for stride in t.stride()]
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -50,8 +50,8 @@ def check_size(
         op,
         t.shape[dim] == expected,
         lambda: (
-            f"{name} must have {symbol} = {at_hand(expected)} like {source}, "
-            f"got {at_hand(t.shape[dim])} in {shape_of(t)}"
+            f"{name} must have {symbol} = {hint_of(expected)} like {source}, "
+            f"got {hint_of(t.shape[dim])} in {shape_of(t)}"
         ),
     )
 
@@ -134,31 +134,31 @@ def check_kernel_size(op: str, kernel_size: int) -> None:
     check(
         op,
         (kernel_size > 0) & (kernel_size % 2 == 1),
-        lambda: f"kernel_size must be odd and positive, got {at_hand(kernel_size)}",
+        lambda: f"kernel_size must be odd and positive, got {hint_of(kernel_size)}",
     )
 
 
 def check_divides(op: str, symbol: str, heads: int, kv_heads: int) -> None:
     def message() -> str:
-        return f"{symbol} must divide H = {at_hand(heads)}, got {at_hand(kv_heads)}"
+        return f"{symbol} must divide H = {hint_of(heads)}, got {hint_of(kv_heads)}"
 
     check(op, kv_heads > 0, message)
     check(op, heads % kv_heads == 0, message)
 
 
 def check_not_negative(op: str, name: str, value: int) -> None:
-    check(op, value >= 0, lambda: f"{name} must not be negative, got {at_hand(value)}")
+    check(op, value >= 0, lambda: f"{name} must not be negative, got {hint_of(value)}")
 
 
 def check_in_range(op: str, name: str, value: int, symbol: str, largest: int) -> None:
     check(
         op,
         (value >= 0) & (value <= largest),
-        lambda: f"{name} must be in [0, {symbol}] = [0, {at_hand(largest)}], got {at_hand(value)}",
+        lambda: f"{name} must be in [0, {symbol}] = [0, {hint_of(largest)}], got {hint_of(value)}",
     )
 
 
-# Of `src/claa_ops/window_attention.h`.
+# The checks of src/claa_ops/window_attention.h.
 
 
 def check_query_key(op: str, query: Tensor, key: Tensor, query_shape: str) -> None:
@@ -179,19 +179,22 @@ def check_window_attention(
     op: str,
     query: Tensor,
     key: Tensor,
-    lse: Tensor | None,
-    start: Tensor | None,
-    sliding_window: int,
-    softcap: float,
-    sink_logits: Tensor | None,
+    *,
+    scale: float | None = None,  # any will do
+    lse: Tensor | None = None,
+    start: Tensor | None = None,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> None:
+    """Check the arguments that every score of a window takes, with the defaults of the schema."""
     check_query_key(op, query, key, "[B, H, W, D]")
     batch, heads, window, _ = query.shape
     total = key.shape[2]
     check(
         op,
         total >= window,
-        lambda: f"N must be at least W = {at_hand(window)}, got {at_hand(total)}",
+        lambda: f"N must be at least W = {hint_of(window)}, got {hint_of(total)}",
     )
     check_not_negative(op, "sliding_window", sliding_window)
     check(op, softcap >= 0, lambda: f"softcap must not be negative, got {softcap:g}")

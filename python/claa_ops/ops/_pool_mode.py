@@ -1,4 +1,4 @@
-"""Pooling modes cross into C++ as ints: the stable ABI leaks `str` arguments before torch 2.14."""
+"""Pooling modes are ints in C++: the stable ABI leaks ``str`` arguments before torch 2.14."""
 
 from typing import Literal
 

@@ -16,10 +16,10 @@ _op = torch.ops.claa.aggregate_scores.default
 
 
 def aggregate_scores(running: Tensor, scores: Tensor) -> Tensor:
-    """Running maximum of token scores over layers, and over heads where they are still apart.
+    """Running maximum of token scores over layers, and over heads if ``scores`` still has them.
 
     ``out[b, j] = max(running[b, j], scores[b, j])``, or with the maximum of ``scores[b, :, j]``.
-    The order in which layers arrive does not matter.
+    The order of the layers does not matter.
 
     Args:
         running: ``[B, M]``, float32: the maximum so far. Begin with zeros (scores are not

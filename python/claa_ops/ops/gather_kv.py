@@ -26,7 +26,7 @@ def gather_kv(key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor
         key: ``[B, G, N, D]`` of any dtype of at most 8 bytes (float8 included); any strides,
             last dimension contiguous.
         value: ``[B, G, N, Dv]``, likewise; its dtype may differ.
-        index: ``[B, G, k]``, or ``[B, k]`` for all heads alike; int64 or int32, contiguous in
+        index: ``[B, G, k]``, or ``[B, k]`` for all heads; int64 or int32, contiguous in
             the last dimension. -1 is padding and gives a row of zeros.
 
     Returns:

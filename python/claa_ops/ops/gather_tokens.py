@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from claa_ops.ops._checks import (
-    at_hand,
     check,
     check_device_like,
     check_indices,
     check_item_bytes,
     check_last_dim_contiguous,
     check_rank,
+    hint_of,
     shape_of,
 )
 
@@ -23,7 +23,7 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     ``out[b, i] = x[b, index[b, i]]``; rows are moved as bytes.
 
     Args:
-        x: ``[B, N, C]``, or ``[1, N, C]`` for all batch rows alike, of any dtype of at most
+        x: ``[B, N, C]``, or ``[1, N, C]`` for all rows of the batch, of any dtype of at most
             8 bytes; any strides, last dimension contiguous.
         index: ``[B, k]``, int64 or int32, contiguous in the last dimension. -1 is padding and
             gives a row of zeros.
@@ -58,8 +58,8 @@ def _gather_tokens_fake(x: Tensor, index: Tensor) -> Tensor:
         op,
         (x.shape[0] == 1) | (x.shape[0] == batch),
         lambda: (
-            f"x must have B = 1 or B = {at_hand(batch)} like index, "
-            f"got {at_hand(x.shape[0])} in {shape_of(x)}"
+            f"x must have B = 1 or B = {hint_of(batch)} like index, "
+            f"got {hint_of(x.shape[0])} in {shape_of(x)}"
         ),
     )
     check_device_like(op, "index", index, x, "x")

@@ -25,7 +25,7 @@ def peak_attention(
     running: Tensor | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    """The most attention that any head pays from each query to each key.
+    """The largest attention, over heads, that each query pays to each key.
 
     ``out[b, t, j] = max_h softmax_j(query[b, h, t] . key[b, h // (H // G), j] * scale)``, and
     the maximum with ``running``. The softmax runs over all N keys, without a causal mask: the

@@ -20,14 +20,14 @@ def pool_heads(
 ) -> Tensor:
     """Smooth each query head's scores over neighbouring tokens, then sum each head group.
 
-    Pooling has stride 1 and keeps the length. ``"avg"`` divides by ``kernel_size`` also at the
-    edges, as if zeros stood outside, so the first and the last tokens are damped; ``"max"``
-    ignores what lies outside.
+    Pooling has stride 1 and keeps the length. ``"avg"`` divides by ``kernel_size`` at the
+    edges too, as if the row were padded with zeros, so the first and the last tokens are damped;
+    ``"max"`` ignores the padding.
 
     Args:
         scores: ``[B, H, M]``, float32; any strides, last dimension contiguous.
         num_kv_heads: G, the number of groups of ``H // G`` consecutive heads; divides H.
-        kernel_size: odd number of neighbouring tokens.
+        kernel_size: odd number of neighbouring tokens to pool over.
         pool_mode: ``"avg"`` or ``"max"``.
 
     Returns:

@@ -15,16 +15,16 @@ _op = torch.ops.claa.rank_variance.default
 
 
 def rank_variance(scores: Tensor, k: int) -> Tensor:
-    """How much the ranking of the important tokens still moves between layers.
+    """How much the ranks of the important tokens still change between layers.
 
-    Rank each layer's tokens from 1 (best) to M; a tie goes to the lower position. Take the
-    tokens that are among the k best of at least one layer. The result is the population
-    variance over layers of a token's rank, averaged over those tokens.
+    Rank each layer's tokens from 1 (best) to M; a tie goes to the lower position. The result
+    is the population variance over layers of a token's rank, averaged over the tokens that are
+    among the k best of at least one layer.
 
     Args:
         scores: ``[L, B, M]``, float32: one row of token scores per layer; any strides, last
             dimension contiguous.
-        k: 0 <= k <= M.
+        k: number of best tokens of each layer; 0 <= k <= M.
 
     Returns:
         ``[B]``, float32; 0 where no token is taken.
@@ -37,8 +37,8 @@ def rank_variance(scores: Tensor, k: int) -> Tensor:
     Source: adaptive layer selection, ASL (arXiv 2601.07667, section 3).
 
     Example:
-        The best token is 1st in both layers; 2nd and 3rd swap: (0 + 0.25) / 2 for k = 2 would
-        leave out the third, which is in the second layer's top 2, so (0 + 0.25 + 0.25) / 3.
+        The best token is first in both layers, the other two swap ranks. With k = 2 each of the
+        three is among the best of some layer: (0 + 0.25 + 0.25) / 3.
 
         >>> rank_variance(torch.tensor([[[9.0, 5.0, 4.0]], [[9.0, 4.0, 5.0]]]), 2)
         tensor([0.1667])

@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,11 +35,11 @@ def score_layer(
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """Scores of one more layer, which join the running maximum over layers and heads in place.
+    """Score one more layer and update the running maximum over layers and heads in place.
 
     ``scores = score_tokens(query, key, ...)`` and ``running.copy_(aggregate_scores(running,
     scores))`` in one op, with the same bits: on CUDA the maximum costs no kernel of its own. The
-    order in which layers arrive does not matter.
+    order of the layers does not matter.
 
     Args:
         running: ``[B, M]`` with ``M = N - W``, float32: the maximum so far, updated in place.
@@ -48,18 +50,18 @@ def score_layer(
             :func:`score_tokens`.
 
     Returns:
-        The scores, ``[B, G, M]``, float32, contiguous. A NaN among them or in ``running`` is NaN
-        in ``running``; but on CUDA one whose sign bit was set there, which no op makes, counts
-        as less than every score.
+        The scores, ``[B, G, M]``, float32, contiguous. A NaN among them, or one that was in
+        ``running``, is NaN in ``running``. On CUDA a NaN already in ``running`` with its sign bit
+        set, which no op writes, counts as less than every score.
 
     Raises:
         RuntimeError: a rank, size, dtype, device or stride is not as above, or ``kernel_size``
             is even.
         ValueError: ``pool_mode`` is neither ``"avg"`` nor ``"max"``.
 
-    Deterministic: neither the rest of the batch nor the number of threads changes a bit. Not
-    differentiable: a backward pass through the result is an error, and autograd does not notice
-    the update.
+    Deterministic: the bits of a row depend neither on the rest of the batch nor on the number of
+    threads. Not differentiable: a backward pass through the result is an error, and autograd does
+    not see the update.
 
     Source: cross-layer attention aggregation, CLAA (arXiv 2602.16054, section 4).
 
@@ -97,15 +99,10 @@ def _score_layer_fake(
     *,
     kernel_size: int = 7,
     pool_mode: int = 0,
-    scale: float | None = None,
-    lse: Tensor | None = None,
-    start: Tensor | None = None,
-    sliding_window: int = 0,
-    softcap: float = 0.0,
-    sink_logits: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     op = "score_layer"
-    check_window_attention(op, query, key, lse, start, sliding_window, softcap, sink_logits)
+    check_window_attention(op, query, key, **options)
     check_kernel_size(op, kernel_size)
     check_pool_mode(op, pool_mode)
     batch, kv_heads, total, _ = key.shape

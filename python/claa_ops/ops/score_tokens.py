@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -79,15 +81,10 @@ def _score_tokens_fake(
     *,
     kernel_size: int = 7,
     pool_mode: int = 0,
-    scale: float | None = None,
-    lse: Tensor | None = None,
-    start: Tensor | None = None,
-    sliding_window: int = 0,
-    softcap: float = 0.0,
-    sink_logits: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     op = "score_tokens"
-    check_window_attention(op, query, key, lse, start, sliding_window, softcap, sink_logits)
+    check_window_attention(op, query, key, **options)
     check_kernel_size(op, kernel_size)
     check_pool_mode(op, pool_mode)
     batch, kv_heads, total, _ = key.shape

@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -78,15 +80,9 @@ def score_window(
 def _score_window_fake(
     query: Tensor,
     key: Tensor,
-    *,
-    scale: float | None = None,
-    lse: Tensor | None = None,
-    start: Tensor | None = None,
-    sliding_window: int = 0,
-    softcap: float = 0.0,
-    sink_logits: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     op = "score_window"
-    check_window_attention(op, query, key, lse, start, sliding_window, softcap, sink_logits)
+    check_window_attention(op, query, key, **options)
     batch, heads, window, _ = query.shape
     return query.new_empty((batch, heads, key.shape[2] - window), dtype=torch.float32)

@@ -27,11 +27,11 @@ def select_topk(
 ) -> Tensor:
     """Positions of the k tokens to keep, in ascending order.
 
-    The tokens are the M that have a score and, after them, the last ``window`` ones that have
-    none. Always kept: the window (positions M .. M + window - 1) and the first ``num_sinks`` valid
-    tokens. The rest of k goes to the best scores; a tie goes to the lower position, NaN ranks
-    above every number, as in ``torch.topk``. Padding is kept only when nothing else is left.
-    If k is smaller than the window, its last k positions are kept.
+    The tokens are the M that have a score, followed by the last ``window`` ones, which have none.
+    The window (positions M .. M + window - 1) and the first ``num_sinks`` valid tokens are always
+    kept; the rest of k goes to the best scores. A tie goes to the lower position, and NaN ranks
+    above every number, as in ``torch.topk``. Padding is kept only when nothing else is left. If k
+    is smaller than the window, its last k positions are kept.
 
     Args:
         scores: ``[..., M]``, float32; any strides, last dimension contiguous.
@@ -41,13 +41,13 @@ def select_topk(
         start: ``[B]``, int64 or int32, for scores ``[B, ..., M]``: the first valid token of
             each row (left padding).
         counts: ``[B]``, int64 or int32, for scores ``[B, ..., M]``: how many tokens each row
-            keeps, where that is less than k; -1 stands before them, which
-            :func:`claa_ops.gather_kv` and :func:`claa_ops.gather_tokens` turn into zeros.
+            keeps, if that is less than k; the row then begins with entries of -1, which
+            :func:`claa_ops.gather_kv`` and :func:``claa_ops.gather_tokens` turn into zeros.
         int32: return int32 instead of int64.
 
     Returns:
         ``[..., k]``, int64 (or int32), contiguous; strictly ascending along the last dimension,
-        after any -1.
+        after any entries of -1.
 
     Raises:
         RuntimeError: a rank, size, dtype or stride is not as above, or k is out of range.
@@ -97,7 +97,7 @@ def _select_topk_fake(
         counts is None or rank > 1,
         lambda: f"counts needs scores of shape [B, ..., M], got {shape_of(scores)}",
     )
-    for dim in range(2, rank - 1):  # one stride must lead through the rows of a batch entry
+    for dim in range(2, rank - 1):  # the rows of a batch entry must be a constant stride apart
         check(
             op,
             (scores.shape[dim - 1] <= 1)
