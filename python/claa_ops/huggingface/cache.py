@@ -149,6 +149,12 @@ class ClaaCache(AttachedCache):
         seen = self.get_seq_length()
         if seen == 0:
             self.start = first_valid(attention_mask, batch, new)
+            if self.method.differs_by_row and batch > 1 and self.start is None:
+                # Transformers makes no mask then, and what a row lacks would have to be hidden.
+                raise ValueError(
+                    f"ClaaCache: {type(self.method).__name__} keeps more of one prompt than of "
+                    f"another, so a batch must be padded or one prompt, got {batch} of one length"
+                )
             self.state = begin(
                 self.method,
                 num_layers=len(self.layers),

@@ -127,6 +127,8 @@ class Pruning(Method):
     def rank(self, layer: Layer, before: Tensor | None) -> Tensor:
         """The ranking ``[B, M]``, float32, after a layer that informs it.
 
+        What it says of padding, before ``layer.start``, does not matter.
+
         Args:
             layer: what the layer saw.
             before: ``[B, M]``, the ranking after the layers before it, which may be updated in
