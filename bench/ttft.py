@@ -33,6 +33,7 @@ from bench import record
 from bench.machine import machine
 from claa_ops.methods import CLAA, Method
 from claa_ops.prefill import ClaaCache, PrefillState, attach
+from claa_ops.selection import Layer
 
 RESULT = Path(__file__).parent / "results" / "ttft.json"
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
@@ -98,10 +99,10 @@ class Remembering(CLAA):
     kept: dict[int, Tensor | None] = field(default_factory=dict, compare=False)
     selected: dict[int, Tensor | None] = field(default_factory=dict, compare=False)
 
-    def compress(self, state: PrefillState, layer: int) -> Tensor | None:
+    def compress(self, state: PrefillState, layer: Layer) -> Tensor | None:
         """As CLAA."""
-        self.kept[layer] = super().compress(state, layer)
-        return self.kept[layer]
+        self.kept[layer.index] = super().compress(state, layer)
+        return self.kept[layer.index]
 
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
         """As CLAA."""
@@ -116,9 +117,9 @@ class Known(Method):
     kept: dict[int, Tensor | None]
     selected: dict[int, Tensor | None]
 
-    def compress(self, state: PrefillState, layer: int) -> Tensor | None:
+    def compress(self, state: PrefillState, layer: Layer) -> Tensor | None:
         """What the cache kept then."""
-        return self.kept[layer]
+        return self.kept[layer.index]
 
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
         """The tokens that were selected then."""
