@@ -24,7 +24,7 @@ def parsed_arguments() -> argparse.Namespace:
         "--busy", action="store_true", help="instead: score_tokens beside busy processes"
     )
     parser.add_argument("--quick", action="store_true", help="the fewest tokens, few calls")
-    parser.add_argument("--commit", help="what is measured, where the sources came without git")
+    parser.add_argument("--commit", help="the commit, for sources that are not a git checkout")
     parser.add_argument(
         "--out",
         type=Path,

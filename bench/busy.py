@@ -16,7 +16,7 @@ LOADS = (1, 2, 4)  # busy processes for each core
 ROUNDS = 10
 CALLS = 50  # of a round, in each condition: several time slices
 SETTLE_S = 0.2  # what a process takes to start, and the scheduler to spread it
-# It also ends by itself, should this process be killed before it can end it.
+# A busy process also ends when this one is gone, in case it is killed before it can end the other.
 BUSY = """
 import os
 parent = os.getppid()
@@ -29,7 +29,7 @@ while os.getppid() == parent:
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """So many processes that compute without pause, while the body runs."""
+    """Run so many processes that compute without pause while the body runs."""
     processes: list[subprocess.Popen] = []
     try:
         for _ in range(count):
@@ -47,10 +47,10 @@ def busy_processes(count: int) -> Iterator[None]:
 
 
 def milliseconds(call: Call) -> float:
-    """The mean of calls in a row, after one that does not count.
+    """Mean time of calls in a row, after a warm-up.
 
-    The mean, not the median: most calls fit into a time slice and take no longer than alone; what
-    the others cost is what a busy machine costs.
+    The mean, not the median: most calls fit into a time slice and take no longer than alone; the
+    others are what a busy machine costs.
     """
     call()
     start = time.perf_counter()
@@ -60,7 +60,7 @@ def milliseconds(call: Call) -> float:
 
 
 def line_of(call: Call, processes: int, rounds: int) -> dict:
-    """Time the call alone and beside so many processes, in turn."""
+    """Time the call alone and beside so many busy processes, in turn."""
     alone, beside = [], []
     for _ in range(rounds):
         alone.append(milliseconds(call))
@@ -85,7 +85,7 @@ def printed(line: dict) -> str:
 
 
 def report(quick: bool) -> dict:
-    """Measure and print everything. As many threads as cores: else the fair ratio is another."""
+    """Measure and print everything. The fair ratio assumes as many threads as cores."""
     case = next(score_tokens(Shape(LLAMA, 4096, "cpu"), torch.float32))
     print(
         f"{case.op}, {case.shape}, {case.dtype}: {CALLS} calls in a row, alone and beside busy "

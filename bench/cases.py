@@ -2,7 +2,7 @@
 
 Shapes are those of one prompt in SmolLM2-135M and Llama-3.1-8B, a window of 8 queries, a tenth
 of the tokens kept. Keys and queries are [B, H, N, D] views of [B, N, H, D] memory, as Hugging
-Face has them.
+Face lays them out.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ class Model(NamedTuple):
 SMOLLM2 = Model("SmolLM2-135M", heads=9, kv_heads=3, dim=64, hidden=576)
 LLAMA = Model("Llama-3.1-8B", heads=32, kv_heads=8, dim=128, hidden=4096)
 WINDOW = 8
-LAYERS = 8  # that rank_variance compares
+LAYERS = 8  # layers that rank_variance compares
 KEEP = 10  # one token in ten
 
 
@@ -61,11 +61,11 @@ class Case:
     options: dict = field(default_factory=dict)
     note: str = ""
     flops: int = 0  # of one pass over the keys, for the ops that multiply
-    builtin: Callable[[], object] | None = None  # what torch has for it, where it has
+    builtin: Callable[[], object] | None = None  # torch's own kernels for it, if any
 
     @property
     def min_bytes(self) -> int:
-        """Each input read once, each output written once; of a gather the kept rows alone."""
+        """Each input read once, each output written once; for a gather only the kept rows."""
         if self.op.startswith("gather"):
             return 2 * self.outputs + self.args[-1].nbytes
         values = (*self.args, *self.options.values())
@@ -80,7 +80,7 @@ class Case:
         return getattr(reference, self.op)(*self.args, **self.options)
 
     def compiled(self) -> Callable[[], object]:
-        """Compile the reference for this very shape: slower to compile, faster to run."""
+        """Compile the reference for this shape alone: slower to compile, faster to run."""
         torch._dynamo.reset()  # after eight shapes Dynamo would run the rest in eager mode
         function = torch.compile(getattr(reference, self.op), dynamic=False)
         return lambda: function(*self.args, **self.options)
@@ -101,7 +101,7 @@ def queries_of(
 
 
 def kept_positions(shape: Shape, rows: int) -> Tensor:
-    """As a selection leaves them: ascending, some near each other and some far."""
+    """Positions as a selection returns them: ascending, some adjacent and some far apart."""
     scores = torch.rand(rows, shape.tokens, device=shape.device)
     return claa_ops.select_topk(scores, shape.tokens // KEEP, window=0)
 
@@ -117,7 +117,7 @@ def score_tokens(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     outputs = 4 * shape.model.kv_heads * shape.context
     yield Case("score_tokens", shape, dtype, (query, key), outputs, flops=flops)
     if shape.model is LLAMA:
-        # About the true value for these inputs; any value costs the same.
+        # Roughly the true value for these inputs; any value costs the same.
         lse = torch.full((1, shape.model.heads, WINDOW), 0.5, device=shape.device)
         options = {"lse": lse + torch.tensor(float(shape.tokens)).log()}
         given = Case("score_tokens", shape, dtype, (query, key), outputs, options, flops=flops)
@@ -230,7 +230,7 @@ MOVES_MODEL_DTYPE = {
 
 
 def cases(op: str, device: str, tokens: tuple[int, ...]) -> Iterator[Case]:
-    """All lines of an op; scores are float32 whatever the model's dtype."""
+    """All lines of an op; scores are float32 in a model of any dtype."""
     dtypes = [torch.float32, torch.bfloat16] if op in MOVES_MODEL_DTYPE else [torch.float32]
     for dtype in dtypes:
         for model in (SMOLLM2, LLAMA):

@@ -19,7 +19,7 @@ HEADER = (
 
 
 def floor_calls(case: Case) -> dict[str, Callable[[], object]]:
-    """What the floor of a score is measured by: a read of its keys, and a matrix product."""
+    """The calls that measure the floor of a score: a read of its keys, and a matrix product."""
     if not case.flops:
         return {}
     key = case.args[1].view(torch.float32)
@@ -30,8 +30,8 @@ def floor_calls(case: Case) -> dict[str, Callable[[], object]]:
 def floor_ms(case: Case, timings: dict[str, Timing]) -> float | None:
     """The larger of one read of the keys and the same multiply-adds at torch's float32 rate.
 
-    Both are timed in turn with the op, caches cold: a slow moment of the machine, and what a call
-    costs before it begins, meet the floor as they meet the op.
+    Both are timed in turn with the op, caches cold: a slow moment of the machine, and the cost of a
+    call before its kernel starts, affect the floor as they affect the op.
     """
     if not case.flops:
         return None

@@ -3,9 +3,9 @@
 A call of a few microseconds is shorter than its launch, and an event around it shows the launch. So
 a graph of a hundred calls is replayed between two events, and its time divided by their number;
 nothing is subtracted. Each call has inputs of its own, or they take turns over as many as fill the
-caches several times; each output has memory of its own; a read of 256 MiB before the replay leaves
-nothing of the last one. So no call finds its inputs in a cache. The smallest node, timed likewise,
-is printed beside the rest.
+caches several times; each output has memory of its own; a read of 256 MiB before the replay evicts
+what the last one left. So no call finds its inputs in a cache. The smallest node, timed the same
+way, is printed too.
 
 The scores are timed with warm caches too: as nodes on one input, whose keys stay in the L2 cache
 where it has the room, and as calls in a row from Python.
@@ -22,7 +22,7 @@ from bench.cuda_cases import cases, layer
 from bench.harness import BUFFER_BYTES, Call, Timing, summary
 
 NODES, REPLAYS, CALLS = 100, 7, 25
-GRAPH_MS = 20  # long calls: as many as take so long together, but at least 8
+GRAPH_MS = 20  # long calls: as many as take this long together, but at least 8
 LAYERS = 16  # sets of a layer's inputs: 268 MB of keys at 8k
 TOKENS = (8192, 32_768, 131_072)
 WARM = ("score_tokens", "score_window", "score_layer")  # timed with warm caches too
@@ -35,7 +35,7 @@ HEADER = (
 
 
 def timed(call: Call, *, is_cold: bool = True) -> float:
-    """Milliseconds of a call. The eviction before a cold one hides the way to the first launch."""
+    """Milliseconds of a call. The eviction before a cold one hides the latency of its launch."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     if is_cold:
         evict()
@@ -47,7 +47,7 @@ def timed(call: Call, *, is_cold: bool = True) -> float:
 
 
 def evict() -> None:
-    """Leave nothing of others in the caches, and nothing that must be written."""
+    """Fill the caches with unrelated lines, none of which must be written back."""
     buffer, total = _unrelated()
     torch.sum(buffer, dim=0, out=total)
 
@@ -60,7 +60,7 @@ def _unrelated() -> tuple[torch.Tensor, torch.Tensor]:
 class Graph:
     """Calls captured one after the other.
 
-    Their results stay, so each has memory of its own; warm ones write to the same again and again.
+    The results of cold calls are kept, so each has memory of its own; warm ones share theirs.
     """
 
     def __init__(self, calls: Sequence[Call], *, is_cold: bool) -> None:
@@ -79,7 +79,7 @@ def node_times(calls: Mapping[str, Sequence[Call]], *, is_cold: bool = True) -> 
     """What a call costs as a node, in milliseconds, by name.
 
     Under a name is the same call on several inputs, which the nodes take in turn. The graphs are
-    replayed in turn too, so that a slow moment meets all of them.
+    replayed in turn too, so that a slow moment affects all of them.
     """
     graphs = {
         name: Graph(list(islice(cycle(same), NODES)), is_cold=is_cold)
@@ -104,7 +104,7 @@ def called_times(calls: Mapping[str, Call]) -> dict[str, Timing]:
 
 
 def row_times(calls: Mapping[str, Call]) -> dict[str, Timing]:
-    """What a call in a row of them costs: its launches or its kernels, whichever take longer."""
+    """What one of many calls in a row takes: its launches or its kernels, the longer of them."""
     samples = {}
     for name, call in calls.items():
         count = min(CALLS, max(2, int(GRAPH_MS / timed(call))))
@@ -119,7 +119,7 @@ def _in_a_row(call: Call, count: int) -> None:
 
 
 def sets_of(make: Callable[[], Case]) -> list[Case]:
-    """The case again and again, on as many inputs as it takes to fill the caches several times."""
+    """The same case on as many inputs as fill the caches several times."""
     case = make()
     count = min(max(4, BUFFER_BYTES // case.min_bytes), NODES)
     return [case, *(make() for _ in range(count - 1))]
@@ -208,7 +208,7 @@ def printed(line: dict) -> str:
 
 
 def printed_warm(line: dict) -> str:
-    """What the line has of warm caches."""
+    """The warm-cache numbers of a line."""
     parts = []
     for how, name in (("warm_ms", "nodes"), ("called_warm_ms", "calls in a row")):
         ours, eager = (line[how][side]["median"] * 1e3 for side in ("ours", "eager"))
@@ -217,7 +217,7 @@ def printed_warm(line: dict) -> str:
 
 
 def layer_line(tokens: int) -> dict:
-    """What a layer runs one after the other, and what each step is of it."""
+    """What a layer runs one after the other, and the share of each step."""
     sets = [layer(tokens) for _ in range(LAYERS)]
     names = [name for name in sets[0] if name != "score_layer"]
     sequences = {"layer": names, "fused": ["score_layer", "select_topk"]}

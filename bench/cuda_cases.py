@@ -1,6 +1,6 @@
 """What is timed on a GPU: the ops with the shapes of Llama-3.1-8B, bfloat16, one prompt.
 
-Each function yields functions that make a case, on other inputs with every call.
+Each function yields functions that make a case, with new inputs on every call.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,7 +43,7 @@ def score_layer(shape: Shape) -> Iterator[Make]:
 
 
 def select_topk(shape: Shape) -> Iterator[Make]:
-    """One row: which tokens go on. Eight: what the cache of a layer keeps."""
+    """One row: the tokens of the later layers. Eight rows: what the cache of a layer keeps."""
     yield partial(_selection, shape, rows=1, percent=10)
     for percent in (10, 40):
         yield partial(_selection, shape, rows=LLAMA.kv_heads, percent=percent)
@@ -52,7 +52,7 @@ def select_topk(shape: Shape) -> Iterator[Make]:
 
 
 def gather_kv(shape: Shape) -> Iterator[Make]:
-    """A tenth of the tokens, other ones for each head."""
+    """A tenth of the tokens, different ones for each head."""
     yield partial(_gathering, shape)
 
 
@@ -177,7 +177,7 @@ def _queries_and_keys(shape: Shape, window: int, batch: int = 1) -> tuple[Tensor
 
 
 def _logsumexp(shape: Shape, batch: int, window: int) -> Tensor:
-    """About the true value for these inputs; any value costs the same."""
+    """Roughly the true value for these inputs; any value costs the same."""
     size = (batch, LLAMA.heads, window)
     return torch.full(size, 0.5, device=shape.device) + torch.tensor(shape.tokens).log().item()
 
@@ -192,7 +192,7 @@ def _kept(shape: Shape, rows: int) -> Tensor:
 
 
 def _portable(op: str) -> Callable[[Shape], Iterator[Make]]:
-    """The one case that the CPU has too."""
+    """The one case that is also timed on the CPU."""
     return lambda shape: iter([lambda: next(PORTABLE[op](shape, BF16))])
 
 

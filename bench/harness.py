@@ -29,10 +29,10 @@ def measure(
     budget_s: float = 2.0,
     rounds: tuple[int, int] = (5, 30),
 ) -> dict[str, Timing]:
-    """Time the calls in turn, so that a slow moment of the machine meets all of them.
+    """Time the calls in turn, so that a slow moment of the machine affects all of them.
 
-    Before each call a 256 MiB write evicts its data from every cache. Rounds go on until the
-    budget is spent, but number at least ``rounds[0]`` and at most ``rounds[1]``.
+    Before each call a 256 MiB write evicts its data from every cache. There are as many
+    rounds as the budget allows, at least ``rounds[0]`` and at most ``rounds[1]``.
     """
     evict = torch.empty(BUFFER_BYTES, dtype=torch.uint8)
     for call in calls.values():
@@ -84,6 +84,6 @@ def matmul_gflops() -> float:
 
 
 def peak_extra_bytes(contestant: str, dtype: str, tokens: int) -> int:
-    """What one CPU call of ``score_tokens`` allocates at its peak, seen by a process of its own."""
+    """What one CPU call of ``score_tokens`` allocates at its peak, in a process of its own."""
     command = [sys.executable, "-m", "bench.memory", contestant, dtype, str(tokens)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

@@ -13,7 +13,7 @@ PICTURE = Path(__file__).parents[1] / "docs" / "roofline.png"
 
 
 def drawn(report: dict) -> plt.Figure:
-    """Left, how fast bytes are moved; right, how fast the ops that multiply do so."""
+    """Left, bytes per second of every op; right, operations per second of those that multiply."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     place = report["machine"]
     figure.suptitle(
@@ -30,7 +30,7 @@ def drawn(report: dict) -> plt.Figure:
 
 
 def bytes_per_second(axes: Axes, report: dict, colours: dict) -> None:
-    """A node has a cost of its own, so few bytes cannot be moved at the full rate."""
+    """A node has a fixed cost, so few bytes cannot be moved at the full rate."""
     roof = report["roofs"]
     size = np.logspace(4, 10, 200)
     axes.plot(size, size / (roof["node_us"] * 1e3 + size / roof["copy_gbps"]), color="0.3")
@@ -42,7 +42,7 @@ def bytes_per_second(axes: Axes, report: dict, colours: dict) -> None:
 
 
 def flops_per_second(axes: Axes, report: dict, colours: dict) -> None:
-    """The classical picture: bound by memory on the slope, by arithmetic under the flat."""
+    """The classical roofline: bound by memory on the slope, by arithmetic on the plateau."""
     roof = report["roofs"]
     intensity = np.logspace(0.5, 4, 200)
     slope = roof["read_gbps"] * intensity / 1e3
@@ -54,7 +54,7 @@ def flops_per_second(axes: Axes, report: dict, colours: dict) -> None:
             point = (line["flops"] / line["min_bytes"], rate)
             axes.plot(*point, "o", ms=4, color=colours[line["op"]])
     axes.set(xscale="log", yscale="log", ylim=(None, 2 * roof["matmul_tflops"]))
-    axes.set(xlabel="operations for each byte", ylabel="TFLOP/s")
+    axes.set(xlabel="operations per byte", ylabel="TFLOP/s")
 
 
 def main() -> None:

@@ -2,10 +2,10 @@
 
 Random weights in the shapes of known models, bfloat16, one prompt. Every row of the table is
 measured in this run, on the same model: full prefill with the fastest SDPA back end; CLAA, with
-half of the layers behind the selection; and the same with the indices of an earlier run, so that
-nothing is scored or selected ("free"). They run in turn, there and back again, after a warm-up
-that brings the GPU to its power limit: its clock falls as it warms, and differs from kernel to
-kernel. So the ratio is that of sums, and the clock stands beside it. Beyond 64k tokens each runs
+half of the layers after the selection; and the same with the indices of an earlier run, so that
+nothing is scored or selected ("free"). They run in turn, there and back, after a warm-up that
+brings the GPU to its power limit: its clock falls as it warms, and differs from kernel to kernel.
+So the ratio is that of sums, and the clock is printed too. Beyond 64k tokens each runs
 once: its clock no longer falls, and two runs differ by 0.2 %. What the ops themselves cost is the
 sum of their kernels' times in a profiled run.
 """
@@ -33,6 +33,7 @@ from bench import record
 from bench.machine import machine
 from claa_ops.methods import CLAA, Method
 from claa_ops.prefill import ClaaCache, PrefillState, attach
+from claa_ops.selection import Layer
 
 RESULT = Path(__file__).parent / "results" / "ttft.json"
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
@@ -93,15 +94,15 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Remembering(CLAA):
-    """CLAA that notes what each layer's cache kept and which tokens went on."""
+    """CLAA that records what each layer's cache kept and which tokens were selected."""
 
     kept: dict[int, Tensor | None] = field(default_factory=dict, compare=False)
     selected: dict[int, Tensor | None] = field(default_factory=dict, compare=False)
 
-    def compress(self, state: PrefillState, layer: int) -> Tensor | None:
+    def compress(self, state: PrefillState, layer: Layer) -> Tensor | None:
         """As CLAA."""
-        self.kept[layer] = super().compress(state, layer)
-        return self.kept[layer]
+        self.kept[layer.index] = super().compress(state, layer)
+        return self.kept[layer.index]
 
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
         """As CLAA."""
@@ -116,17 +117,17 @@ class Known(Method):
     kept: dict[int, Tensor | None]
     selected: dict[int, Tensor | None]
 
-    def compress(self, state: PrefillState, layer: int) -> Tensor | None:
+    def compress(self, state: PrefillState, layer: Layer) -> Tensor | None:
         """What the cache kept then."""
-        return self.kept[layer]
+        return self.kept[layer.index]
 
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
-        """The tokens that went on then."""
+        """The tokens that were selected then."""
         return self.selected[layer]
 
 
 def build(name: str, device: str, **changes: Any) -> PreTrainedModel:
-    """A model of these shapes with random weights, made where it will be."""
+    """A model of these shapes with random weights, made on its device."""
     family, sizes = MODELS[name]
     config = AutoConfig.for_model(family, max_position_embeddings=1 << 18, **(sizes | changes))
     with torch.device(device):
@@ -182,7 +183,7 @@ def cache_bytes(cache: Any) -> int:
 
 
 def decode_ms(model: PreTrainedModel, cache: Any) -> float:
-    """One more token, as a CUDA graph, so that the speed of Python does not count."""
+    """One more token, as a CUDA graph, so that Python's own time does not count."""
     token = torch.ones(1, 1, dtype=torch.int64, device="cuda")
     held = [(layer.keys, layer.values) for layer in cache.layers]
 
@@ -213,7 +214,7 @@ def kernel_ms(call: Callable[[], object]) -> dict[str, float]:
 
 @contextmanager
 def clock_readings() -> Iterator[list[int]]:
-    """The clock of the multiprocessors in MHz, read again and again while the block runs."""
+    """The clock of the multiprocessors in MHz, read repeatedly while the block runs."""
     readings: list[int] = []
     done = threading.Event()
 
@@ -231,7 +232,7 @@ def clock_readings() -> Iterator[list[int]]:
 
 
 def turns(labels: list[str], tokens: int) -> list[str]:
-    """There and back again, the oftener the shorter a prefill; the longest just once."""
+    """The order A B C C B A, more rounds for short prompts; the longest run once, A B C."""
     there_and_back = min(10, 65_536 // tokens)
     return (labels + labels[::-1]) * there_and_back if there_and_back else labels
 
@@ -293,7 +294,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["Llama-3.1-8B"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 32_768, 131_072])
     parser.add_argument("--keep", nargs="+", type=int, default=[10, 20, 40], help="percent")
-    parser.add_argument("--commit", help="what is measured, where the sources came without git")
+    parser.add_argument("--commit", help="the commit, for sources that are not a git checkout")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file, added to")
     return parser.parse_args()
 
@@ -317,9 +318,9 @@ def main() -> None:
 
 
 def add_to(path: Path, about: dict, measured: list[dict]) -> None:
-    """Write the rows of one model at one length, with their commit, in place of older ones of it.
+    """Write the rows of one model at one length, with their commit, in place of older ones.
 
-    They stay sorted by model and length, whichever was measured last.
+    The rows stay sorted by model and length, in whatever order they were measured.
     """
     before = json.loads(path.read_text())["rows"] if path.exists() else []
 

@@ -8,7 +8,7 @@ from hypothesis import settings
 
 import claa_ops
 
-# Derandomized: a failure in one run is a failure in the next. No deadline: the machine is shared.
+# Derandomized, so that a failure is reproducible. No deadline: the machine is shared.
 settings.register_profile("claa", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("claa")
 
@@ -34,7 +34,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def single_thread() -> Iterator[None]:
-    """Models that are tiny only lose time to threads."""
+    """Tiny models are slower with threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

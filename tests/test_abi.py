@@ -16,7 +16,7 @@ import claa_ops
 UNSTABLE = re.compile(r"_Z\w*?(?<!\d)(2at|3c10|5torch|6caffe2)\d\w+")
 CUDA_RUNTIME = re.compile(r"(__)?cu(da)?[A-Z]\w*")
 STABLE = re.compile(r"(aoti_torch|torch)_\w+")
-# torch has no other function that needs a GPU build of it and that we call.
+# The only function we call that a CPU build of torch lacks.
 CUDA_SHIMS = {"aoti_torch_get_current_cuda_stream"}
 # What manylinux_2_28 has of each: glibc 2.28, GCC 8.
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (8,)}
@@ -42,7 +42,7 @@ def names(library: Path, which: str) -> set[str]:
 
 
 def versions(library: Path) -> set[tuple[str, tuple[int, ...]]]:
-    """Of each set of symbols that the library needs, such as GLIBC, the versions it needs."""
+    """The versions it needs of each set of symbols, such as GLIBC."""
     found = (re.search(r"@([A-Z]+)_([\d.]+)$", s) for s in symbols(library, "--undefined-only"))
     return {(m[1], tuple(int(part) for part in m[2].split("."))) for m in found if m}
 
@@ -58,23 +58,23 @@ class TestLibrary:
         assert not {name for name in names(library, "--undefined-only") if UNSTABLE.match(name)}
 
     def test_needs_the_stable_ones(self, library):
-        """So the test above did not pass because the listing was empty."""
+        """So the test above does not pass only because the listing is empty."""
         stable = {name for name in names(library, "--undefined-only") if STABLE.fullmatch(name)}
         assert stable
         of_gpu_torch = {name for name in stable if re.search("cuda_|_cuda(?!$)", name)}
         assert of_gpu_torch <= CUDA_SHIMS
 
     def test_brings_its_own_cuda_runtime(self, library):
-        """torch's may be of another major version, or absent."""
+        """torch's may be of another major version, or missing."""
         wanted = names(library, "--undefined-only")
         assert not {name for name in wanted if CUDA_RUNTIME.fullmatch(name)}
 
     def test_exports_nothing(self, library):
-        """Ops register themselves while the library loads; a name more could clash with torch's."""
+        """Ops register themselves when the library loads; an exported name could clash."""
         assert not names(library, "--defined-only")
 
     def test_needs_no_newer_system_than_its_tag_says(self, library):
-        """cmake/OldGlibc.cmake and src/claa_ops/old_systems.cpp see to it."""
+        """cmake/OldGlibc.cmake and src/claa_ops/old_systems.cpp ensure it."""
         needed = versions(library)
         assert {name for name, _ in needed} == set(NEWEST)
         assert not [(name, version) for name, version in needed if version > NEWEST[name]]
@@ -85,7 +85,7 @@ class TestLibrary:
 
 
 def test_a_refused_argument_is_thrown_by_the_runtime_that_catches_it():
-    """A libstdc++ of our own would leave the process's count of uncaught exceptions at -1."""
+    """A second libstdc++ would leave the process's count of uncaught exceptions at -1."""
     uncaught = ctypes.CDLL("libstdc++.so.6")._ZSt19uncaught_exceptionsv
     with pytest.raises(RuntimeError, match="select_topk: k must be"):
         torch.ops.claa.select_topk(torch.zeros(1, 1, 4), k=99)

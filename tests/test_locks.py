@@ -1,4 +1,4 @@
-"""locks/ has what pyproject.toml admits, and leaves torch to whoever installs."""
+"""locks/ has versions that pyproject.toml admits, and leaves torch to the user."""
 
 import re
 from importlib import metadata

@@ -14,11 +14,15 @@ PUBLIC = {
         score_tokens score_window select_topk
     """,
     "claa_ops.methods": """
-        ASL CLAA FastKV FastKVDeferral FullKV GemFilter METHODS Method Oracle Peak PyramidInfer
-        PyramidKV Random SinksRandom SnapKV SpeculativePrefill StreamingLLM make_method
+        ASL CLAA FastKV FastKVDeferral FullKV GemFilter METHODS Method Oracle Peak Pruning
+        PyramidInfer PyramidKV Random SinksRandom SnapKV SpeculativePrefill StreamingLLM find_method
+        make_method register
     """,
     "claa_ops.prefill": """
         ClaaCache PrefillState Prefilled StaticClaaCache attach begin decode generate prefill
+    """,
+    "claa_ops.selection": """
+        Answer Budget Layer Method PrefillState Preparation Reader Sizes Work begin
     """,
 }
 NAMES = [(module, name) for module, names in PUBLIC.items() for name in names.split()]

@@ -1,4 +1,4 @@
-"""Every op is registered well: schema, fake shapes, gradients, one graph for all sizes."""
+"""How every op is registered: schema, fake shapes, gradients, one graph for all sizes."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Sample(NamedTuple):
 
 def scoring(batch: int, context: int, device: str) -> tuple[Tensor, Tensor]:
     query = torch.randn(batch, 4, 8, 16, device=device)
-    # Hugging Face's layout: [B, G, N, D] views of [B, N, G, D] memory.
+    # As Hugging Face lays them out: [B, G, N, D] views of [B, N, G, D] memory.
     return query, torch.randn(batch, context + 8, 2, 16, device=device).transpose(1, 2)
 
 
@@ -135,7 +135,9 @@ class Graphs:
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
         compiled = torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-        self.count += 1  # not before: Dynamo may give up a trace and start anew, for a float say
+        self.count += (
+            1  # not before: Dynamo may abandon a trace and start again, for a float argument say
+        )
         return compiled
 
 
@@ -152,7 +154,7 @@ def test_opcheck(op, number, device):
     """Schema, fake shapes with symbolic sizes, autograd registration."""
     args, options = SAMPLES[op](2, 30, device)[number]
     options = dict(options)
-    if "pool_mode" in options:  # in C++ a mode is a number
+    if "pool_mode" in options:  # in C++ it is a number
         options["pool_mode"] = ["avg", "max"].index(options.pop("pool_mode"))
     torch.library.opcheck(getattr(torch.ops.claa, op).default, args, options)
 
@@ -176,7 +178,7 @@ def test_one_graph_serves_every_size(op, number, device):
     torch._dynamo.reset()
     graphs = Graphs()
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=graphs)
-    # Sizes that are equal at first are taken for one size, so the first batch is like no other.
+    # Sizes that are equal at first are assumed to be one size, so the first batch equals no other.
     for batch, context in ((5, 30), (3, 47), (2, 200), (4, 1001)):
         args, options = SAMPLES[op](batch, context, device)[number]
         assert_equal(compiled(*args, **options), function(*args, **options))
@@ -187,7 +189,7 @@ SCORES = sorted(set(claa_ops.__all__) - {"gather_kv", "gather_tokens", "select_t
 
 
 def scoring_call(op: str, device: str) -> Sample:
-    """With arguments that want gradients, but for what the op updates in place."""
+    """A call whose arguments want gradients, except what the op updates in place."""
     args, options = SAMPLES[op](2, 30, device)[0]
     updated = args[:1] if op == "score_layer" else ()
     others = (
@@ -207,14 +209,14 @@ def test_gradients_pass_through_the_gathers(op, number, device):
 
 
 @pytest.mark.parametrize("op", SCORES)
-def test_a_backward_pass_through_a_score_is_told_what_to_do(op, device):
+def test_a_backward_pass_through_a_score_is_an_error_that_says_what_to_do(op, device):
     args, _ = scoring_call(op, device)
     scores = getattr(claa_ops, op)(*args)
     beside = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
     message = rf"^{op}: must not be differentiated, .*detach its arguments, or .*reference"
     with pytest.raises(RuntimeError, match=message):
         (scores.sum() + beside[0].sum()).backward()
-    (scores.detach().sum() + beside[0].sum()).backward()  # where none goes, nothing is said
+    (scores.detach().sum() + beside[0].sum()).backward()  # detached, it is no error
     assert torch.equal(beside[0].grad, torch.ones_like(beside[0]))
     with torch.no_grad():
         assert not getattr(claa_ops, op)(*args).requires_grad
@@ -222,7 +224,7 @@ def test_a_backward_pass_through_a_score_is_told_what_to_do(op, device):
 
 @pytest.mark.parametrize("op", sorted(set(SCORES) - {"rank_variance"}))
 def test_the_reference_can_be_trained(op, device):
-    """As the sentence promises; ranks alone have no gradient there either."""
+    """As the error says; only ranks have no gradient there either."""
     args, _ = scoring_call(op, device)
     getattr(claa_ops.reference, op)(*args).sum().backward()
     assert any(isinstance(x, Tensor) and x.is_leaf and x.grad is not None for x in args)
@@ -239,8 +241,8 @@ def test_a_graph_serves_arguments_that_want_gradients(op, device):
     assert_equal(compiled(*args).detach(), function(*args).detach())
 
 
-def test_modes_are_refused_by_number(device):
-    """The ops take a mode as a number; one that is not there is an error, not a guess."""
+def test_unknown_pool_modes_are_refused(device):
+    """The ops take a pooling mode as a number; an unknown one is an error."""
     scores = torch.rand(1, 2, 9, device=device)
     with pytest.raises(RuntimeError, match="pool_heads: pool_mode must .*, got 2"):
         torch.ops.claa.pool_heads(scores, 1, pool_mode=2)

@@ -67,7 +67,7 @@ def files(wheel: Path) -> list[str]:
 
 
 def needs(package: str) -> set[str]:
-    """The packages that are installed with this one, no extras asked for."""
+    """The packages that are installed with this one, without extras."""
     found, new = set(), {package}
     while new:
         found |= new
@@ -95,7 +95,7 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(clean: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run the environment's Python, or claa-ops of it, from a directory that is not ours."""
+    """Run the environment's Python in a directory outside the repository."""
     hidden = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
     return subprocess.run(
         [clean / "bin/python", *arguments],
@@ -114,6 +114,33 @@ def test_it_holds_the_package_and_nothing_else(files):
     folders = {name.split("/")[0] for name in files}
     assert {name for name in folders if not name.endswith(".dist-info")} == {"claa_ops"}
     assert "claa_ops/lib/libclaa_ops.so" in files
+
+
+def test_it_says_that_it_has_type_hints(files):
+    assert "claa_ops/py.typed" in files
+
+
+def test_a_users_program_sees_the_type_hints(clean, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import claa_ops\n"
+        "from torch import zeros\n"
+        "reveal_type(claa_ops.gather_kv(zeros(1), zeros(1), zeros(1)))\n"
+        "reveal_type(claa_ops.reference.pool_heads(zeros(1), 1))\n"
+        "claa_ops.pool_heads(zeros(1), 1, pool_mode='sum')\n"
+    )
+    mypy = ["-m", "mypy", "--cache-dir", str(tmp_path), "--python-executable"]
+    result = subprocess.run(
+        [sys.executable, *mypy, str(clean / "bin/python"), program.name],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    told = result.stdout.splitlines()
+    assert 'program.py:3: note: Revealed type is "tuple[torch._tensor.Tensor' in told[0]
+    assert 'program.py:4: note: Revealed type is "torch._tensor.Tensor"' in told[1]
+    assert "program.py:5: error: " in told[2] and '"sum"' in told[2]
+    assert told[-1].startswith("Found 1 error ")
 
 
 def test_it_holds_no_torch(files):

@@ -1,4 +1,4 @@
-"""What every kernel owes the device it runs on, whatever it computes."""
+"""Laws that every kernel keeps on its device, whatever it computes."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from support.inputs import assert_same_bits, normal
 from support.model_calls import MAKERS, Call, Maker
 
 BATCH = 3
-# On a GPU several blocks, chunks and clusters, on the CPU several tiles.
+# Enough for several blocks, chunks and clusters on a GPU, and for several tiles on the CPU.
 CONTEXTS = {"cpu": [523, 2003], "cuda": [5003, 40_009]}
 
 each_call = pytest.mark.parametrize("make", MAKERS)
@@ -38,7 +38,7 @@ def assert_all_same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...
 
 @pytest.fixture
 def poison() -> Iterator[Callable[[bool], None]]:
-    """New memory holds NaN, or the largest integer: outputs and scratch memory alike."""
+    """New memory holds NaN, or the largest integer: outputs and scratch memory."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
 
@@ -75,7 +75,7 @@ MAKER = {param.id: param.values[0] for param in MAKERS}
 @pytest.mark.parametrize("name", ["select_topk", "select_topk-heads"])
 @pytest.mark.parametrize("tokens", [20_011, 100_003, 300_007])
 def test_a_second_run_over_rows_of_any_length_gives_the_same_bits(name, tokens, cuda):
-    """Small and large clusters, and blocks that meet in device memory."""
+    """Small and large clusters, and blocks that synchronise through device memory."""
     call = MAKER[name](2, tokens, cuda, 0)
     expected = call()
     for _ in range(4):
@@ -122,7 +122,7 @@ def test_a_captured_graph_replays_on_new_inputs(make: Maker, context, cuda):
 
 @each_call
 def test_waits_for_the_op_that_writes_its_inputs(make: Maker, context, cuda):
-    """Launches of ops overlap: one is set up while the one before it still runs."""
+    """Launches overlap: a kernel is set up while the one before it still runs."""
     call = make(BATCH, context, cuda, 0)
     expected = call()
 
@@ -146,7 +146,7 @@ def test_waits_for_the_op_that_writes_its_inputs(make: Maker, context, cuda):
 
 
 @each_call
-def test_streams_do_not_meet(make: Maker, context, cuda):
+def test_streams_do_not_interfere(make: Maker, context, cuda):
     """The same op on two streams at once, each with inputs of its own."""
     calls = [make(BATCH, context, cuda, seed) for seed in (0, 1)]
     expected = [call() for call in calls]
@@ -191,7 +191,7 @@ def test_a_refusal_is_the_same_on_both_devices_and_leaves_no_trace(make: Maker, 
 
 
 def test_an_index_out_of_range_is_a_device_assertion(cuda):
-    """As in torch.gather. The context is lost, so a process of its own loses it."""
+    """As in torch.gather. It destroys the CUDA context, so it runs in a process of its own."""
     script = (
         "import torch, claa_ops\n"
         "x = torch.zeros(1, 4, 8, device='cuda')\n"
@@ -214,7 +214,7 @@ def noise(*shape: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("op", ["score_window", "score_tokens", "peak_attention"])
 def test_scores_of_more_keys_than_32_bits_count(op, cuda):
-    """The last row of a batch, whose keys lie behind the limit, is the row alone."""
+    """The last row of a batch, whose keys lie beyond the limit, is the row alone."""
     query = normal(3, 8, 8, 128, device=cuda, dtype=torch.bfloat16)
     key = noise(3, 8, 2**20, 128, dtype=torch.bfloat16)
     assert key.numel() > BEYOND and key[:2].numel() >= BEYOND
@@ -244,7 +244,7 @@ def test_gathers_from_more_items_than_32_bits_count(cuda):
 
 
 def test_scores_of_more_tokens_than_32_bits_count(cuda):
-    """Rows 1024 and up lie behind the limit."""
+    """Rows 1024 and up lie beyond the limit."""
     scores = noise(1026, 2**21, dtype=torch.float32)
     assert scores[:1025].numel() > BEYOND
     last = scores[1025:].clone()

@@ -1,4 +1,4 @@
-"""A fake is what the op is, but for the values: it refuses the same calls in the same words."""
+"""A fake is the op without values: it refuses the same calls in the same words."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -39,7 +39,7 @@ each_call = pytest.mark.parametrize(
 
 
 def small_call(make: Maker, device: str) -> Call:
-    """Its indices are all padding, so that none is out of range whatever else is changed."""
+    """A call whose indices are all padding, so that none is out of range when others change."""
     call = make(2, 60, device, 0)
 
     def padding(x: object) -> object:
@@ -51,7 +51,7 @@ def small_call(make: Maker, device: str) -> Call:
 
 
 def tensors_instead(x: Tensor) -> dict[str, Tensor]:
-    """Of another dtype, rank, size or layout."""
+    """Tensors of another dtype, rank, size or layout."""
     instead = {str(dtype): x.to(dtype) for dtype in DTYPES}
     instead |= {"rank + 1": x[None], "rank - 1": x[0]}
     for dim, size in enumerate(x.shape):
@@ -69,7 +69,7 @@ def tensors_instead(x: Tensor) -> dict[str, Tensor]:
 
 
 def others(x: object) -> dict[str, object]:
-    """What a caller may give in place of one argument."""
+    """What a caller may pass in place of one argument."""
     if isinstance(x, Tensor):
         return tensors_instead(x)
     if isinstance(x, float):
@@ -106,7 +106,7 @@ def test_a_fake_answers_as_the_op_does(make, kind, device):
     answers = set()
     for change, call in changed_calls(small_call(make, device)):
         if kind == "symbolic" and "torch." in change:
-            continue  # dtypes are no symbols
+            continue  # dtypes are never symbolic
         expected = answer(partial(getattr(claa_ops, call.op), *call.args, **call.options))
         actual = answer(call_fake, call.op, call.args, call.options, kind)
         assert actual == expected, change
@@ -116,7 +116,7 @@ def test_a_fake_answers_as_the_op_does(make, kind, device):
 
 @each_call
 def test_a_fake_leaves_no_guard(make, device):
-    """No graph is made anew, and no size ruled out, for what the op checks itself."""
+    """Nothing is recompiled, and no size excluded, for what the op checks itself."""
     call, symbols = small_call(make, device), Symbols()
     args = [symbols(x) if isinstance(x, Tensor) else x for x in call.args]
     options = {n: symbols(x) if isinstance(x, Tensor) else x for n, x in call.options.items()}
@@ -135,7 +135,7 @@ def test_a_mix_of_devices_is_refused_where_there_is_one_device():
 
 
 class Select(torch.nn.Module):
-    """As many tokens as it is told."""
+    """Selects as many tokens as it is asked for."""
 
     def forward(self, scores: Tensor, k: int | Tensor) -> Tensor:
         return claa_ops.select_topk(scores, k.item() if isinstance(k, Tensor) else k)

@@ -28,7 +28,7 @@ SHAPES = [  # batch, total, channels, kept
 
 
 def random_index(*shape: int, total: int, seed: int = 0, device: str = "cpu") -> Tensor:
-    """Any order, repetitions, and -1 here and there."""
+    """Any order, with repetitions and some entries of -1."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-1, max(total, 1), shape, generator=generator).to(device)
 

@@ -1,6 +1,6 @@
 """The CPU kernels are built once per instruction set: every build that this machine runs is right.
 
-The other tests see the best one alone.
+The other tests run only the best one.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""peak_attention: the most that any head attends from each query to each key."""
+"""peak_attention: the largest attention of any head from each query to each key."""
 
 import pytest
 import torch
@@ -104,7 +104,7 @@ def test_strides_do_not_change_a_bit(dtype, device):
     packed = peak_attention(query.contiguous(), key.contiguous(), running=running.contiguous())
     if device == "cpu" or dtype == torch.float32:
         assert_same_bits(strided, packed)
-    else:  # on CUDA tensor cores read 16 bytes of a key, and these keys do not lie so
+    else:  # on CUDA tensor cores read a key by 16 bytes, and these keys are not aligned to that
         torch.testing.assert_close(strided, packed)
 
 
@@ -134,7 +134,7 @@ def test_check_values_of_the_oracle(device):
 
 
 def test_check_values_of_speculative_prefill(device):
-    """Pool per layer, head and query, then peak: each head is asked alone, then the op is it."""
+    """Pool per layer, head and query, then take the peak: the op is asked head by head."""
     expected = [0.041279, 0.051707, 0.064377, 0.064178, 0.066726, 0.068185, 0.066521, 0.065526]
     expected += [0.06795, 0.067862, 0.065337, 0.066781, 0.067843, 0.065059, 0.052541, 0.038474]
     peak = torch.zeros(3, 16, device=device)
@@ -218,7 +218,7 @@ def test_a_row_does_not_know_its_batch(
 
 @given(data=st.data(), **SIZES)
 def test_a_padded_row_is_the_row_alone(data, kv_heads, group, queries, total, dim, seed, device):
-    """Bit for bit on the CPU; and what stands in the padding is never looked at."""
+    """Bit for bit on the CPU; and the contents of the padding are never read."""
     query, key = queries_and_keys(
         1, kv_heads * group, kv_heads, queries, total, dim, device=device, seed=seed
     )

@@ -47,7 +47,7 @@ def test_matches_reference(shape, pool_mode, device):
 @pytest.mark.parametrize("kernel_size", KERNEL_SIZES)
 @pytest.mark.parametrize("context", [1, 2, 5, 62, 100, 1500])
 def test_any_kernel_size(context, kernel_size, pool_mode, device):
-    """Also a kernel that is wider than the context."""
+    """Including a kernel that is wider than the context."""
     scores = normal(2, 4, context, device=device)
     assert_as_exact_as_eager("pool_heads", scores, 2, kernel_size=kernel_size, pool_mode=pool_mode)
 

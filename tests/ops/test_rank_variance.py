@@ -1,4 +1,4 @@
-"""rank_variance: how much the ranking of the important tokens moves between layers."""
+"""rank_variance: how much the ranks of the important tokens change between layers."""
 
 import statistics
 
@@ -47,7 +47,7 @@ def check(scores: torch.Tensor, k: int) -> torch.Tensor:
     return actual
 
 
-# The reference takes the variance of nothing where there are no tokens.
+# The reference takes the variance of an empty tensor where there are no tokens.
 @pytest.mark.filterwarnings("ignore:var\\(\\). degrees of freedom")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_reference(shape, device):

@@ -78,7 +78,7 @@ def test_options(options, dtype, pool_mode, device):
 @pytest.mark.parametrize("pool_mode", MODES)
 @pytest.mark.parametrize("window", [8, 64])
 def test_long_prompts_with_lse(window, pool_mode, device):
-    """Keys that fill a GPU, and as many that its tensor cores take them by another way."""
+    """Enough keys to fill a GPU, with few query rows and with many."""
     query, key = queries_and_keys(
         1, 8, 2, window, 20_000 + window, 128, device=device, dtype=torch.bfloat16
     )
@@ -142,7 +142,7 @@ def test_nan_stays(dim, pool_mode, device):
 
 
 def test_a_nan_with_its_sign_set(device):
-    """The CPU knows it; on CUDA it is less than every score."""
+    """The CPU treats it as a NaN; on CUDA it is less than every score."""
     query, key = queries_and_keys(2, 4, 2, 5, 60, 16, device=device)
     running = torch.full((2, 55), -1, dtype=torch.int32, device=device).view(torch.float32)
     assert running.isnan().all()
@@ -181,7 +181,7 @@ SIZES = {
 def test_any_running_maximum(
     kv_heads, group, window, context, dim, seed, pool_mode, kernel_size, device
 ):
-    """Ties, both zeros, infinities and NaN stand in the running maximum."""
+    """The running maximum holds ties, both zeros, infinities and NaN."""
     query, key = queries_and_keys(
         2, kv_heads * group, kv_heads, window, context + window, dim, device=device, seed=seed
     )

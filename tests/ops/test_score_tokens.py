@@ -39,7 +39,7 @@ def test_matches_reference(shape, dtype, pool_mode, device):
 @pytest.mark.parametrize("kernel_size", KERNEL_SIZES)
 @pytest.mark.parametrize("context", [1, 2, 5, 62, 100, 1500])
 def test_any_kernel_size(context, kernel_size, pool_mode, device):
-    """Also a kernel that is wider than the context."""
+    """Including a kernel that is wider than the context."""
     query, key = queries_and_keys(2, 4, 2, 6, context + 6, 16, device=device)
     assert_as_exact_as_eager(
         "score_tokens", query, key, kernel_size=kernel_size, pool_mode=pool_mode
@@ -65,7 +65,7 @@ def test_any_window(window, device):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", cases.WIDE_SHAPES)
 def test_wide_windows(shape, dtype, pool_mode, lse_given, device):
-    """As exact as eager, and a row does not know its batch."""
+    """As exact as eager, and a row does not depend on its batch."""
     query, key = queries_and_keys(*shape, device=device, dtype=dtype)
     start = torch.tensor([0, 137][: len(query)], device=device)
     lse = cases.log_sum_exp(query, key, start=start) if lse_given else None
@@ -159,7 +159,7 @@ def test_no_heads_score_nothing(device):
 
 @pytest.mark.parametrize("pool_mode", MODES)
 def test_nan_reaches_as_far_as_the_pool(pool_mode, device):
-    """A NaN key spoils the heads that see it; out of every query's reach it does no harm."""
+    """A NaN key spoils the heads that see it; where no query sees it, it does no harm."""
     query, key = queries_and_keys(2, 4, 2, 5, 60, 16, device=device)
     key[1, 0, 20, 3] = torch.nan
     for sliding_window in (0, 10):
@@ -175,7 +175,7 @@ def test_nan_reaches_as_far_as_the_pool(pool_mode, device):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("window", [5, 8, 12, 37])
 def test_infinite_keys_have_no_probability(window, dtype, pool_mode, lse_given, device):
-    """Nor do they spoil the probabilities of others, whatever fills up a tile of queries."""
+    """Nor do they spoil the probabilities of others, whatever the padding rows of a tile hold."""
     inputs = queries_and_keys(2, 6, 2, window, window + 700, 64, device=device, dtype=dtype)
     query, key = cases.with_infinite_keys(*inputs)
     start = torch.tensor([0, 137], device=device)
@@ -217,7 +217,7 @@ def test_is_score_window_then_pool_heads(
 def test_a_query_has_one_vote_per_head(
     kv_heads, group, window, context, dim, seed, pool_mode, kernel_size, device
 ):
-    """Averaging hands out no more than it got: a row sums to at most W times the group's heads."""
+    """Averaging adds nothing: a row sums to at most W times the group's heads."""
     query, key = queries_and_keys(
         1, kv_heads * group, kv_heads, window, context + window, dim, device=device, seed=seed
     )
@@ -262,7 +262,7 @@ def test_a_row_does_not_know_its_batch(
 def test_a_padded_row_is_the_row_alone(
     data, lse_given, kv_heads, group, window, context, dim, seed, pool_mode, kernel_size, device
 ):
-    """Bit for bit on the CPU; and what stands in the padding is never looked at."""
+    """Bit for bit on the CPU; and the contents of the padding are never read."""
     query, key = queries_and_keys(
         1, kv_heads * group, kv_heads, window, context + window, dim, device=device, seed=seed
     )

@@ -199,7 +199,7 @@ def test_a_row_does_not_know_its_batch(
 def test_a_padded_row_is_the_row_alone(
     data, lse_given, kv_heads, group, window, context, dim, seed, device
 ):
-    """Bit for bit on the CPU; and what stands in the padding is never looked at."""
+    """Bit for bit on the CPU; and the contents of the padding are never read."""
     query, key = queries_and_keys(
         1, kv_heads * group, kv_heads, window, context + window, dim, device=device, seed=seed
     )

@@ -35,7 +35,7 @@ SHAPES = [  # shape of scores, k, window
     pytest.param((0, 50), 5, 2, id="empty-batch"),
     pytest.param((2, 2, 2, 33), 9, 1, id="four-dimensions"),
     pytest.param((1, 70_001), 7001, 8, id="long"),
-    # On CUDA a row is read by one block, or several that share it: both sides of each change.
+    # On CUDA a row is read by one block, or shared by several: both sides of each limit.
     pytest.param((3, 8189), 800, 8, id="one-block-full"),
     pytest.param((3, 8190), 800, 8, id="small-cluster"),
     pytest.param((3, 32_765), 3000, 0, id="small-cluster-full"),
@@ -124,7 +124,7 @@ def test_check_values(device):
     data=st.data(),
 )
 def test_keeps_the_best_the_window_and_the_sinks(values, window, num_sinks, data, device):
-    """The promises of the manual page, one by one, without the reference."""
+    """The promises of the docstring, one by one, without the reference."""
     context = len(values)
     start = data.draw(st.integers(0, context), label="start")
     k = data.draw(st.integers(0, context + window), label="k")
@@ -249,7 +249,7 @@ def test_long_rows_of_ties(values, k, device):
     check(chosen_from(values, 2, 20_000, device=device, seed=k), k)
 
 
-def test_neighbouring_floats_are_told_apart(device):
+def test_neighbouring_floats_are_distinguished(device):
     """Every bit counts: 40,000 consecutive floats, around 1 and from zero up."""
     for first in (0x3F800000 - 20_000, 0):
         bits = torch.arange(first, first + 40_000, dtype=torch.int32)

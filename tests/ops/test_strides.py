@@ -1,6 +1,6 @@
-"""Strides do not change a bit: what is broadcast, sliced or transposed scores as its packed copy.
+"""Strides do not change a bit: a broadcast, sliced or transposed tensor gives what its copy gives.
 
-Between the items that a view shows, its memory holds NaN: they must not be read.
+Between the items of a view its memory holds NaN, which must not be read.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor
 import claa_ops
 from support.inputs import assert_same_bits, normal, queries_and_keys
 
-# On Hopper a group with up to 64 queries enters one kernel, and one with more the other.
+# On Hopper groups of up to 64 query rows are scored by one kernel, larger ones by another.
 WINDOWS = [1, 2, 8, 9, 16, 33, 64, 65, 72, 100, 128]
 SCORES = ["score_window", "score_tokens", "score_layer"]
 MOST_CONTEXT = {"cpu": 200, "cuda": 5000}
@@ -31,7 +31,7 @@ class Layout(NamedTuple):
     offset: int  # of the first item, in each dimension
 
     def of(self, x: Tensor) -> Tensor:
-        """A view with the values of x, but where it is broadcast."""
+        """A view with the values of x, except where it is broadcast."""
         shape = x.shape
         for dim, step in enumerate(self.steps):
             x = x[(slice(None),) * dim + (slice(None, None if step else 1),)]
@@ -56,18 +56,18 @@ def layouts(rank: int, least_step: int = 0) -> st.SearchStrategy[Layout]:
 
 
 def run(op: str, arguments: dict) -> tuple[Tensor, ...]:
-    """The results, what is updated in place among them."""
+    """The results, including what is updated in place."""
     out = getattr(claa_ops, op)(**arguments)
     if op == "score_layer":
         return out, arguments["running"]
     return out if isinstance(out, tuple) else (out,)
 
 
-def is_read_alike(query: Tensor, key: Tensor) -> bool:
-    """Whether the kernel that takes packed tensors takes these too, so that it adds alike.
+def takes_the_same_kernel(query: Tensor, key: Tensor) -> bool:
+    """Whether the kernel for packed tensors takes these too, and so adds in the same order.
 
-    On a GPU tensor cores want rows at multiples of 16 bytes; and where one row stands for several,
-    or one head for a group, Hopper's kernels leave the work to the one of all GPUs.
+    On a GPU tensor cores need rows at multiples of 16 bytes; and where a row or the heads of a
+    group are broadcast, Hopper's kernels leave the work to the portable one.
     """
     if query.device.type == "cpu" or query.dtype == torch.float32:
         return True
@@ -83,9 +83,11 @@ def assert_is_as_packed(op: str, arguments: dict) -> None:
         name: x.clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x
         for name, x in arguments.items()
     }
-    alike = "query" not in arguments or is_read_alike(arguments["query"], arguments["key"])
+    is_exact = "query" not in arguments or takes_the_same_kernel(
+        arguments["query"], arguments["key"]
+    )
     for strided, expected in zip(run(op, arguments), run(op, packed), strict=True):
-        if alike:
+        if is_exact:
             assert_same_bits(strided, expected)
         else:
             torch.testing.assert_close(strided, expected, rtol=1e-5, atol=1e-5)
@@ -97,7 +99,7 @@ def assert_is_as_packed(op: str, arguments: dict) -> None:
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("op", SCORES)
 def test_one_query_head_for_all(op, window, heads, lse_given, dtype, device):
-    """Of stride 0, with a key head to each."""
+    """A query head of stride 0, with a key head for each."""
     context = MOST_CONTEXT[device]
     sizes = (1, heads, heads, window, context + window, 128)
     query, key = queries_and_keys(*sizes, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Who computes a unit, and when, changes no bit: threads, callers and forked processes."""
+"""Which thread computes a unit, and when, changes no bit: threads, callers, forked processes."""
 
 import multiprocessing
 import shutil
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def calls() -> dict[str, Callable[[], Tensor]]:
-    """One call of each op that has more than one step or round; each is worth several threads."""
+    """One call of each op with more than one step or round, large enough for several threads."""
     query, key = queries_and_keys(2, 6, 3, 8, 2100, 32, device="cpu")
     lse = normal(2, 6, 8, device="cpu") + 8
     scores = normal(5, 2, 3000, device="cpu")
@@ -52,7 +52,7 @@ def expected() -> dict[str, bytes]:
 
 
 def wrong(count: int, callers: int = 1, repeats: int = 5) -> list[str]:
-    """The ops whose bits are others with so many threads, called from so many threads at once."""
+    """The ops whose bits differ with so many threads, called from so many threads at once."""
     right = expected()
     with threads(count), ThreadPoolExecutor(callers) as pool:
 
@@ -102,7 +102,7 @@ def test_a_forked_process(callers):
     batch=st.integers(1, 3),
 )
 def test_more_threads_than_units_and_fewer(count, heads, tokens, batch):
-    """A unit that nobody did would leave memory as it was: NaNs, which the last call freed."""
+    """A unit that nobody computed would leave the NaNs of the memory that was freed before."""
     query, key = queries_and_keys(batch, heads, heads, 8, tokens, 64, device="cpu")
     with threads(1):
         alone = claa_ops.score_tokens(query, key)
@@ -112,7 +112,7 @@ def test_more_threads_than_units_and_fewer(count, heads, tokens, batch):
 
 
 def test_each_unit_is_done_once_and_in_its_turn(tmp_path):
-    """The dealer alone, from C++: what an op computes would not show a unit that was done twice."""
+    """The dealer alone, from C++: the result of an op would not show a unit that was done twice."""
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")

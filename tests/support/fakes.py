@@ -1,4 +1,4 @@
-"""Fakes of an op's call: the same sizes, dtypes and strides, and no values."""
+"""An op called on fake tensors: the same sizes, dtypes and strides, and no values."""
 
 import contextlib
 from collections.abc import Callable
@@ -22,7 +22,7 @@ KINDS = ["meta", "fake", "symbolic"]
 
 
 def on_meta(x: Tensor) -> Tensor:
-    """Without memory, as under ``torch.device("meta")``."""
+    """The tensor without memory, as under ``torch.device("meta")``."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
@@ -39,7 +39,7 @@ class Symbols:
 
 
 def way_to_trace(kind: str) -> tuple[contextlib.AbstractContextManager, Replace]:
-    """What to enter, and what to make of each tensor before."""
+    """The mode to enter, and the function that replaces each tensor before."""
     if kind == "meta":
         return contextlib.nullcontext(), on_meta
     if kind == "fake":

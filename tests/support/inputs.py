@@ -16,7 +16,7 @@ FLOATS = [
 ]
 INDEX_TYPES = [pytest.param(torch.int32, id="int32"), pytest.param(torch.int64, id="int64")]
 
-# What a score can be: ties (few values), both zeros, subnormal, infinite, NaN of both signs.
+# What a score can be: ties (few values), both zeros, subnormal, infinite; NaN of both signs.
 AWKWARD = (0.0, -0.0, 1.0, 1.0, -1.0, 2.5, 1e-42, -1e-42, 3e38, torch.inf, -torch.inf)
 NANS = (torch.nan, -torch.nan)
 

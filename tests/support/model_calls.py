@@ -1,6 +1,6 @@
 """Each op as the layers of a model call it, for any batch, context and seed.
 
-What the CUDA tests repeat, capture, run side by side and look at under compute-sanitizer.
+The CUDA tests repeat these calls, capture them, run them concurrently and under compute-sanitizer.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ Maker = Callable[[int, int, str, int], Call]  # batch, context, device, seed
 
 
 def normal(*shape: int, device: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Drawn on the device itself: a long prompt has many keys."""
+    """Normal numbers, drawn on the device: a long prompt has many keys."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=dtype, device=device)
 

@@ -14,7 +14,7 @@ SHAPES = [  # batch, heads, kv_heads, window, total, dim
     pytest.param((0, 4, 2, 8, 64, 64), id="empty-batch"),
     pytest.param((2, 4, 2, 0, 16, 8), id="no-queries"),
 ]
-# More than 64 queries to a key head; in some, a head's queries lie on both sides of the middle.
+# More than 64 query rows to a key head; in some, one head's rows lie in both halves of a tile.
 WIDE_SHAPES = [
     pytest.param((1, 8, 2, 64, 1600, 128), id="256"),
     pytest.param((2, 8, 2, 33, 700, 64), id="160"),
@@ -62,7 +62,7 @@ def as_tensors(options: dict, device: str) -> dict:
 
 
 def with_infinite_keys(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys of which every 13th has a logit of -infinity, whatever the query."""
+    """Keys of which every 13th has a logit of -infinity for every query."""
     query, key = query.clone(), key.clone()
     query[..., 0] = query[..., 0].abs() + 0.1
     key[:, :, ::13, 0] = -torch.inf
@@ -79,7 +79,7 @@ def log_sum_exp(
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """What flash attention returns beside its output, here from float64: [B, H, W], no sinks."""
+    """The logsumexp that flash attention returns, here from float64: [B, H, W], without sinks."""
     heads, window, dim = query.shape[1:]
     kv_heads, total = key.shape[1:3]
     grouped = query.double().unflatten(1, (kv_heads, heads // kv_heads))
@@ -166,6 +166,6 @@ REJECTED = [
 
 
 def rejected_call(changes: dict, device: str) -> dict:
-    """Arguments that are right but for ``changes``."""
+    """Valid arguments except for ``changes``."""
     call = {"query": _zeros(2, 8, 4, 64), "key": _zeros(2, 4, 16, 64)} | changes
     return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in call.items()}
