@@ -50,7 +50,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Token ids in; the last token's logits, the caches and the kept positions out."""
+    """A decoder that drops tokens of the prompt after its selection layer."""
 
     def __init__(self, method: CLAA) -> None:
         super().__init__()
@@ -60,6 +60,7 @@ class Model(nn.Module):
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, list[Pair], Tensor | None]:
+        """Token ids in; the last token's logits, the caches and the kept positions out."""
         hidden = self.embedding(ids)
         rotary = angles(torch.arange(ids.shape[1], device=ids.device)).expand(len(ids), -1, -1)
         state = begin(self.method, num_layers=len(self.layers), prompt_length=ids.shape[1])

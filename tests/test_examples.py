@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from claa_ops.cli import app
 from support.tiny_checkpoint import save_tiny_checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -72,6 +74,20 @@ def test_padded_batch(run, model):
 def test_own_model_compiled(run):
     lines = run("own_model_compiled.py")
     assert lines[-1] == "1000 tokens: 250 reach the last layer; caches hold [1000, 250, 250]"
+
+
+def test_own_method(run, model):
+    kept, work, _ = run("own_method.py", model)[:3]
+    assert re.fullmatch(r"\d+ of \d+ tokens reach the last layer", kept)
+    assert 0 < float(work.split()[0]) < 1
+
+
+def test_own_method_on_the_command_line(model, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    options = ["--model", model, "--method", "own_method:ValueAware", "--prompt", "word " * 40]
+    result = CliRunner().invoke(app, ["generate", *options, "--runs", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["settings"]["method"] == "own_method:ValueAware"
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")

@@ -29,6 +29,7 @@ class Selection(nn.Module):
     def forward(
         self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Hidden states ``[B, k, C]``, keys and values ``[B, G, k, D]``, positions ``[B, k]``."""
         scores = claa_ops.score_tokens(query[:, :, -WINDOW:], key)
         kept = key.shape[2] // 10 + WINDOW
         onward = claa_ops.select_topk(scores.amax(dim=1), kept, window=WINDOW)
