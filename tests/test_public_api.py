@@ -19,7 +19,8 @@ PUBLIC = {
         make_method register
     """,
     "claa_ops.prefill": """
-        ClaaCache PrefillState Prefilled StaticClaaCache attach begin decode generate prefill
+        ClaaCache PrefillState Prefilled StaticClaaCache attach attached begin decode detach
+        generate prefill
     """,
     "claa_ops.selection": """
         Answer Budget Layer Method PrefillState Preparation Reader Sizes Work begin

@@ -4,9 +4,12 @@ Importing the package registers ``torch.ops.claa.*``; the functions here are the
 docstrings. In both, arguments that have a default are keyword-only. ``pool_mode`` is a string here,
 ``"avg"`` or ``"max"``, and a number in ``torch.ops.claa``, 0 or 1.
 
+``with claa_ops.attached(model, method):`` is all that a model of Hugging Face needs.
 ``claa_ops.reference`` has each op in plain PyTorch, ``claa_ops.methods`` the methods that decide
 which tokens stay, and ``claa_ops.prefill`` runs them in a model.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from claa_ops import _library as _library  # loads the ops; the modules below need them
 from claa_ops import reference as reference
@@ -22,6 +25,9 @@ from claa_ops.ops.score_tokens import score_tokens
 from claa_ops.ops.score_window import score_window
 from claa_ops.ops.select_topk import select_topk
 
+if TYPE_CHECKING:
+    from claa_ops.huggingface.attach import attached as attached
+
 __version__ = version
 
 __all__ = [
@@ -36,3 +42,11 @@ __all__ = [
     "score_window",
     "select_topk",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "attached":  # needs transformers, for which the ops need not wait
+        from claa_ops import prefill
+
+        return prefill.attached
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,12 +1,16 @@
-"""Attach a Hugging Face decoder: permanent hooks that act when a ClaaCache is passed."""
+"""Attach a Hugging Face decoder, for good or for a while: hooks that act on a ClaaCache."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
+from collections.abc import Iterator
+from functools import partial
 
 from claa_ops.huggingface.attention import AttachedAttention
-from claa_ops.huggingface.hooks import install_hooks
+from claa_ops.huggingface.cache import ClaaCache
+from claa_ops.huggingface.hooks import install_hooks, remove_hooks
 from claa_ops.huggingface.requirements import layers_and_attentions
 from claa_ops.huggingface.self_test import SelfTest
 from claa_ops.huggingface.transformers_api import (
@@ -16,6 +20,8 @@ from claa_ops.huggingface.transformers_api import (
     set_attention,
     untested,
 )
+from claa_ops.selection.method import Method
+from claa_ops.selection.state import check_method
 
 # What transformers calls attention is known to the whole process, and the hooks to all threads.
 _LOCK = threading.RLock()
@@ -91,3 +97,79 @@ def _attach(model: PreTrainedModel) -> bool:
         name = type(model).__name__
         raise ValueError(f"attach: {name} failed the self-test: {error}") from error
     return True
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Take everything off a model that :func:`attach` put on it.
+
+    A cache that was filled before can no longer be decoded from. Other models stay attached, and
+    so does what transformers knows of the process, which no model without hooks reaches.
+
+    Args:
+        model: any decoder; one that is not attached is left as it is.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: this is no model of transformers.
+
+    Example::
+
+        detach(attach(model))
+    """
+    with _LOCK:
+        decoder = decoder_of(model)
+        attention: AttachedAttention | None = getattr(decoder, "claa_attached", None)
+        if attention is not None:
+            remove_hooks(model)
+            if attention_name(decoder) == attention.name:
+                set_attention(decoder, attention.base_name)
+            del decoder.claa_attached
+    return model
+
+
+@contextlib.contextmanager
+def attached(model: PreTrainedModel, method: Method) -> Iterator[PreTrainedModel]:
+    """Within, the model prefills every prompt with the method, and nobody passes a cache.
+
+    Each ``model.generate``, each call of a pipeline and each forward that brings no cache of its
+    own begins a :class:`ClaaCache`; afterwards the model is as it was before. It holds for all
+    threads that use this model, such as the one that streams an answer.
+
+    Args:
+        model: a decoder that :func:`attach` serves; it is attached if need be, for as long.
+        method: one that prefills once and asks nobody first. Others go to
+            :func:`claa_ops.prefill.generate`.
+
+    Raises:
+        TypeError: as :func:`attach`, or the method is none.
+        ValueError: as :func:`attach`, or the method does not fit the model, prefills twice or
+            needs a ranking.
+
+    Example::
+
+        with claa_ops.attached(model, CLAA(keep=0.1)):
+            model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=64)
+    """
+    check_method("attached", method, first_pass=False)
+    if method.needs_ranking:
+        raise ValueError(
+            f"attached: the method must rank by its prefill alone, got {type(method).__name__}: "
+            "call claa_ops.prefill.generate(model, input_ids, method)"
+        )
+    new_cache = partial(ClaaCache, model.config, method)
+    new_cache()  # refuses what does not fit the model
+    was_attached = hasattr(decoder_of(model), "claa_attached")
+    before = vars(model).get("claa_new_cache")
+    attach(model)
+    vars(model)["claa_new_cache"] = new_cache
+    try:
+        yield model
+    finally:
+        if before is not None:
+            vars(model)["claa_new_cache"] = before
+        else:
+            del vars(model)["claa_new_cache"]
+        if not was_attached:
+            detach(model)

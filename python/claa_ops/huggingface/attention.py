@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from claa_ops.huggingface.attached import AttachedCache
 from claa_ops.huggingface.cache import ClaaCache, SlidingLayer
+from claa_ops.huggingface.generation import AttachedCache
 from claa_ops.huggingface.logsumexp import attention_and_logsumexp
 from claa_ops.huggingface.transformers_api import (
     AttentionFunction,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from claa_ops.huggingface.attached import AttachedCache, Request
+from claa_ops.huggingface.generation import AttachedCache, Request
 from claa_ops.huggingface.prompt import (
     check_mask,
     check_positions,

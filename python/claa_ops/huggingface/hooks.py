@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from claa_ops.huggingface.attached import AttachedCache
 from claa_ops.huggingface.attention import check_attention
 from claa_ops.huggingface.cache import ClaaCache, hide_before
+from claa_ops.huggingface.generation import AttachedCache, new_cache
 from claa_ops.huggingface.transformers_api import (
     Arguments,
     PreTrainedModel,
     bind,
+    cache_argument,
     cache_layers,
     cache_of,
     parameters,
@@ -57,8 +58,22 @@ def _holds(module: nn.Module, decoder: nn.Module) -> bool:
     return module is not decoder and any(each is decoder for each in module.modules())
 
 
+def remove_hooks(model: PreTrainedModel) -> None:
+    """Take off what :func:`install_hooks` put on, wherever the model has been since."""
+    for module in model.modules():
+        for hooks, with_kwargs in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+                del hooks[key]
+                with_kwargs.pop(key, None)
+
+
 @dataclass(frozen=True)
 class _Hook:
+    """Before or after a module of an attached model."""
+
     names: list[str]  # of what the module's forward takes
 
     def _arguments(self, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
@@ -67,16 +82,24 @@ class _Hook:
 
 @dataclass(frozen=True)
 class NoteArguments(_Hook):
-    """Before a module around the decoder: refuse labels, and note the mask as it was given.
+    """Before the model and what else is around the decoder: refuse labels, note the mask.
 
     Multimodal models make the masks of the layers themselves and hand the decoder those.
     """
 
     is_model: bool
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
-        """Act on a ClaaCache."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
+        """Act on a ClaaCache, which inside `attached` is made here if there is none."""
         arguments = self._arguments(args, kwargs)
+        made = new_cache(module, arguments) if self.is_model else None
+        if made is not None:
+            given = cache_argument(module, made)
+            arguments, kwargs = {**arguments, **given}, {**kwargs, **given}
+        self._note(arguments)
+        return None if made is None else (args, kwargs)
+
+    def _note(self, arguments: Arguments) -> None:
         cache = cache_of(arguments)
         if not isinstance(cache, AttachedCache):
             return
@@ -135,16 +158,14 @@ def _described(kind: tuple[str, int | None]) -> str:
 
 
 @dataclass(frozen=True)
-class EndForward:
+class EndForward(_Hook):
     """After the decoder."""
-
-    names: list[str]
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any
     ) -> None:
         """Act on a cache of an attached model."""
-        cache = cache_of(bind(self.names, args, kwargs))
+        cache = cache_of(self._arguments(args, kwargs))
         if isinstance(cache, AttachedCache):
             cache.end_forward()
 

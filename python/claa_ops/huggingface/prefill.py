@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def prefill(
     Args:
         model: a decoder that :func:`claa_ops.prefill.attach` serves; it is attached if need be.
         input_ids: ``[B, N]``, int64, padded on the left.
-        method: the ranking system.
+        method: which tokens to keep.
         attention_mask: ``[B, N]``, 0 where there is padding.
         prepared: what ``method.prepare`` returned for this prompt before: methods that differ
             in budgets and layers alone can share it. Made here if not given.
@@ -84,6 +85,58 @@ def prefill(
         prefilled = prefill(model, input_ids, GemFilter(keep=0.1))
         token = prefilled.logits.argmax(dim=-1)
     """
+    prompt = _read(
+        model, input_ids, method, attention_mask, prepared=prepared, keep_scores=keep_scores
+    )
+    cache = prompt.cache
+    output = model(
+        input_ids=prompt.input_ids,
+        attention_mask=prompt.attention_mask,
+        position_ids=prompt.position_ids,
+        use_cache=True,
+        logits_to_keep=1,
+        **cache_argument(model, cache),
+    )
+    assert cache.state is not None  # the forward made it
+    work = prompt.work + count_work(model, cache.state.lengths)
+    full = count_work(model, [input_ids.shape[1]] * len(cache.layers))
+    state = prompt.first or cache.state
+    return Prefilled(
+        logits=output.logits[:, -1],
+        cache=cache,
+        next_position=prompt.next_position,
+        positions=state.positions,
+        attention_mask=prompt.attention_mask,
+        work=work,
+        work_share=work.linear / full.linear,
+        state=state,
+    )
+
+
+@dataclass
+class _Prompt:
+    """What the forward that fills the cache gets: the prompt, or what a first pass chose of it."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor
+    next_position: Tensor
+    cache: ClaaCache
+    first: PrefillState | None  # of the first pass, if there was one
+    work: Work  # so far
+
+
+@torch.no_grad()
+def _read(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    method: Method,
+    attention_mask: Tensor | None,
+    *,
+    prepared: Preparation | None = None,
+    keep_scores: bool = False,
+) -> _Prompt:
+    """Everything that comes before that forward."""
     # Before anything slow: what is wrong with the prompt, or does not fit the model.
     check_method("prefill", method, first_pass=True)
     check_prompt("prefill", model, input_ids)
@@ -119,29 +172,7 @@ def prefill(
                 position_ids = count_positions(input_ids, attention_mask)
                 next_position = position_ids[:, -1] + 1
         cache = ClaaCache(model.config, FullKV())
-
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        use_cache=True,
-        logits_to_keep=1,
-        **cache_argument(model, cache),
-    )
-    assert cache.state is not None  # the forward made it
-    work += count_work(model, cache.state.lengths)
-    full = count_work(model, [length] * len(cache.layers))
-    state = first or cache.state
-    return Prefilled(
-        logits=output.logits[:, -1],
-        cache=cache,
-        next_position=next_position,
-        positions=state.positions,
-        attention_mask=attention_mask,
-        work=work,
-        work_share=work.linear / full.linear,
-        state=state,
-    )
+    return _Prompt(input_ids, attention_mask, position_ids, next_position, cache, first, work)
 
 
 @torch.no_grad()
@@ -201,23 +232,69 @@ def generate(
     attention_mask: Tensor | None = None,
     max_new_tokens: int,
     eos_token_id: int | Sequence[int] | None = None,
+    **options: Any,
 ) -> Tensor:
-    """Greedy answers after a prefill with any method: :func:`prefill`, then :func:`decode`.
+    """Answers after a prefill with any method: greedy ones, or as ``model.generate`` makes them.
+
+    Args:
+        model: a decoder that :func:`claa_ops.prefill.attach` serves; it is attached if need be.
+        input_ids: ``[B, N]``, int64, padded on the left.
+        method: how the prompt is prefilled.
+        attention_mask: ``[B, N]``, 0 where there is padding.
+        max_new_tokens: the longest answer, in tokens.
+        eos_token_id: the tokens that end an answer; those of the model's generation
+            configuration if not given, none if empty.
+        options: of ``model.generate``, such as ``do_sample=True, temperature=0.7`` or
+            ``streamer=...``. With any of them it decodes; else this is :func:`prefill` and then
+            :func:`decode`.
+
+    Returns:
+        ``[B, T]``, int64: the new tokens, T at most ``max_new_tokens``.
 
     Raises:
-        TypeError, ValueError: as these raise, before anything is computed.
+        TypeError, ValueError: as :func:`prefill` and :func:`decode`, before anything is computed;
+            or the options ask for an output other than tokens, or come with a method whose second
+            pass keeps original positions, which ``model.generate`` does not continue.
 
     Example::
 
         answer = generate(model, input_ids, GemFilter(keep=0.1), max_new_tokens=64)
+        drawn = generate(model, input_ids, CLAA(keep=0.1), max_new_tokens=64, do_sample=True)
     """
     check_count("generate", "max_new_tokens", max_new_tokens)
     check_method("generate", method, first_pass=True)
     check_prompt("generate", model, input_ids)
     if not method.two_pass or method.keeps_positions:  # else the answer comes after fewer tokens
         check_room("generate", model, input_ids.shape[1], max_new_tokens)
-    prefilled = prefill(model, input_ids, method, attention_mask)
-    return decode(model, prefilled, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id)
+    if not options:
+        prefilled = prefill(model, input_ids, method, attention_mask)
+        return decode(model, prefilled, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id)
+    _check_options(method, options)
+    if eos_token_id is not None:
+        options["eos_token_id"] = eos_token_id
+    prompt = _read(model, input_ids, method, attention_mask)
+    output = cast(Any, model).generate(
+        input_ids=prompt.input_ids,
+        attention_mask=prompt.attention_mask,
+        max_new_tokens=max_new_tokens,
+        **cache_argument(model, prompt.cache),
+        **options,
+    )
+    return output[:, prompt.input_ids.shape[1] :]
+
+
+def _check_options(method: Method, options: dict[str, Any]) -> None:
+    """Raise ValueError if ``model.generate`` cannot decode with these after this method."""
+    if options.get("return_dict_in_generate"):
+        raise ValueError(
+            "generate: return_dict_in_generate must be left out, because new tokens are returned; "
+            "call model.generate(..., past_key_values=ClaaCache(model.config, method)) for more"
+        )
+    if method.two_pass and method.keeps_positions:
+        raise ValueError(
+            f"generate: {', '.join(options)} are for methods that do not keep the positions of a "
+            f"second pass, got {type(method).__name__}: leave them out to decode greedily"
+        )
 
 
 class _FirstPassCache(ClaaCache):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from claa_ops.huggingface.attached import AttachedCache, Request
 from claa_ops.huggingface.cache import ClaaCache, visible_columns
+from claa_ops.huggingface.generation import AttachedCache, Request
 from claa_ops.huggingface.prompt import check_mask
 from claa_ops.huggingface.transformers_api import StaticLayer
 from claa_ops.selection.state import check_count

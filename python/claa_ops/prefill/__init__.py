@@ -1,4 +1,4 @@
-"""Ranking systems inside a model: the functional API, and the Hugging Face adapter over it."""
+"""Methods inside a model: the functional API, and the Hugging Face adapter over it."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -7,7 +7,7 @@ from claa_ops._extras import require
 from claa_ops.selection.state import PrefillState, begin
 
 if TYPE_CHECKING:
-    from claa_ops.huggingface.attach import attach
+    from claa_ops.huggingface.attach import attach, attached, detach
     from claa_ops.huggingface.cache import ClaaCache
     from claa_ops.huggingface.prefill import Prefilled, decode, generate, prefill
     from claa_ops.huggingface.static import StaticClaaCache
@@ -18,8 +18,10 @@ __all__ = [
     "Prefilled",
     "StaticClaaCache",
     "attach",
+    "attached",
     "begin",
     "decode",
+    "detach",
     "generate",
     "prefill",
 ]
@@ -28,6 +30,8 @@ __all__ = [
 _MODULES = {
     "ClaaCache": "cache",
     "attach": "attach",
+    "attached": "attach",
+    "detach": "attach",
     "Prefilled": "prefill",
     "StaticClaaCache": "static",
     "decode": "prefill",

@@ -1,4 +1,4 @@
-"""What the caches of attached models share: they know when a forward and a `generate` begin."""
+"""What `generate` and the caches of attached models tell each other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from claa_ops.huggingface.prompt import check_prompt, check_room
-from claa_ops.huggingface.transformers_api import Cache, GenerationMixin
+from claa_ops.huggingface.transformers_api import (
+    Cache,
+    GenerationMixin,
+    cache_argument,
+    cache_of,
+)
 
 
 class AttachedCache(Cache):
@@ -78,6 +83,13 @@ class Request:
         return next((value for value in values if value is not None), None)
 
 
+def new_cache(model: Any, arguments: dict[str, Any]) -> AttachedCache | None:
+    """A cache for a call without one, inside `attached(model, method)`; None where none is due."""
+    make = getattr(model, "claa_new_cache", None)
+    used = arguments.get("use_cache") is not False and cache_of(arguments) is None
+    return make() if make is not None and used else None
+
+
 def _watch(generate: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(generate)
 
@@ -85,6 +97,8 @@ def _watch(generate: Callable[..., Any]) -> Callable[..., Any]:
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         # By its kind: its name has changed with the versions of transformers.
         cache = next((x for x in kwargs.values() if isinstance(x, AttachedCache)), None)
+        if cache is None and (cache := new_cache(self, kwargs)) is not None:
+            kwargs |= cache_argument(self, cache)
         if cache is None:
             return generate(self, *args, **kwargs)
         request = Request(self, dict(signature.bind(self, *args, **kwargs).arguments))
