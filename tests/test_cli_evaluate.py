@@ -133,9 +133,9 @@ def test_after_an_interrupt_it_says_how_to_go_on(checkpoint, filler, tmp_path, m
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("claa_ops.evaluate.evaluation.force", interrupt)
+    monkeypatch.setattr("claa_ops.evaluate.grid.records.force", interrupt)
     result = evaluate(checkpoint, filler, tmp_path)
-    told = f"stopped: finished records are in {tmp_path}, the same command goes on from there"
+    told = f"stopped: finished records are in {tmp_path}, the same command continues"
     assert result.exit_code == 130 and told in result.stderr
 
 
@@ -172,7 +172,7 @@ def test_a_suite_brings_methods_rates_and_needles(suite, checkpoint):
     assert sum("a needle prompt must have more than" in told for told in facts["problems"]) == 2
     result, facts = suite("--lengths", "490")
     assert result.exit_code == 0, result.output
-    told = "left out: speculative: it needs --draft, a smaller model with the same tokenizer"
+    told = "left out: speculative: it needs a draft, a smaller model with the same tokenizer"
     assert told in result.stderr and told in " ".join(result.stdout.split())
     everything = {method.__name__ for method in METHODS.values()}
     methods = {record["method"] for record in facts["records"]}
@@ -213,7 +213,7 @@ def test_a_draft_needs_the_tokenizer_of_the_model(checkpoint, filler, tmp_path):
     tokenizer.add_tokens(["more"])
     tokenizer.save_pretrained(tmp_path / "draft")
     result = evaluate(checkpoint, filler, tmp_path / "other", *methods, str(tmp_path / "draft"))
-    refuse("--draft .*: .* must have the tokenizer of the model, got one in which 1 of", result)
+    refuse("draft .*: .* must have the tokenizer of the model, got one in which 1 of", result)
 
 
 def refuse(message: str, result) -> None:
@@ -232,26 +232,26 @@ def refuse(message: str, result) -> None:
         (["--layer", str(LAYERS)], rf"CLAA: layer must be in \[0, {LAYERS - 2}\]"),
         (
             ["--layer", "0-99999999999"],
-            "--layer must be layers such as 10,15,20-22, got 0-99999999999",
+            "layer must be layers such as 10,15,20-22, got 0-99999999999",
         ),
-        (["--layer", "a"], "--layer must be layers such as"),
-        (["--keep", "0"], r"--keep must be a rate in \(0, 1\]"),
-        (["--keep", "1.5"], r"--keep must be a rate in \(0, 1\]"),
-        (["--schedule", "3"], "--schedule must be LAYER:KEEP"),
+        (["--layer", "a"], "layer must be layers such as"),
+        (["--keep", "0"], r"keep must be a rate in \(0, 1\]"),
+        (["--keep", "1.5"], r"keep must be a rate in \(0, 1\]"),
+        (["--schedule", "3"], "schedule must be LAYER:KEEP"),
         (["--baseline", "fastkv"], "the baseline must be full or one of the methods claa"),
         (["--task", "ruler:no/such.jsonl"], "there are no records at no/such.jsonl"),
         (["--filler", "no/such/folder"], "the filler no/such/folder must be a folder with text"),
-        (["--lengths", "x"], "--lengths must be numbers such as 1000,2000, got x"),
-        (["--depths", "0,50"], "--depths must be how many, such as 5, or a list"),
-        (["--depths", "120%"], "--depths must be how many"),
+        (["--lengths", "x"], "lengths must be numbers such as 1000,2000, got x"),
+        (["--depths", "0,50"], "depths must be how many, such as 5, or a list"),
+        (["--depths", "120%"], "depths must be how many"),
         (["--lengths", "5000"], "nothing was evaluated: needles of 5,000 tokens: .* may have 512"),
         (["--lengths", "9999999"], "nothing was evaluated: needles of 9,999,999 tokens: "),
         (["--max-length", "400"], "nothing was evaluated: needles of 460 tokens: .* may have 400"),
-        (["--schedule", "1:10%,3:50%"], "--schedule must keep no more .*, got 0.5 after 0.1"),
-        (["--schedule", "1:10,3:50"], "--schedule must keep no more .*, got 50 after 10"),
+        (["--schedule", "1:10%,3:50%"], "schedule must keep no more .*, got 0.5 after 0.1"),
+        (["--schedule", "1:10,3:50"], "schedule must keep no more .*, got 50 after 10"),
         (["--model", "/no/such/model"], "model /no/such/model does not exist"),
         (["--dtype", "int8"], "unknown dtype 'int8'"),
-        (["--draft", "x"], "--draft is for the method speculative, got claa"),
+        (["--draft", "x"], "a draft is for the method speculative, got claa"),
     ],
 )
 def test_bad_input_is_one_sentence(checkpoint, filler, tmp_path, options, message):
@@ -281,11 +281,11 @@ def test_lengths_that_fit_are_evaluated_beside_those_that_do_not(checkpoint, fil
 @pytest.mark.parametrize(
     "options, unused",
     [
-        (["--method", "full", "--layer", "2"], ["--layer", "--keep"]),
-        (["--method", "claa:layer=1", "--layer", "2"], ["--layer"]),
-        (["--method", "pyramidinfer"], ["--keep"]),
-        (["--method", "streaming", "--schedule", "1:50%"], ["--schedule"]),
-        (["--method", "full", "--keep-kv", "1.0"], ["--keep", "--keep-kv"]),
+        (["--method", "full", "--layer", "2"], ["layer", "keep"]),
+        (["--method", "claa:layer=1", "--layer", "2"], ["layer"]),
+        (["--method", "pyramidinfer"], ["keep"]),
+        (["--method", "streaming", "--schedule", "1:50%"], ["schedule"]),
+        (["--method", "full", "--keep-kv", "1.0"], ["keep", "keep_kv"]),
         (["--method", "full", "--method", "claa", "--layer", "2"], []),
     ],
 )
