@@ -234,14 +234,11 @@ def test_no_prompt_at_a_terminal_is_refused(checkpoint, monkeypatch):
     refuse("no prompt: expected a text, a file or standard input", generate(checkpoint))
 
 
-NAMES = f"expected {', '.join(METHODS)}"
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--method", "clas"], f"unknown method 'clas': {NAMES}; did you mean 'claa'?"),
-        (["--method", "FULLKV"], f"unknown method 'FULLKV': {NAMES}; did you mean 'f"),
+        (["--method", "clas"], "unknown method 'clas': did you mean 'claa'?"),
+        (["--method", "FULLKV"], "unknown method 'FULLKV': did you mean 'full"),
         (["--method", "claa:zscores=true"], "claa: a setting must be one of window, kernel_size"),
         (["--method", "speculative:draft=x"], "speculative: a setting must be one of window"),
         (["--method", "gemfilter", "--window", "3"], "GemFilter: window must be 1, got 3"),

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from claa_ops.cli import app
+from claa_ops.evaluate.tasks.answer import force
 from claa_ops.methods import METHODS
 from support.tiny_checkpoint import LAYERS
 
@@ -129,14 +130,57 @@ def test_one_evaluation_at_a_time_writes_into_a_folder(checkpoint, filler, tmp_p
     assert all(json.loads(line)["result"] for line in lines)
 
 
-def test_after_an_interrupt_it_says_how_to_go_on(checkpoint, filler, tmp_path, monkeypatch):
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
+def test_an_interrupt_leaves_a_table_and_says_how_to_continue(
+    checkpoint, filler, tmp_path, monkeypatch
+):
+    answers, whole = [], force
 
-    monkeypatch.setattr("claa_ops.evaluate.grid.records.force", interrupt)
+    def interrupted(*given):
+        answers.append(1)
+        if len(answers) == 3:
+            raise KeyboardInterrupt
+        return whole(*given)
+
+    monkeypatch.setattr("claa_ops.evaluate.grid.records.force", interrupted)
     result = evaluate(checkpoint, filler, tmp_path)
     told = f"stopped: finished records are in {tmp_path}, the same command continues"
     assert result.exit_code == 130 and told in result.stderr
+    facts = json.loads((tmp_path / "results.json").read_text())
+    assert len(facts["records"]) == 2 and not facts["finished"]
+    assert "against full" in result.stdout and (tmp_path / "table.md").exists()
+    assert evaluate(checkpoint, filler, tmp_path).exit_code == 0
+    assert json.loads((tmp_path / "results.json").read_text())["finished"]
+
+    monkeypatch.setattr(
+        "claa_ops.evaluate.grid.run.load_model",
+        lambda *given: (_ for _ in ()).throw(KeyboardInterrupt),
+    )
+    result = evaluate(checkpoint, filler, tmp_path / "nothing yet")
+    assert result.exit_code == 130 and "stopped: finished" in result.stderr
+
+
+def test_a_time_limit_ends_it_cleanly(checkpoint, filler, tmp_path, monkeypatch):
+    clock = iter(range(0, 10**6, 60))  # a minute passes between any two looks at it
+    with monkeypatch.context() as patch:
+        patch.setattr("claa_ops.evaluate.grid.run.time.monotonic", lambda: next(clock))
+        result = evaluate(checkpoint, filler, tmp_path, "--time-limit", "5")
+    assert result.exit_code == 0, result.output
+    told = f"the time limit is reached: finished records are in {tmp_path}, the same command"
+    assert told in " ".join(result.stderr.split())
+    facts = json.loads((tmp_path / "results.json").read_text())
+    assert 0 < len(facts["records"]) < 4 and not facts["finished"]
+    assert (tmp_path / "frontier.png").exists() and "Written: " in result.stdout
+    assert evaluate(checkpoint, filler, tmp_path, "--time-limit", "60").exit_code == 0
+    assert len(json.loads((tmp_path / "results.json").read_text())["records"]) == 4
+
+
+def test_batches_change_no_table(checkpoint, filler, tmp_path):
+    methods = ("--method", "claa", "--method", "random", "--prompts", "3")
+    for size in ("1", "4"):
+        result = evaluate(checkpoint, filler, tmp_path / size, *methods, "--batch-size", size)
+        assert result.exit_code == 0, result.output
+    tables = [(tmp_path / size / "table.md").read_text() for size in ("1", "4")]
+    assert tables[0] == tables[1]
 
 
 def test_a_malformed_record_is_told_and_the_rest_runs(checkpoint, filler, tmp_path):
@@ -226,7 +270,7 @@ def refuse(message: str, result) -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--method", "clas"], "unknown method 'clas': expected .*; did you mean 'claa'?"),
+        (["--method", "clas"], "unknown method 'clas': did you mean 'claa'?"),
         (["--task", "needles"], "unknown task 'needles': expected .*; did you mean 'needle'?"),
         (["--suite", "claapaper"], "unknown suite 'claapaper': did you mean 'claa-paper'?"),
         (["--layer", str(LAYERS)], rf"CLAA: layer must be in \[0, {LAYERS - 2}\]"),

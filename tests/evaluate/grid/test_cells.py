@@ -89,8 +89,8 @@ def test_lists():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: MethodSpec.parse("clas"), "unknown method 'clas': .* did you mean 'claa'"),
-        (lambda: MethodSpec.parse("fastkv@cla"), "unknown method 'cla': .* did you mean 'claa'"),
+        (lambda: MethodSpec.parse("clas"), "unknown method 'clas': did you mean 'claa'"),
+        (lambda: MethodSpec.parse("fastkv@cla"), "unknown method 'cla': did you mean 'claa'"),
         (lambda: MethodSpec.parse("claa:zscore"), "NAME:SETTING=VALUE:..., got 'zscore'"),
         (lambda: cells("claa:zscores=true"), "a setting must be one of .*, got zscores"),
         (lambda: cells("claa", layers=[29]), r"layer must be in \[0, 28\], .* got 29"),

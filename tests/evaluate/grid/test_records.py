@@ -14,6 +14,8 @@ from claa_ops.evaluate.grid.records import Record, evaluate_model
 from claa_ops.evaluate.grid.table import as_markdown, summarise
 from claa_ops.evaluate.spec import MethodSpec
 from claa_ops.evaluate.tasks import Example, TaskSettings, examples
+from claa_ops.evaluate.tasks.answer import force
+from claa_ops.huggingface.replay import RecordedPrefill
 from claa_ops.prefill import attach, prefill
 from support.tiny_checkpoint import CONTEXT, LAYERS, tiny_model, tiny_tokenizer
 
@@ -57,9 +59,11 @@ def evaluate(model, folder, cells, prompts, **options):
 
     options = {"tokenizer": TOKENIZER, "on_problem": refuse} | options
     with Journal(folder / "records.jsonl") as journal:
-        return evaluate_model(
+        records = evaluate_model(
             model=model, name="tiny", examples=prompts, cells=cells, journal=journal, **options
         )
+    assert records.end == "all"
+    return records.found
 
 
 def kept(folder):
@@ -183,6 +187,124 @@ def test_a_result_depends_on_the_draft(model, tmp_path, prompts):
     assert kept(tmp_path) == 1 + 2  # full prefill, and two drafts
 
 
+# Batches.
+
+BATCHED = (
+    *METHODS,
+    "claa:zscore=true:first_full=0",
+    "snapkv",
+    "asl",
+    "asl:tau=null",
+    "speculative:look_ahead=2",
+    "speculative:look_ahead=2:chunk=null",
+    "pyramidinfer:least=16",
+    "claa:equal_cache=true:first_full=4",  # which refuses these prompts
+)
+
+
+@pytest.fixture(scope="module")
+def uneven(prompts):
+    """Prompts of different lengths, with targets and without."""
+    cut = [
+        replace(one, name=str(index), prompt=one.prompt[17 * index :], fact=None)
+        for index, one in enumerate(prompts[:5])
+    ]
+    graded = [
+        replace(prompts[-1], name=str(words), prompt="word " * words, max_new_tokens=words % 7 + 1)
+        for words in (60, 47, 66)
+    ]
+    return [cut[0], graded[0], *cut[1:], *graded[1:]]
+
+
+@pytest.mark.parametrize("size", [2, 3, 100])
+def test_a_record_of_a_batch_is_that_of_its_prompt_alone(model, tmp_path, uneven, size):
+    """Also where a method cannot serve a batch, or serves some of its prompts."""
+    cells, problems = grid(*BATCHED, keeps=[0.3]), ([], [])
+    alone, together = (
+        evaluate(model, tmp_path / str(n), cells, uneven, batch_size=n, on_problem=told.append)
+        for n, told in zip((1, size), problems, strict=True)
+    )
+    assert sorted(problems[0]) == sorted(problems[1]) and len(problems[0]) == len(uneven)
+    assert len(alone) == len(uneven) * (len(cells) - 1)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.work == pytest.approx(theirs.work, rel=1e-12)
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+        assert replace(ours, work=0, logprob=0) == replace(theirs, work=0, logprob=0)
+
+
+def test_a_batch_is_prefilled_once(model, tmp_path, uneven, monkeypatch):
+    rows = []
+    make = RecordedPrefill.__init__
+
+    def counting(self, model, ids, *rest, **options):
+        rows.append(len(ids))
+        make(self, model, ids, *rest, **options)
+
+    monkeypatch.setattr(RecordedPrefill, "__init__", counting)
+    evaluate(model, tmp_path, grid(*METHODS, keeps=[0.3]), uneven, batch_size=4)
+    assert rows == [4, 1, 3]
+
+
+def test_a_batch_that_fails_is_answered_prompt_by_prompt(model, tmp_path, uneven, monkeypatch):
+    expected = evaluate(model, tmp_path / "alone", grid("claa"), uneven)
+    prefill_batch = RecordedPrefill.run
+
+    def run(self, method):
+        if len(self.input_ids) > 1:
+            raise torch.OutOfMemoryError("of a GPU")
+        return prefill_batch(self, method)
+
+    monkeypatch.setattr(RecordedPrefill, "run", run)
+    found = evaluate(model, tmp_path / "batch", grid("claa"), uneven, batch_size=4)
+    assert [one.score for one in found] == [one.score for one in expected]
+
+
+def test_what_a_batch_lacks_is_computed_and_nothing_else(model, tmp_path, uneven):
+    evaluate(model, tmp_path, grid("claa", keeps=[0.3]), uneven[::2])
+    before = kept(tmp_path)
+    found = evaluate(model, tmp_path, grid("claa", keeps=[0.3]), uneven, batch_size=8)
+    assert kept(tmp_path) == len(found) == 2 * len(uneven) and before == 2 * len(uneven[::2])
+
+
+# What ends the work before all is done.
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_time_limit_keeps_what_is_finished(model, tmp_path, uneven, size):
+    cells, asked = grid("claa", "fastkv", keeps=[0.3]), []
+    with Journal(tmp_path / "records.jsonl") as journal:
+        common = (model, TOKENIZER, "tiny", uneven, cells, journal)
+        limited = evaluate_model(
+            *common,
+            batch_size=size,
+            is_time_up=lambda: asked.append(1) or len(asked) > 6,
+            on_problem=pytest.fail,
+        )
+        assert limited.end == "time" and 0 < len(limited.found) == len(journal) < 24
+        whole = evaluate_model(*common, batch_size=size, on_problem=pytest.fail)
+        again = evaluate_model(*common, is_time_up=lambda: True, on_problem=pytest.fail)
+    assert whole.end == again.end == "all" and again.found == whole.found
+    assert set(map(repr, limited.found)) <= set(map(repr, whole.found))
+
+
+def test_an_interrupt_keeps_what_is_finished(model, tmp_path, uneven, monkeypatch):
+    answers = []
+
+    def interrupted(*arguments):
+        answers.append(1)
+        if len(answers) > 2:
+            raise KeyboardInterrupt
+        return force(*arguments)
+
+    monkeypatch.setattr("claa_ops.evaluate.grid.records.force", interrupted)
+    with Journal(tmp_path / "records.jsonl") as journal:
+        cells = grid("claa", "fastkv", keeps=[0.3])
+        common = (model, TOKENIZER, "tiny", uneven, cells, journal)
+        records = evaluate_model(*common, on_problem=pytest.fail)
+    assert records.end == "interrupt"
+    assert [one.cell.label for one in records.found] == ["full", "claa"]
+
+
 # Whatever a record raises, the others run.
 
 
@@ -232,7 +354,7 @@ def test_every_step_of_a_record_is_guarded(part, labels, model, tmp_path, prompt
     assert len(evaluate(model, tmp_path, cells, prompts[-1:])) == 2
     with monkeypatch.context() as patch:
         patch.setattr(place, lambda *arguments, **options: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(AssertionError, match="interrupt"):
             evaluate(model, tmp_path / "other", cells, prompts[-1:])
 
 

@@ -25,12 +25,12 @@ def prompt(seed=0):
 def test_what_is_decoded_is_right(model, method):
     written = decode(model, prefill(model, prompt(), method), max_new_tokens=6)[0]
     for length in (1, 6):
-        right, logprob = force(model, prefill(model, prompt(), method), written[:length])
+        ((right, logprob),) = force(model, prefill(model, prompt(), method), [written[:length]])
         assert right and logprob < 0
     for wrong in (0, 5):
         other = written.clone()
         other[wrong] = (other[wrong] + 1) % 256
-        right, worse = force(model, prefill(model, prompt(), method), other)
+        ((right, worse),) = force(model, prefill(model, prompt(), method), [other])
         assert not right and worse < logprob
 
 
@@ -38,25 +38,24 @@ def test_log_probabilities_are_those_of_a_plain_forward(model):
     ids, target = prompt(), torch.tensor([3, 1, 4])
     logits = model(torch.cat([ids, target[None]], dim=1)).logits[0, -4:-1]
     expected = logits.log_softmax(dim=-1).gather(1, target[:, None]).sum()
-    _, logprob = force(model, prefill(model, ids, FullKV()), target)
+    ((_, logprob),) = force(model, prefill(model, ids, FullKV()), [target])
     assert logprob == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
 def test_decoding_is_that_of_prefill(model, method):
     written = decode(model, prefill(model, prompt(), method), max_new_tokens=8)[0]
-    text = decode_until(model, TOKENIZER, prefill(model, prompt(), method), 8)
+    (text,) = decode_until(model, TOKENIZER, prefill(model, prompt(), method), [8], [()])
     assert text == TOKENIZER.decode(written, skip_special_tokens=True)
 
 
 def test_a_stop_text_ends_the_answer(model, monkeypatch):
-    whole = decode_until(model, TOKENIZER, prefill(model, prompt(), FullKV()), 8)
+    (whole,) = decode_until(model, TOKENIZER, prefill(model, prompt(), FullKV()), [8], [()])
     steps = []
     handle = model.register_forward_hook(lambda *_: steps.append(1))
     prefilled = prefill(model, prompt(), FullKV())
     steps.clear()
-    assert (
-        decode_until(model, TOKENIZER, prefilled, 8, (whole[2],)) == whole[: whole.index(whole[2])]
-    )
+    (text,) = decode_until(model, TOKENIZER, prefilled, [8], [(whole[2],)])
+    assert text == whole[: whole.index(whole[2])]
     assert len(steps) <= 2
     handle.remove()

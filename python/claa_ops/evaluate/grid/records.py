@@ -387,7 +387,7 @@ class _Prefills:
             ids, mask = _padded([prompt.ids[0] for prompt in batch])
             # Where they do not fit into memory together, they may alone.
             with contextlib.suppress(Exception):
-                self.together = RecordedPrefill(model, ids, mask, layers)
+                self.together = RecordedPrefill(model, ids, mask, layers=layers)
 
     def take_alone(self, row: int) -> None:
         """Have the prefill of one prompt; what it raises, it raises once, and is None then."""
