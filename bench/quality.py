@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from claa_ops.evaluate.prompt import Prompt, encode_prompt
-from claa_ops.evaluate.shared import SharedPrefill
 from claa_ops.evaluate.tasks.example import Example
 from claa_ops.evaluate.tasks.needle import KINDS, needle_examples
+from claa_ops.evaluate.tasks.prompt import Prompt, encode_prompt
 from claa_ops.huggingface.models import load_model, smollm2_file
+from claa_ops.huggingface.replay import RecordedPrefill
 from claa_ops.methods import Method, make_method
 from claa_ops.prefill import Prefilled, attach
 
@@ -308,7 +308,7 @@ def measure(arguments: argparse.Namespace) -> None:
         wanted = [cell for cell in grid if (name, cell.key) not in lines.done]
         if not wanted:
             continue
-        shared = SharedPrefill(model, batch.ids, batch.mask, layers=layers)
+        shared = RecordedPrefill(model, batch.ids, batch.mask, layers=layers)
         if (name, None) not in lines.done:
             lines.add(line)
         for cell in wanted:

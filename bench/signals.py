@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bench.quality import TABLE, WHOLE, Batch, Cell, Lines, batches, load, options
-from claa_ops.evaluate.prompt import encode_prompt
-from claa_ops.evaluate.shared import SharedPrefill
+from claa_ops.evaluate.tasks.prompt import encode_prompt
 from claa_ops.huggingface.answer import Answer, record_answer
 from claa_ops.huggingface.cache import first_valid
+from claa_ops.huggingface.replay import RecordedPrefill
 from claa_ops.huggingface.transformers_api import decoder_of
 from claa_ops.huggingface.work import count_work
 from claa_ops.methods import FullKV, Method, Oracle, SpeculativePrefill, make_method
@@ -62,7 +62,7 @@ class Laboratory:
     def take(self, batch: Batch) -> None:
         """Go on to a batch."""
         self.batch, self.ids, self.mask = batch, batch.ids, batch.mask
-        self.shared = SharedPrefill(self.model, self.ids, self.mask)
+        self.shared = RecordedPrefill(self.model, self.ids, self.mask)
         start = first_valid(self.mask, self.ids.shape[1])
         self.start = self.ids.new_zeros(len(self.ids)) if start is None else start
 
@@ -78,9 +78,9 @@ class Laboratory:
         name, settings = TABLE[label]
         return make_method(name, num_layers=self.depth, layer=layer, **{**settings, **changes})
 
-    def read(self, ids: Tensor, mask: Tensor | None) -> SharedPrefill:
+    def read(self, ids: Tensor, mask: Tensor | None) -> RecordedPrefill:
         """The layers of another text that early signals come from."""
-        return SharedPrefill(attach(self.first[max(LAYERS) + 2]), ids, mask, layers=())
+        return RecordedPrefill(attach(self.first[max(LAYERS) + 2]), ids, mask, layers=())
 
 
 def first_layers(model: PreTrainedModel, depth: int) -> PreTrainedModel:
@@ -100,7 +100,7 @@ def by_ranking(label: str, layer: int, ranking: Tensor, work: Work, **certain: i
     return Trial(label, Oracle(layer=layer, **kept), Preparation(ranking, work))
 
 
-def ranking_of(shared: SharedPrefill, method: Method, layer: int) -> Tensor:
+def ranking_of(shared: RecordedPrefill, method: Method, layer: int) -> Tensor:
     """A method's ranking ``[B, M]`` after a layer."""
     ranking = shared.state(method, layer).importance
     assert ranking is not None

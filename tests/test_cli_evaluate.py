@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from claa_ops.cli import app
+from claa_ops.evaluate.tasks.answer import force
 from claa_ops.methods import METHODS
 from support.tiny_checkpoint import LAYERS
 
@@ -129,14 +130,57 @@ def test_one_evaluation_at_a_time_writes_into_a_folder(checkpoint, filler, tmp_p
     assert all(json.loads(line)["result"] for line in lines)
 
 
-def test_after_an_interrupt_it_says_how_to_go_on(checkpoint, filler, tmp_path, monkeypatch):
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
+def test_an_interrupt_leaves_a_table_and_says_how_to_continue(
+    checkpoint, filler, tmp_path, monkeypatch
+):
+    answers, whole = [], force
 
-    monkeypatch.setattr("claa_ops.evaluate.evaluation.force", interrupt)
+    def interrupted(*given):
+        answers.append(1)
+        if len(answers) == 3:
+            raise KeyboardInterrupt
+        return whole(*given)
+
+    monkeypatch.setattr("claa_ops.evaluate.grid.records.force", interrupted)
     result = evaluate(checkpoint, filler, tmp_path)
-    told = f"stopped: finished records are in {tmp_path}, the same command goes on from there"
+    told = f"stopped: finished records are in {tmp_path}, the same command continues"
     assert result.exit_code == 130 and told in result.stderr
+    facts = json.loads((tmp_path / "results.json").read_text())
+    assert len(facts["records"]) == 2 and not facts["finished"]
+    assert "against full" in result.stdout and (tmp_path / "table.md").exists()
+    assert evaluate(checkpoint, filler, tmp_path).exit_code == 0
+    assert json.loads((tmp_path / "results.json").read_text())["finished"]
+
+    monkeypatch.setattr(
+        "claa_ops.evaluate.grid.run.load_model",
+        lambda *given: (_ for _ in ()).throw(KeyboardInterrupt),
+    )
+    result = evaluate(checkpoint, filler, tmp_path / "nothing yet")
+    assert result.exit_code == 130 and "stopped: finished" in result.stderr
+
+
+def test_a_time_limit_ends_it_cleanly(checkpoint, filler, tmp_path, monkeypatch):
+    clock = iter(range(0, 10**6, 60))  # a minute passes between any two looks at it
+    with monkeypatch.context() as patch:
+        patch.setattr("claa_ops.evaluate.grid.run.time.monotonic", lambda: next(clock))
+        result = evaluate(checkpoint, filler, tmp_path, "--time-limit", "5")
+    assert result.exit_code == 0, result.output
+    told = f"the time limit is reached: finished records are in {tmp_path}, the same command"
+    assert told in " ".join(result.stderr.split())
+    facts = json.loads((tmp_path / "results.json").read_text())
+    assert 0 < len(facts["records"]) < 4 and not facts["finished"]
+    assert (tmp_path / "frontier.png").exists() and "Written: " in result.stdout
+    assert evaluate(checkpoint, filler, tmp_path, "--time-limit", "60").exit_code == 0
+    assert len(json.loads((tmp_path / "results.json").read_text())["records"]) == 4
+
+
+def test_batches_change_no_table(checkpoint, filler, tmp_path):
+    methods = ("--method", "claa", "--method", "random", "--prompts", "3")
+    for size in ("1", "4"):
+        result = evaluate(checkpoint, filler, tmp_path / size, *methods, "--batch-size", size)
+        assert result.exit_code == 0, result.output
+    tables = [(tmp_path / size / "table.md").read_text() for size in ("1", "4")]
+    assert tables[0] == tables[1]
 
 
 def test_a_malformed_record_is_told_and_the_rest_runs(checkpoint, filler, tmp_path):
@@ -172,7 +216,7 @@ def test_a_suite_brings_methods_rates_and_needles(suite, checkpoint):
     assert sum("a needle prompt must have more than" in told for told in facts["problems"]) == 2
     result, facts = suite("--lengths", "490")
     assert result.exit_code == 0, result.output
-    told = "left out: speculative: it needs --draft, a smaller model with the same tokenizer"
+    told = "left out: speculative: it needs a draft, a smaller model with the same tokenizer"
     assert told in result.stderr and told in " ".join(result.stdout.split())
     everything = {method.__name__ for method in METHODS.values()}
     methods = {record["method"] for record in facts["records"]}
@@ -213,7 +257,7 @@ def test_a_draft_needs_the_tokenizer_of_the_model(checkpoint, filler, tmp_path):
     tokenizer.add_tokens(["more"])
     tokenizer.save_pretrained(tmp_path / "draft")
     result = evaluate(checkpoint, filler, tmp_path / "other", *methods, str(tmp_path / "draft"))
-    refuse("--draft .*: .* must have the tokenizer of the model, got one in which 1 of", result)
+    refuse("draft .*: .* must have the tokenizer of the model, got one in which 1 of", result)
 
 
 def refuse(message: str, result) -> None:
@@ -226,32 +270,32 @@ def refuse(message: str, result) -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--method", "clas"], "unknown method 'clas': expected .*; did you mean 'claa'?"),
+        (["--method", "clas"], "unknown method 'clas': did you mean 'claa'?"),
         (["--task", "needles"], "unknown task 'needles': expected .*; did you mean 'needle'?"),
         (["--suite", "claapaper"], "unknown suite 'claapaper': did you mean 'claa-paper'?"),
         (["--layer", str(LAYERS)], rf"CLAA: layer must be in \[0, {LAYERS - 2}\]"),
         (
             ["--layer", "0-99999999999"],
-            "--layer must be layers such as 10,15,20-22, got 0-99999999999",
+            "layer must be layers such as 10,15,20-22, got 0-99999999999",
         ),
-        (["--layer", "a"], "--layer must be layers such as"),
-        (["--keep", "0"], r"--keep must be a rate in \(0, 1\]"),
-        (["--keep", "1.5"], r"--keep must be a rate in \(0, 1\]"),
-        (["--schedule", "3"], "--schedule must be LAYER:KEEP"),
+        (["--layer", "a"], "layer must be layers such as"),
+        (["--keep", "0"], r"keep must be a rate in \(0, 1\]"),
+        (["--keep", "1.5"], r"keep must be a rate in \(0, 1\]"),
+        (["--schedule", "3"], "schedule must be LAYER:KEEP"),
         (["--baseline", "fastkv"], "the baseline must be full or one of the methods claa"),
         (["--task", "ruler:no/such.jsonl"], "there are no records at no/such.jsonl"),
         (["--filler", "no/such/folder"], "the filler no/such/folder must be a folder with text"),
-        (["--lengths", "x"], "--lengths must be numbers such as 1000,2000, got x"),
-        (["--depths", "0,50"], "--depths must be how many, such as 5, or a list"),
-        (["--depths", "120%"], "--depths must be how many"),
+        (["--lengths", "x"], "lengths must be numbers such as 1000,2000, got x"),
+        (["--depths", "0,50"], "depths must be how many, such as 5, or a list"),
+        (["--depths", "120%"], "depths must be how many"),
         (["--lengths", "5000"], "nothing was evaluated: needles of 5,000 tokens: .* may have 512"),
         (["--lengths", "9999999"], "nothing was evaluated: needles of 9,999,999 tokens: "),
         (["--max-length", "400"], "nothing was evaluated: needles of 460 tokens: .* may have 400"),
-        (["--schedule", "1:10%,3:50%"], "--schedule must keep no more .*, got 0.5 after 0.1"),
-        (["--schedule", "1:10,3:50"], "--schedule must keep no more .*, got 50 after 10"),
+        (["--schedule", "1:10%,3:50%"], "schedule must keep no more .*, got 0.5 after 0.1"),
+        (["--schedule", "1:10,3:50"], "schedule must keep no more .*, got 50 after 10"),
         (["--model", "/no/such/model"], "model /no/such/model does not exist"),
         (["--dtype", "int8"], "unknown dtype 'int8'"),
-        (["--draft", "x"], "--draft is for the method speculative, got claa"),
+        (["--draft", "x"], "a draft is for the method speculative, got claa"),
     ],
 )
 def test_bad_input_is_one_sentence(checkpoint, filler, tmp_path, options, message):
@@ -281,11 +325,11 @@ def test_lengths_that_fit_are_evaluated_beside_those_that_do_not(checkpoint, fil
 @pytest.mark.parametrize(
     "options, unused",
     [
-        (["--method", "full", "--layer", "2"], ["--layer", "--keep"]),
-        (["--method", "claa:layer=1", "--layer", "2"], ["--layer"]),
-        (["--method", "pyramidinfer"], ["--keep"]),
-        (["--method", "streaming", "--schedule", "1:50%"], ["--schedule"]),
-        (["--method", "full", "--keep-kv", "1.0"], ["--keep", "--keep-kv"]),
+        (["--method", "full", "--layer", "2"], ["layer", "keep"]),
+        (["--method", "claa:layer=1", "--layer", "2"], ["layer"]),
+        (["--method", "pyramidinfer"], ["keep"]),
+        (["--method", "streaming", "--schedule", "1:50%"], ["schedule"]),
+        (["--method", "full", "--keep-kv", "1.0"], ["keep", "keep_kv"]),
         (["--method", "full", "--method", "claa", "--layer", "2"], []),
     ],
 )

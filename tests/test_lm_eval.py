@@ -73,7 +73,7 @@ def test_the_context_is_pruned_and_the_continuation_is_not(pruned):
 def test_choices_share_a_prefill(pruned, monkeypatch):
     prefills = []
     monkeypatch.setattr(
-        "claa_ops.lm_eval.run", lambda *arguments: prefills.append(1) or prefill(*arguments)
+        "claa_ops.lm_eval.prefill", lambda *arguments: prefills.append(1) or prefill(*arguments)
     )
     choices = [request("loglikelihood", CONTEXT_TEXT, f" {word}") for word in ("a", "bc", "def")]
     together = pruned.loglikelihood(choices)
@@ -134,7 +134,7 @@ def prefilled(pruned, monkeypatch):
         lengths.append(ids.shape[1])
         return prefill(model, ids, method)
 
-    monkeypatch.setattr("claa_ops.lm_eval.run", recording)
+    monkeypatch.setattr("claa_ops.lm_eval.prefill", recording)
     monkeypatch.setattr(pruned, "_said", set())
     return lengths
 

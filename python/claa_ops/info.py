@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,6 +44,35 @@ def facts() -> dict[str, str]:
         "CPU threads": str(torch.get_num_threads()),
         **{name: _version(name) for name in _PACKAGES},
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions that a measurement depends on."""
+    return {
+        "claa_ops": version,
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "python": platform.python_version(),
+    }
+
+
+def machine(device: torch.device | str) -> dict[str, Any]:
+    """What a measurement on this device was made on: the device, its name, torch's CPU threads."""
+    on_gpu = torch.device(device).type == "cuda"
+    return {
+        "device": str(device),
+        "name": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    """The CPU's name, where the system tells it; else its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def print_version() -> None:

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from claa_ops.evaluate.oracle_measures import measure_ranking
-from claa_ops.evaluate.prompt import encode_prompt
-from claa_ops.evaluate.shared import SharedPrefill
+from claa_ops.evaluate.oracle.measures import measure_ranking
 from claa_ops.evaluate.tasks import TaskSettings, examples
+from claa_ops.evaluate.tasks.prompt import encode_prompt
 from claa_ops.huggingface.answer import answer_attention, pool
 from claa_ops.huggingface.models import load_model, smollm2_file
+from claa_ops.huggingface.replay import RecordedPrefill
 from claa_ops.methods import CLAA, FastKV, Random
 from claa_ops.prefill import ClaaCache, attach
 
@@ -82,7 +82,7 @@ def measure_recall(model, tokenizer, filler: Path) -> dict[str, np.ndarray]:
     methods = {"claa": CLAA(keep_kv=1.0), "fastkv": FastKV(keep_kv=1.0)}
     recall: dict[str, list[np.ndarray]] = {}
     for index, (ids, fact, answer) in enumerate(make_prompts(tokenizer, filler)):
-        shared = SharedPrefill(model, ids, layers=())
+        shared = RecordedPrefill(model, ids, layers=())
         with shared.replay():
             _, attention = answer_attention(model, ids, answer)
         context = ids.shape[1] - CLAA().window
@@ -125,7 +125,7 @@ def test_recall_is_what_it_was(recall, method):
 def test_the_adapter_and_the_evaluation_keep_the_same_tokens(smollm2, tmp_path):
     model, tokenizer = smollm2
     ids, _, _ = next(make_prompts(tokenizer, write_filler(tmp_path)))
-    shared = SharedPrefill(model, ids)
+    shared = RecordedPrefill(model, ids)
     for method in (CLAA(layer=14), CLAA(layer=(8, 18), keep=(0.5, 0.1), zscore=True)):
         cache = ClaaCache(model.config, method)
         logits = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]

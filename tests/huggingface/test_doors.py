@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from claa_ops.evaluate.shared import SharedPrefill
+from claa_ops.huggingface.replay import RecordedPrefill
 from claa_ops.methods import METHODS, FullKV, make_method
 from claa_ops.prefill import (
     ClaaCache,
@@ -127,7 +127,7 @@ def test_run_generate_and_decode(model, name, rows):
 @every_batch
 def test_a_shared_prefill(model, name, rows):
     ids, mask = ROWS[rows]
-    shared, method = SharedPrefill(model, ids, mask), ALL[name]
+    shared, method = RecordedPrefill(model, ids, mask), ALL[name]
     sentence = what_is_said(name, rows, "shared")
     prefilled = enter(lambda: shared.run(method), sentence)
     if sentence is None:

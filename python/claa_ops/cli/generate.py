@@ -8,42 +8,62 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
 
-from claa_ops.cli.options import (
-    AsJson,
-    Prompt,
-    PromptFile,
-    expand,
-    step_progress,
-)
-from claa_ops.cli.settings import Settings
+from claa_ops.cli.options import OPTIONS, AsJson, expand, limit_threads, step_progress
+from claa_ops.evaluate.compare.settings import Settings
 from claa_ops.evaluate.inputs import read_prompt
-from claa_ops.evaluate.needle import Task, needle_task
+from claa_ops.evaluate.tasks import Example
+from claa_ops.evaluate.tasks.needle import demo_example
 from claa_ops.huggingface.models import load_model, smollm2_file
+from claa_ops.methods import METHODS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_OPTIONS = {
+    "method": typer.Option(
+        help=f"{', '.join(METHODS)}; with settings such as claa:zscore=true:last_n=2."
+    ),
+    "keep": typer.Option(
+        help="Tokens that the layers after the selection layer see, or that a cache keeps: a rate "
+        "(0.1, 10%) or a number."
+    ),
+    "layer": typer.Option(
+        help="The selection layer, from 0; it still sees every token. Default: the method's for "
+        "this depth."
+    ),
+    "schedule": typer.Option(
+        help="Selection in stages, LAYER:KEEP,..., such as 7:50%,15:20%,23:10%."
+    ),
+    "window": typer.Option(
+        min=1,
+        help="How many last tokens of the prompt rank the others; they should reach into the "
+        "question. Default: the method's.",
+    ),
+    "runs": typer.Option(min=1, max=10_000, help="Timed prefills of each way; the median counts."),
+    "plot": typer.Option(help="Draw the token scores of all layers into this .png file."),
+}
 
-@expand(Settings)
+
+@expand(Settings, _OPTIONS)
 def generate(
-    prompt: Prompt = None,
-    prompt_file: PromptFile = None,
+    prompt: Annotated[str | None, OPTIONS["prompt"]] = None,
+    prompt_file: Annotated[str | None, OPTIONS["prompt_file"]] = None,
     *,
     settings: Settings,
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt with full prefill and with a method, and say what the method saves."""
     settings.check()
-    task = Task(read_prompt(prompt, prompt_file))
-    _compare_and_print(settings, lambda tokenizer: task, as_json)
+    example = Example(task="prompt", name="1", prompt=read_prompt(prompt, prompt_file))
+    _compare_and_print(settings, lambda tokenizer: example, as_json)
 
 
 @expand(
     Settings,
+    _OPTIONS,
     leave_out=("model", "method", "schedule", "draft", "chat"),
     layer=20,
     max_new_tokens=24,
@@ -63,27 +83,31 @@ def demo(
     """
     settings = replace(settings, model=str(smollm2_file()), chat=True)
     settings.check()
-    right = _compare_and_print(settings, lambda tokenizer: needle_task(tokenizer, tokens), as_json)
-    if not right:
+
+    def make_example(tokenizer: PreTrainedTokenizerBase) -> Example:
+        return demo_example(
+            lambda text: len(tokenizer(text, add_special_tokens=False).input_ids), tokens
+        )
+
+    if not _compare_and_print(settings, make_example, as_json):
         raise typer.Exit(1)
 
 
 def _compare_and_print(
-    settings: Settings, make_task: Callable[[PreTrainedTokenizerBase], Task], as_json: bool
+    settings: Settings, make_example: Callable[[PreTrainedTokenizerBase], Example], as_json: bool
 ) -> bool:
-    """Do the whole job; return whether both answers have what the task knows to be right."""
+    """Do the whole job; return whether both answers have what is known to be right."""
     # These take seconds to import, which a refusal need not wait for.
-    from claa_ops.evaluate.compare import compare
-    from claa_ops.evaluate.prompt import check_fits, encode_prompt
-    from claa_ops.evaluate.report import as_table, to_json
+    from claa_ops.evaluate.compare.run import compare
+    from claa_ops.evaluate.compare.table import as_table, to_json
+    from claa_ops.evaluate.tasks.prompt import check_fits, encode_prompt
 
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    limit_threads(settings.threads)
     with step_progress() as on_step:
         model, tokenizer = load_model(settings.source, settings.dtype, settings.device, on_step)
         method, remarks = settings.make_method(model, tokenizer, on_step)
-        task = make_task(tokenizer)
-        prompt = encode_prompt(tokenizer, task.prompt, chat=settings.chat, fact=task.fact)
+        example = make_example(tokenizer)
+        prompt = encode_prompt(tokenizer, example.prompt, chat=settings.chat, fact=example.fact)
         check_fits(model, prompt, settings.max_new_tokens)
         if draft := getattr(method, "draft", None):
             check_fits(draft, prompt, 0, of="the draft")
@@ -99,17 +123,18 @@ def _compare_and_print(
             on_step=on_step,
         )
         if settings.plot is not None and report.scores:
-            from claa_ops.evaluate.plots import plot_scores
+            from claa_ops.evaluate.compare.picture import plot_scores
 
             on_step(f"drawing {settings.plot}")
             plot_scores(report, settings.plot, fact=prompt.fact)
             remarks = [*remarks, f"Token scores of all layers: {settings.plot}"]
         elif settings.plot is not None:
             remarks = [*remarks, f"{settings.method} scores no tokens, so there is no plot."]
+    expected = next(iter(example.answers), None)
     if as_json:
-        typer.echo(json.dumps(to_json(report, settings.as_json(), task.answer), indent=2))
+        typer.echo(json.dumps(to_json(report, settings.as_json(), expected), indent=2))
     else:
-        Console().print(as_table(report, task.answer))
+        Console().print(as_table(report, expected))
     for remark in remarks:
         typer.echo(remark, err=as_json)
-    return task.answer is None or report.finds(task.answer)
+    return expected is None or report.finds(expected)

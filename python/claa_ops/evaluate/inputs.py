@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 
@@ -17,13 +16,13 @@ def read_prompt(text: str | None, file: str | None) -> str:
             prompt is empty.
     """
     if text is not None and file is not None:
-        raise InputError("got both --prompt and --prompt-file: expected one of them")
+        raise InputError("got both a prompt and a file of it: expected one of them")
     if text is None and file is None and _stdin_is_terminal():
-        raise InputError("no prompt: expected --prompt, --prompt-file or text on standard input")
+        raise InputError("no prompt: expected a text, a file or standard input")
     if text is None:
         text = _read_utf8(file)
     else:
-        require_text(text, "--prompt")
+        require_text(text, "the prompt")
     if not text.strip():
         raise InputError("the prompt is empty")
     return text
@@ -45,23 +44,7 @@ def require_text(text: str, source: str) -> None:
         ) from error
 
 
-def parse_budget(option: str, text: str) -> float | int:
-    """Return the rate (``0.1``, ``10%``, ``1``) or the number of tokens (``400``) in `text`."""
-    try:
-        number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        number = -1.0
-    if 0 < number <= 1:
-        return number
-    if 1 < number < math.inf and text.isdecimal():
-        return int(text)
-    raise InputError(
-        f"{option} must be a rate in (0, 1] such as 0.1, or a number of tokens such as 400, "
-        f"got {text}"
-    )
-
-
-def check_plot_file(file: Path) -> None:
+def check_picture_file(file: Path) -> None:
     """Refuse a picture that could not be written when the work is done."""
     if file.suffix.lower() != ".png":
         raise InputError(f"the plot is a .png file, got {file}")

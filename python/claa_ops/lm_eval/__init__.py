@@ -35,9 +35,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from claa_ops.evaluate.answer import decode_until, force
 from claa_ops.evaluate.guard import printable, reason
-from claa_ops.evaluate.inputs import parse_budget
+from claa_ops.evaluate.parse import parse_budget
+from claa_ops.evaluate.tasks.answer import decode_until, force
 from claa_ops.huggingface.models import InputError, load_model, require_same_tokenizer
 from claa_ops.methods import make_method
 from claa_ops.prefill import Prefilled, attach, prefill
@@ -101,8 +101,8 @@ class ClaaLM(TemplateLM):
         try:
             attach(self.model)
             if draft is not None:
-                settings["draft"], its_tokenizer = load_model(draft, dtype, device)
-                require_same_tokenizer(self.tokenizer, its_tokenizer)
+                settings["draft"], draft_tokenizer = load_model(draft, dtype, device)
+                require_same_tokenizer(self.tokenizer, draft_tokenizer)
             self.method = make_method(
                 method,
                 num_layers=config.num_hidden_layers,
@@ -191,7 +191,7 @@ class ClaaLM(TemplateLM):
             prefilled = self._prefill(self._cut(context, longest - 1))
             for index in group:
                 target = torch.tensor(requests[index][2])
-                right, logprob = force(self.model, _branch(prefilled), target)
+                ((right, logprob),) = force(self.model, _branch(prefilled), [target])
                 results[index] = (logprob, right)
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
                 bar.update()
@@ -225,7 +225,9 @@ class ClaaLM(TemplateLM):
             ids = self.tok_encode(context)
             longest = self._fitting(len(ids), options["max_gen_toks"])
             prefilled = self._prefill(self._cut(ids, longest))
-            answer = decode_until(self.model, self.tokenizer, prefilled, longest, options["until"])
+            (answer,) = decode_until(
+                self.model, self.tokenizer, prefilled, [longest], [options["until"]]
+            )
             self.cache_hook.add_partial("generate_until", request.args, answer)
             answers.append(answer)
         return answers

@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from pydoc_data.topics import topics
 
 from claa_ops.evaluate.guard import left_out
-from claa_ops.evaluate.needle import manual_prose
 from claa_ops.evaluate.tasks.example import Example, require_text
 from claa_ops.huggingface.models import InputError
 
@@ -110,6 +110,49 @@ def _of_length(
             )
 
 
+def demo_example(count_tokens: CountTokens, tokens: int, depth: float = 0.5) -> Example:
+    """One needle in whole paragraphs of CPython's own manual, for ``claa-ops demo``.
+
+    Args:
+        count_tokens: the number of tokens of a text.
+        tokens: about how many the prompt has.
+        depth: the share of the prose before the fact.
+
+    Returns:
+        An example whose one answer is part of its fact.
+    """
+    budget = tokens - count_tokens(_DEMO_FRAME.format(_DEMO_FACT))
+    paragraphs: list[str] = []
+    lengths: list[int] = []
+    for paragraph in manual_prose():
+        length = count_tokens(paragraph)
+        if sum(lengths) + length > budget:
+            break
+        paragraphs.append(paragraph)
+        lengths.append(length)
+    # The paragraph border nearest to the wanted depth, in tokens.
+    borders = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    middle = min(range(len(borders)), key=lambda i: abs(borders[i] - depth * borders[-1]))
+    text = "\n\n".join([*paragraphs[:middle], _DEMO_FACT, *paragraphs[middle:]])
+    return Example(
+        task="demo",
+        name=f"{tokens} tokens",
+        prompt=_DEMO_FRAME.format(text),
+        answers=(_DEMO_ANSWER,),
+        fact=_DEMO_FACT,
+    )
+
+
+def manual_prose() -> Iterator[str]:
+    """Paragraphs of CPython's manual in plain sentences: no headings, grammar, code or lists."""
+    for name in sorted(topics):
+        for block in topics[name].split("\n\n"):
+            lines = block.split("\n")
+            flush_left = all(line[:1].isalpha() for line in lines)
+            if len(lines) > 1 and flush_left and block.endswith("."):
+                yield " ".join(lines)
+
+
 def filler_sentences(folder: Path | None) -> list[str]:
     """The sentences of all .txt files of a folder, by name; those of CPython's manual for None."""
     if folder is None:
@@ -146,7 +189,14 @@ def _fill(sentences: list[str], first: int, count: CountTokens, room: int) -> li
 
 _INSTRUCTION = "Read the following text carefully. You will be asked about a detail of it."
 
-# What is planted (the fact asked for first), the question, how its answer begins and goes on.
+_DEMO_ANSWER = "feed the ducks at the lake"
+_DEMO_FACT = f"The best thing to do in Boston is to {_DEMO_ANSWER}."
+_DEMO_FRAME = (
+    "Some facts are hidden within the following text. Memorize them.\n\n{}\n\n"
+    "According to the text, what is the best thing to do in Boston?"
+)
+
+# What is planted (the fact asked for first), the question, how its answer begins, and its end.
 _Facts = tuple[list[str], str, str, str]
 
 

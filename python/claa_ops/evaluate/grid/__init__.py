@@ -1,0 +1,1 @@
+"""Many prompts with every method, layer and rate: ``claa-ops evaluate``."""

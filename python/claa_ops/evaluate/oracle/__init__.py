@@ -1,0 +1,1 @@
+"""Rankings beside what the answer attended to: ``claa-ops oracle``."""

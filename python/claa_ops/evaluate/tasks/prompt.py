@@ -1,0 +1,96 @@
+"""From text to token ids, with the place of a known fact among them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from claa_ops.evaluate.inputs import require_text
+from claa_ops.huggingface.models import InputError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids [1, N] and, where a fact is known to decide the answer, its tokens' range."""
+
+    ids: Tensor
+    fact: range | None = None
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    chat: bool | None = None,
+    fact: str | None = None,
+    answer_prefix: str = "",
+) -> Prompt:
+    """Tokenise `text`, as a user's turn if `chat` (None: if the tokenizer has a chat template).
+
+    The answer is made to begin with `answer_prefix`, the last thing in the prompt.
+
+    Raises:
+        InputError: the text is not Unicode, or the chat template is missing, fails or leaves the
+            text out.
+    """
+    require_text(text + answer_prefix, "the prompt")
+    if chat and not tokenizer.chat_template:
+        raise InputError("the tokenizer has no chat template: use chat=False")
+    if chat is None:
+        chat = bool(tokenizer.chat_template)
+    if chat:
+        text = _as_chat(tokenizer, text)
+        require_text(text, "the prompt in the chat template")
+    text += answer_prefix
+    # A template writes the special tokens itself.
+    encoding = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)
+    place = None
+    if fact is not None:
+        begin = text.index(fact)
+        first = encoding.char_to_token(begin)
+        last = encoding.char_to_token(begin + len(fact) - 1)
+        place = range(first, last + 1)
+    return Prompt(encoding.input_ids, place)
+
+
+def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text as a user's turn; templates are programs, and may do anything with it."""
+    turn = [{"role": "user", "content": text}]
+    try:
+        chat = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    except Exception as error:
+        reason = f"the chat template fails: {str(error) or type(error).__name__}"
+        raise InputError(f"{' '.join(reason.split())}: use chat=False") from error
+    # Templates may trim a text or escape characters in it, but words stay.
+    longest = max(re.findall(r"\w+", text), key=len, default="")
+    if not chat.strip() or longest not in chat:
+        raise InputError("the chat template leaves the prompt out: use chat=False")
+    return chat
+
+
+def check_fits(
+    model: PreTrainedModel, prompt: Prompt, max_new_tokens: int, of: str = "the model"
+) -> None:
+    """Refuse a prompt that leaves the context no room for the answer, or has unknown tokens.
+
+    `of` is what the message calls the model.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tokens = prompt.ids.shape[1]
+    if tokens == 0:
+        raise InputError("the prompt has no tokens")
+    if context and tokens + max_new_tokens > context:
+        raise InputError(
+            f"the prompt has {tokens:,} tokens and {max_new_tokens:,} may follow, but {of}'s "
+            f"context holds {context:,}"
+        )
+    highest, table = int(prompt.ids.max()), model.get_input_embeddings().weight
+    assert isinstance(table, Tensor)
+    if highest >= len(table):
+        raise InputError(
+            f"token {highest} of the prompt lies beyond {of}'s embedding of {len(table)}: the "
+            "tokenizer is of another model, or has tokens that this one never had"
+        )

@@ -1,0 +1,284 @@
+"""One full prefill serves every method as prefilling anew would, to the bit."""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from claa_ops.huggingface.answer import ModelReader
+from claa_ops.huggingface.replay import RecordedPrefill
+from claa_ops.methods import (
+    ASL,
+    CLAA,
+    FastKV,
+    FullKV,
+    GemFilter,
+    Oracle,
+    PyramidInfer,
+    PyramidKV,
+    Random,
+    SnapKV,
+    SpeculativePrefill,
+    StreamingLLM,
+)
+from claa_ops.prefill import ClaaCache, attach, decode, prefill
+from support.tiny_models import build, prompt
+
+LENGTHS = {"alone": (50,), "padded batch": (50, 41)}
+
+
+@torch.no_grad()
+def forward(model, ids, mask, method):
+    cache = ClaaCache(model.config, method)
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    output = model(
+        ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1], cache
+
+
+def assert_same_cache(cache, expected):
+    assert cache.get_seq_length() == expected.get_seq_length()
+    for ours, theirs in zip(cache.layers, expected.layers, strict=True):
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+    if expected.state.positions is None:
+        assert cache.state.positions is None
+    else:
+        assert torch.equal(cache.state.positions, expected.state.positions)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("method", [FullKV(), CLAA(keep=0.4, layer=1), CLAA(keep=0.4, layer=2)])
+def test_a_replayed_prefill_is_the_prefill(family, lengths, method):
+    model = attach(build(family))
+    ids, mask = prompt(*lengths)
+    shared = RecordedPrefill(model, ids, mask)
+    expected, expected_cache = forward(model, ids, mask, method)
+    with shared.replay():
+        logits, cache = forward(model, ids, mask, method)
+    assert torch.equal(logits, expected)
+    assert_same_cache(cache, expected_cache)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_what_is_decoded_is_what_run_decodes(family, lengths):
+    model, method = attach(build(family)), CLAA(keep=0.4, layer=1)
+    ids, mask = prompt(*lengths)
+    expected = prefill(model, ids, method, mask)
+    prefilled = RecordedPrefill(model, ids, mask).run(method)
+    assert_same_cache(prefilled.cache, expected.cache)
+    assert torch.equal(prefilled.next_position, expected.next_position)
+    ours, theirs = (continue_greedily(model, one) for one in (prefilled, expected))
+    assert torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+def continue_greedily(model, prefilled):
+    """The logits of four more tokens."""
+    logits, position, seen = [prefilled.logits], prefilled.next_position, prefilled.attention_mask
+    for _ in range(4):
+        seen = None if seen is None else torch.nn.functional.pad(seen, (0, 1), value=1)
+        output = model(
+            logits[-1].argmax(dim=-1, keepdim=True),
+            attention_mask=seen,
+            position_ids=position[:, None],
+            past_key_values=prefilled.cache,
+        )
+        logits.append(output.logits[:, -1])
+        position = position + 1
+    return torch.stack(logits)
+
+
+BATCHED = {
+    "full": FullKV(),
+    "claa": CLAA(keep=0.4, layer=1),
+    "claa, staged": CLAA(keep=(0.7, 0.4), layer=(0, 2), first_full=0),
+    "claa, equal cache": CLAA(keep=0.4, layer=1, first_full=0, equal_cache=True),
+    "snapkv": SnapKV(keep=0.4, window=8),
+    "gemfilter": GemFilter(keep=0.4, layer=1),
+    "asl, at a layer": ASL(keep=0.5, layer=0, last_n=1, window=8, tau=None),
+    "streaming": StreamingLLM(keep=0.4),
+    "pyramidkv": PyramidKV(keep=0.6, window=8),
+    "pyramidinfer": PyramidInfer(least=16),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("name", BATCHED)
+def test_a_padded_batch_decodes_as_without_a_record(family, name):
+    model, method = attach(build(family)), BATCHED[name]
+    ids, mask = prompt(80, 61)
+    expected = prefill(model, ids, method, mask)
+    prefilled = RecordedPrefill(model, ids, mask).run(method)
+    assert_same_cache(prefilled.cache, expected.cache)
+    ours, theirs = (continue_greedily(model, one) for one in (prefilled, expected))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", BATCHED)
+def test_a_row_of_a_batch_is_the_prompt_alone(family, name):
+    """What it keeps and costs to the number, its logits as far as a batch rounds otherwise."""
+    model, method = attach(build(family)), BATCHED[name]
+    ids, mask = prompt(80, 61)
+    batch = RecordedPrefill(model, ids, mask)
+    together = batch.run(method)
+    shares, cached, kept = together.work_shares(), together.cache_bytes(), together.kept()
+    for row, tokens in enumerate((80, 61)):
+        own = ids[row : row + 1, -tokens:]
+        alone = prefill(model, own, method)
+        assert shares[row] == pytest.approx(alone.work_share, rel=1e-12)
+        assert cached[row] == alone.cache.nbytes()
+        assert kept[row] == (tokens if alone.positions is None else alone.positions.shape[1])
+        sliced = batch.row(row).run(method)
+        assert sliced.cache_bytes() == [alone.cache.nbytes()]
+        assert sliced.work_shares() == [alone.work_share]
+        for logits in (together.logits[row], sliced.logits[0]):
+            torch.testing.assert_close(logits, alone.logits[0], atol=1e-5, rtol=1e-5)
+        if alone.positions is not None:
+            assert torch.equal(sliced.positions, alone.positions)
+            assert torch.equal(
+                together.positions[row, -kept[row] :] - 80 + tokens, alone.positions[0]
+            )
+
+
+def test_the_layers_of_a_row_are_replayed():
+    model, method = attach(build("llama")), CLAA(keep=0.4, layer=1)
+    ids, mask = prompt(80, 61)
+    batch = RecordedPrefill(model, ids, mask)
+    computed = []
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: computed.append(index))
+    for row in (0, 1):
+        batch.row(row).run(method)
+    assert computed == [2, 3] * 2
+
+
+METHODS = {
+    "claa": CLAA(keep=0.4, layer=1),
+    "claa, staged": CLAA(keep=(0.7, 0.4), layer=(0, 2)),
+    "fastkv": FastKV(keep=0.4, layer=1),
+    "snapkv": SnapKV(keep=0.4, window=8),
+    "gemfilter": GemFilter(keep=0.4, layer=1),
+    "asl": ASL(keep=0.5, layer=0, last_n=1, window=8),
+    "speculative": SpeculativePrefill(keep=0.4, look_ahead=3, chunk=None),
+    "oracle": Oracle(keep=0.4, layer=1, max_new_tokens=4),
+    "streaming": StreamingLLM(keep=0.4),
+    "pyramidkv": PyramidKV(keep=0.6, window=8),
+    "pyramidinfer": PyramidInfer(least=16),
+    "random": Random(keep=0.4, layer=1),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_run_is_run(name):
+    model, method = attach(build("llama")), METHODS[name]
+    ids, _ = prompt(80)
+    expected = prefill(model, ids, method)
+    shared = RecordedPrefill(model, ids)
+    for _ in range(2):  # nothing that a run does changes the record
+        prefilled = shared.run(method)
+        assert torch.equal(prefilled.logits, expected.logits)
+        assert torch.equal(prefilled.next_position, expected.next_position)
+        assert prefilled.work_share == expected.work_share
+        assert_same_cache(prefilled.cache, expected.cache)
+        decode(model, prefilled, max_new_tokens=3)
+        expected = prefill(model, ids, method)
+
+
+def test_what_goes_before_a_prefill_is_done_once(monkeypatch):
+    answers, prepare = [], Oracle.prepare
+    monkeypatch.setattr(Oracle, "prepare", lambda *given: answers.append(1) or prepare(*given))
+    model = attach(build("llama"))
+    ids, _ = prompt(80)
+    shared = RecordedPrefill(model, ids)
+    method = Oracle(keep=0.4, layer=1, max_new_tokens=3)
+    for settings, number in [
+        ({}, 1),
+        ({"layer": 2, "keep": 0.3, "keep_kv": 1.0}, 1),
+        ({"kernel_size": 5}, 2),
+        ({"max_new_tokens": 4}, 3),
+    ]:
+        changed = replace(method, **settings)
+        prefilled = shared.run(changed)
+        assert len(answers) == number
+        expected = prefill(
+            model, ids, changed, prepared=prepare(changed, ModelReader(model), ids, None)
+        )
+        assert torch.equal(prefilled.logits, expected.logits)
+        assert prefilled.work_share == expected.work_share
+
+
+def test_only_layers_that_were_recorded_can_select():
+    model = attach(build("llama"))
+    ids, mask = prompt(50)
+    shared = RecordedPrefill(model, ids, mask, layers=[1])
+    expected, _ = forward(model, ids, mask, CLAA(keep=0.4, layer=1))
+    with shared.replay():
+        assert torch.equal(forward(model, ids, mask, CLAA(keep=0.4, layer=1))[0], expected)
+        with pytest.raises(
+            ValueError, match="one of the recorded layers 1, 3, got one after layer 2"
+        ):
+            forward(model, ids, mask, CLAA(keep=0.4, layer=2))
+    assert torch.equal(forward(model, ids, mask, CLAA(keep=0.4, layer=1))[0], expected)
+
+
+def test_other_positions_are_another_prompt():
+    model = attach(build("llama"))
+    ids, mask = prompt(50, 41)
+    shared = RecordedPrefill(model, ids, mask)
+    computed = []
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: computed.append(1))
+    caches = []
+    for context in (shared.replay(), contextlib.nullcontext()):
+        with context, torch.no_grad():
+            cache = ClaaCache(model.config, FullKV())
+            model(ids, attention_mask=mask, past_key_values=cache)  # counts the padding
+            caches.append(cache)
+    assert len(computed) == 2
+    assert_same_cache(*caches)
+
+
+def test_what_was_not_recorded_is_computed():
+    model = attach(build("llama"))
+    method, (ids, mask), (others, _) = CLAA(keep=0.4, layer=1), prompt(50), prompt(50, seed=1)
+    expected, _ = forward(model, others, mask, method)
+    plain = model(others).logits
+    with RecordedPrefill(model, ids).replay():
+        assert torch.equal(forward(model, others, mask, method)[0], expected)
+        assert torch.equal(model(others).logits, plain)
+
+
+def test_layers_are_not_computed_again(monkeypatch):
+    model = attach(build("llama"))
+    ids, mask = prompt(50)
+    shared = RecordedPrefill(model, ids)
+    computed = []
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: computed.append(index))
+    with shared.replay():
+        forward(model, ids, mask, CLAA(keep=0.4, layer=1))
+        assert computed == [2, 3]
+        forward(model, ids, mask, FullKV())
+        assert computed == [2, 3]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_the_state_has_the_ranking_of_a_layer(lengths):
+    model = attach(build("llama"))
+    ids, mask = prompt(*(length + 30 for length in lengths))
+    shared = RecordedPrefill(model, ids, mask)
+    method = CLAA(keep=0.4, layer=0, window=5)
+    for layer in (0, 1, 2):
+        _, cache = forward(model, ids, mask, replace(method, layer=layer))
+        assert torch.equal(shared.state(method, layer).importance, cache.state.importance)
+    with pytest.raises(ValueError, match="must have the last 65 rows, .* got 64"):
+        shared.state(CLAA(window=65, layer=2), 1)
