@@ -406,6 +406,6 @@ def test_flash_attention_keeps_its_name_and_gets_no_position_ids(flash, model):
 def test_flash_attention_has_no_windows_behind_a_selection(flash):
     model = build("mistral")
     model.config._attn_implementation_internal = "flash_attention_2"
-    message = "a sliding window behind a selection must go by position.*got flash_attention_2"
+    message = "a sliding window after a selection must go by position.*got flash_attention_2"
     with pytest.raises(ValueError, match=message):
         attach(model)

@@ -50,7 +50,7 @@ def slow_full(llama, ids):
 
 
 def stages_of(layer, kept, length) -> dict[int, int]:
-    """How many tokens go on after which layers; there may be one of them, or several."""
+    """How many tokens continue after which layers; there may be one of them, or several."""
     if not isinstance(layer, tuple):
         layer, kept = (layer,), (kept,)
     return {at: tokens(keep, length) for at, keep in zip(layer, kept, strict=True)}

@@ -119,7 +119,7 @@ def test_zscores_leave_out_padding():
     ("settings", "options", "layers"),
     [
         ({"keep": 9, "first_full": 9}, {}, [4, 5, 6]),  # the aggregated ones
-        ({"keep": 9, "first_full": 2}, {}, [2, 3, 4, 5, 6]),  # behind: T = C, nothing to do
+        ({"keep": 9, "first_full": 2}, {}, [2, 3, 4, 5, 6]),  # after it T = C, nothing to do
         ({"keep": 9, "keep_kv": 6, "first_full": 7}, {}, [4, 5, 6, 7]),
         ({"keep": 1.0, "keep_kv": 6, "first_full": 5}, {}, [5, 6, 7]),
         ({"keep": 1.0}, {}, []),

@@ -59,7 +59,7 @@ def test_importance_is_the_peak_over_layers_heads_and_window(tensors):
     "settings, peaks, scores",
     [
         ({"keep_kv": 1.0}, 3, 0),  # whole caches: nothing but the ranking is needed
-        ({"keep_kv": 10}, 3, 3),  # as many entries as tokens go on
+        ({"keep_kv": 10}, 3, 3),  # as many entries as tokens continue
         ({"keep_kv": 10, "first_full": 2}, 3, 1),  # whole caches in layers 0 and 1
         ({"keep_kv": 6}, 3, 5),  # fewer: each cache is compressed, but no selection is to come
     ],
@@ -94,9 +94,9 @@ def test_peaks_are_carried_over_a_selection(tensors):
     staged = dataclasses.replace(METHOD, layer=(1, 3), keep=(20, 12))
     state = observed(staged, query, key, 2)
     first = state.positions
-    behind = first[:, None, :, None].expand(-1, HEADS, -1, DIM)
+    chosen = first[:, None, :, None].expand(-1, HEADS, -1, DIM)
     kept_query, kept_key = (
-        tensor.gather(3, behind.expand(LAYERS, *behind.shape)[:, :, : tensor.shape[2]])
+        tensor.gather(3, chosen.expand(LAYERS, *chosen.shape)[:, :, : tensor.shape[2]])
         for tensor in tensors
     )
     for layer in (2, 3):

@@ -65,7 +65,7 @@ def test_stages_are_of_the_whole_prompt():
 
 
 def test_rates_of_the_layer_are_truncated_twice():
-    # A fifth of 1005 is 201; but behind the selection, two thirds of the 301 that are left.
+    # A fifth of 1005 is 201; but after the selection, two thirds of the 301 that are left.
     method = FastKV(keep=0.3, keep_kv=0.2, layer=1, rates_of="layer")
     assert cache_lengths(method, 4, 1005) == [201, 201, 200, 200]
     assert cache_lengths(FastKV(keep=0.3, keep_kv=0.2, layer=1), 4, 1005) == [201] * 4

@@ -124,7 +124,7 @@ def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
         if "flash" in base_name:
             if claa_cache.prefilling and held.is_sliding and claa_cache.has_selected:
                 raise ValueError(
-                    f"ClaaCache: a sliding window behind a selection must go by position, use "
+                    f"ClaaCache: a sliding window after a selection must go by position, use "
                     f"sdpa or eager attention, got {base_name} in layer {layer}"
                 )
             # Positions with gaps would be taken for several sequences packed into one.

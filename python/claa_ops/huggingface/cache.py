@@ -21,7 +21,7 @@ from claa_ops.selection.state import PrefillState, begin, check_method
 
 
 class ClaaCache(AttachedCache):
-    """Key/value cache of one request, whose prompt is prefilled by a ranking system.
+    """Key/value cache of one request, whose prompt is prefilled by a method.
 
     Pass it to an attached model: ``model.generate(ids, past_key_values=ClaaCache(...))``. Its
     first forward is the prompt; that is scored, selected and compressed. Later forwards, tokens
@@ -42,7 +42,7 @@ class ClaaCache(AttachedCache):
 
     Args:
         config: the model's configuration.
-        method: the ranking system, such as :class:`claa_ops.methods.CLAA`.
+        method: such as :class:`claa_ops.methods.CLAA`.
         ranking: ``[B, N]``, float32, for methods that need one of the prompt.
         keep_scores: record the token scores of each ranked layer in ``state.scores``.
 
@@ -204,7 +204,7 @@ class ClaaCache(AttachedCache):
         self.in_forward = self.prefilling = False
 
     def begin_generate(self, request: Request) -> None:
-        """Refuse chunks of a prompt, and a prompt that does not go on from what was seen."""
+        """Refuse chunks of a prompt, and a prompt that does not continue what was seen."""
         if request.setting("prefill_chunk_size") is not None:
             raise ValueError(
                 "ClaaCache: prefill_chunk_size must be None, because the prompt must be one "
@@ -393,7 +393,7 @@ def _owned(x: Tensor) -> Tensor:
 class SlidingLayer(FullLayer):
     """The last ``sliding_window - 1`` entries, all that the next token can see.
 
-    Behind a selection the entries are not neighbours, but their positions ascend, so no more
+    After a selection the entries are not neighbours, but their positions ascend, so no more
     than these can lie in the window of the next token. ``positions`` says where they stood,
     ``[B, entries]``; None in a layer that saw the whole prompt.
     """

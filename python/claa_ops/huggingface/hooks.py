@@ -29,7 +29,7 @@ from claa_ops.ops.gather_tokens import gather_tokens
 
 
 class FirstPassDone(Exception):
-    """Ends the first of two passes after its selection: no layer behind it runs."""
+    """Ends the first of two passes after its selection: no layer after it runs."""
 
 
 def install_hooks(

@@ -353,7 +353,7 @@ def _cannot_load(name: str | Path, reason: BaseException | str) -> InputError:
 def _sentence(error: BaseException) -> str:
     """The first line of what an error says, with its kind where the words alone say little.
 
-    A line that ends in a colon goes on with the next one.
+    A line that ends in a colon continues in the next one.
     """
     if isinstance(error, pickle.UnpicklingError):
         return "its weights are pickled together with other objects: expected tensors alone"

@@ -32,7 +32,7 @@ class Prefilled:
     Attributes:
         logits: ``[B, V]``, of the last token that the model has seen.
         cache: the keys and values.
-        next_position: ``[B]``, int64: the position at which decoding goes on.
+        next_position: ``[B]``, int64: the position at which decoding continues.
         positions: ``[B, k]``, int64, ascending: the tokens of the (padded) prompt that reached
             the last layer, after -1 where a row has fewer; None if all did.
         attention_mask: ``[B, n]``, of the n tokens that the cache has seen; None without padding.

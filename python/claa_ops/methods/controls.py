@@ -1,4 +1,4 @@
-"""Controls, without which no comparison of ranking systems says anything."""
+"""Controls, without which no comparison of methods says anything."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class FastKV(Pruning):
     Args:
         keep, layer, keep_kv, first_full, num_sinks, equal_cache: see :class:`Pruning`.
         rates_of: what a rate ``keep_kv`` is a rate of: ``"prompt"``, the whole prompt at every
-            layer, or ``"layer"``, the tokens that the layer sees; behind the selection it is
+            layer, or ``"layer"``, the tokens that the layer sees; after the selection it is
             then ``keep_kv / keep``, so that about the same number is kept.
         window, kernel_size, pool_mode: see :class:`Method`.
 

@@ -23,7 +23,7 @@ class GemFilter(Method):
     The first pass runs the layers up to the filter layer. There each token's score is its inner
     product with the query of the prompt's last token, summed over all heads and pooled; no
     softmax and no window. The second pass runs the whole model on the chosen token ids as if they
-    were the prompt: their positions are 0, 1, 2, ..., and decoding goes on behind them.
+    were the prompt: their positions are 0, 1, 2, ..., and decoding continues after them.
 
     Args:
         keep: tokens of the second pass: a rate of the prompt in (0, 1], or a number. Nothing is

@@ -30,7 +30,7 @@ class Oracle(Pruning):
         ValueError: a setting is out of its range.
 
     Source: CLAA (arXiv 2602.16054) and its public code (BradMcDanel/kv-exps, 90e13b1), which
-    stores rankings made beforehand. Departures: behind a selection the ranking is gathered at
+    stores rankings made beforehand. Departures: after a selection the ranking is gathered at
     the kept tokens (the public code takes its first entries); the softmax stays in float32.
 
     Example:

@@ -25,9 +25,9 @@ class Peak(Pruning):
         keep, layer, keep_kv, first_full, equal_cache: see :class:`Pruning`. Each layer's cache is
             compressed by that layer's own scores, as in FastKV.
         num_sinks: first tokens of the prompt that are always kept; the earlier the selection, the
-            more the layers behind it miss them.
+            more the layers after it miss them.
         window, kernel_size, pool_mode: see :class:`Method`. The window must reach back into the
-            question, past what a chat template puts behind it.
+            question, past what a chat template appends to it.
 
     The ranking takes every layer up to the last selection. As in the oracle the softmax runs over
     all keys, without a causal mask inside the window, softcaps, sliding windows or sink logits.

@@ -22,7 +22,7 @@ class PyramidInfer(Method):
 
     The recent tokens, a share of the prompt, score those before them: the mean attention of all
     heads, later queries weighing up to ``distance_weight`` times as much as the first. Of the
-    remaining context tokens ``rho + (1 - rho) (1 + cos(pi l / N)) / 2`` go on after layer l of N;
+    remaining context tokens ``rho + (1 - rho) (1 + cos(pi l / N)) / 2`` continue after layer l of N;
     the recent ones always do. A layer's cache is what reached it.
 
     Args:
@@ -31,7 +31,7 @@ class PyramidInfer(Method):
         distance_weight: weight of the last query, that of the first being 1.
         num_sinks: first tokens that are never dropped.
         least: the context is not shrunk below this.
-        window, kernel_size, pool_mode: no use: nothing is pooled.
+        window, kernel_size, pool_mode: unused: nothing is pooled.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -122,12 +122,12 @@ class PyramidInfer(Method):
         return 1 + _part(prompt, self.recent)
 
     def _share(self, sizes: Sizes[Any], layer: int) -> float:
-        """The share of the context tokens that go on after this layer."""
+        """The share of the context tokens that continue after this layer."""
         wave = (1 + cos(pi * layer / sizes.num_layers)) / 2
         return self.rho + (1 - self.rho) * wave
 
     def _tokens(self, sizes: Sizes[Size], layer: int) -> Size:
-        """How many tokens go on after this layer."""
+        """How many tokens continue after this layer."""
         recent = self._recent(sizes.prompt)
         context = sizes.seen - recent
         kept = _part(context, self._share(sizes, layer))

@@ -23,7 +23,7 @@ class SpeculativePrefill(Method):
     The draft prefills the prompt and looks a few tokens ahead. Its attention to the prompt is
     pooled for each layer, head and query; the maximum over layers and heads and the mean over
     the queries rank the tokens. The best chunks go to the model, as token ids in their original
-    positions; decoding goes on behind the whole prompt.
+    positions; decoding continues after the whole prompt.
 
     Args:
         keep: what the model reads: a rate of the chunks in (0, 1], rounded up, or a number of

@@ -13,13 +13,13 @@ from claa_ops.selection.state import PrefillState
 
 @dataclass(frozen=True)
 class StreamingLLM(Method):
-    """The first tokens and the last ones stay in the cache, whatever they say; prefill is full.
+    """The first tokens and the last ones stay in the cache, regardless of content; prefill is full.
 
     Args:
         keep: tokens that each cache keeps, the sinks included: a rate of the prompt in (0, 1], or
             a number.
         num_sinks: how many first tokens, to which many heads attend whatever they are.
-        window, kernel_size, pool_mode: no use: nothing is scored.
+        window, kernel_size, pool_mode: unused: nothing is scored.
 
     Raises:
         ValueError: a setting is out of its range.

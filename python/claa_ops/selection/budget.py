@@ -1,4 +1,4 @@
-"""Arithmetic of budgets: how many tokens go on, and how many entries a cache keeps."""
+"""Arithmetic of budgets: how many tokens continue, and how many entries a cache keeps."""
 
 from __future__ import annotations
 
