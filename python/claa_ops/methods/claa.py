@@ -20,9 +20,9 @@ class CLAA(Pruning):
 
     The last ``window`` tokens of the prompt score all others by the attention they pay them. At
     the selection layer the scores of ``last_n`` layers are aggregated, by their maximum over
-    layers and key/value heads, and only the best tokens continue to the later layers. Independently,
-    each layer's decode cache keeps, for each key/value head, the tokens which that layer itself
-    scores best.
+    layers and key/value heads, and only the best tokens continue to the later layers.
+    Independently, each layer's decode cache keeps, for each key/value head, the tokens which that
+    layer itself scores best.
 
     Args:
         keep, layer, keep_kv, num_sinks, equal_cache: see :class:`Pruning`.

@@ -22,8 +22,8 @@ class PyramidInfer(Method):
 
     The recent tokens, a share of the prompt, score those before them: the mean attention of all
     heads, later queries weighing up to ``distance_weight`` times as much as the first. Of the
-    remaining context tokens ``rho + (1 - rho) (1 + cos(pi l / N)) / 2`` continue after layer l of N;
-    the recent ones always do. A layer's cache is what reached it.
+    remaining context tokens ``rho + (1 - rho) (1 + cos(pi l / N)) / 2`` continue after layer l of
+    N; the recent ones always do. A layer's cache is what reached it.
 
     Args:
         rho: the share that the last layers pass on, in (0, 1].
