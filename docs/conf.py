@@ -36,7 +36,7 @@ exclude_patterns = [COMMANDS]
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|transformers|collections|dataclasses|typing|typing_extensions)(\..*)?"),
-    # Annotations that are strings name what their module imports, or a type variable or alias of it.
+    # Annotations name what their module imports, or a type variable or alias of it.
     (r"py:class", r"Tensor|PreTrained\w+|Callable|Any|Self|Keep|Reduce|PoolMode|.*\b(M|Size)"),
 ]
 
