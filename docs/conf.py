@@ -27,6 +27,7 @@ extensions = [
 ]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
+myst_disable_syntax = ["myst_line_comment"]  # a line of prose may begin with a percent sign
 PUBLIC = ["claa_ops", "claa_ops.methods", "claa_ops.prefill", "claa_ops.selection"]
 COMMANDS = "reference/_commands.md"
 exclude_patterns = [COMMANDS]
