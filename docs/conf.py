@@ -27,6 +27,7 @@ extensions = [
 ]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
+myst_disable_syntax = ["myst_line_comment"]  # a line of prose may begin with a percent sign
 PUBLIC = ["claa_ops", "claa_ops.methods", "claa_ops.prefill", "claa_ops.selection"]
 COMMANDS = "reference/_commands.md"
 exclude_patterns = [COMMANDS]
@@ -36,7 +37,7 @@ exclude_patterns = [COMMANDS]
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|transformers|collections|dataclasses|typing|typing_extensions)(\..*)?"),
-    # Annotations that are strings name what their module imports, or a type variable or alias of it.
+    # Annotations name what their module imports, or a type variable or alias of it.
     (r"py:class", r"Tensor|PreTrained\w+|Callable|Any|Self|Keep|Reduce|PoolMode|.*\b(M|Size)"),
 ]
 

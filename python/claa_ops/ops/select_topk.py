@@ -42,7 +42,7 @@ def select_topk(
             each row (left padding).
         counts: ``[B]``, int64 or int32, for scores ``[B, ..., M]``: how many tokens each row
             keeps, if that is less than k; the row then begins with entries of -1, which
-            :func:`claa_ops.gather_kv`` and :func:``claa_ops.gather_tokens` turn into zeros.
+            :func:`claa_ops.gather_kv` and :func:`claa_ops.gather_tokens` turn into zeros.
         int32: return int32 instead of int64.
 
     Returns:
