@@ -51,11 +51,11 @@ struct QueryKey {
   float scale;
   int64_t workers;  // CPU: threads available, each with its own part of the workspace
 
-  // A GPU takes hundreds of cycles for a division of 64 bits.
+  // In 32 bits: a 64-bit division takes a GPU hundreds of cycles.
   CLAA_HOST_DEVICE int64_t group() const { return int32_t(heads) / int32_t(kv_heads); }
 };
 
-// The last `window` queries of a prompt and all its keys: what score_window and score_tokens share.
+// The last `window` queries of a prompt and all its keys, for the ops that score tokens.
 // Query row i stands at position total - window + i; context = total - window.
 struct WindowAttention : QueryKey {
   int64_t window = 0, query_stride_w = 0;

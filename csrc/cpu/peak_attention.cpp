@@ -26,8 +26,8 @@ struct PeakPlan {
     row_stride = round_up(block_queries * p.group(), kRowAlign);
     tiles = ceil_div(p.total, kTileKeys);
     tile_keys = min(kTileKeys, p.total);
-    partial_floats =
-        2 * (tiles + 1) * row_stride;  // of one block and key head; last: shift, factor
+    // Of one block and key head: of each tile, then the shift and factor of each row.
+    partial_floats = 2 * (tiles + 1) * row_stride;
     blocks_per_round = max(int64_t(1), kPartialBytes / 4 / (partial_floats * p.kv_heads));
     blocks_per_round = min(blocks, blocks_per_round);
     rounds_per_prompt = ceil_div(blocks, blocks_per_round);

@@ -1,4 +1,4 @@
-"""The families of models that the tests build: those served, and those refused with the reason."""
+"""The families of models that the tests build: those that attach, and those that are refused."""
 
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -20,7 +20,7 @@ _WINDOWS = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
 
-# Settings beside those that all have.
+# Settings besides those that all have.
 SERVED: dict[str, dict] = {
     "afmoe": {**_MIXTURE, **_WINDOWS},
     "apertus": {},
@@ -79,7 +79,7 @@ SERVED: dict[str, dict] = {
     "vaultgemma": _WINDOWS,
 }
 
-# Settings, and words of the reason.
+# Settings, and words of the refusal.
 REFUSED: dict[str, tuple[dict, str]] = {
     "bloom": ({}, "bias on attention (ALiBi)"),
     "codegen": ({"rotary_dim": 8}, "its layers are called `h`, not `layers`"),
@@ -173,7 +173,7 @@ _QWEN_ROPE = {
 _INDEX, _ID = {"image_token_index": 98}, {"image_token_id": 98}
 _QWEN_IDS = {**_ID, "video_token_id": 97, "vision_start_token_id": 96, "vision_end_token_id": 95}
 
-# What reads images too, with prompts of text: the text model, and the settings around it.
+# Models that also read images, given text: the text model, and the settings around it.
 MULTIMODAL: dict[str, tuple[str, dict, dict]] = {
     "aya_vision": ("cohere2", _WINDOWS, {"vision_config": _SIGLIP, **_INDEX}),
     "cohere2_vision": ("cohere2", _WINDOWS, {"vision_config": _SIGLIP, **_ID}),
@@ -227,7 +227,7 @@ MULTIMODAL: dict[str, tuple[str, dict, dict]] = {
     "smolvlm": ("llama", {}, {"vision_config": {**_VISION, "model_type": "smolvlm_vision"}, **_ID}),
 }
 
-# Families that are wrong in a release without this package.
+# Families that give wrong results in a release without this package.
 NOT_IN = {("doge", "5.17"): "a padded row is not the row alone in the plain model"}
 
 

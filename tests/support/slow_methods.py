@@ -1,7 +1,7 @@
 """Every method a second time: slow, plain PyTorch in float64, one prompt at a time.
 
 Only the weights are the model's (a tiny Llama). It shares no code with claa_ops and none with
-transformers, and it knows no padding: a row of a batch is to be what its prompt is alone.
+transformers, and it knows no padding: a row of a batch must equal its prompt alone.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,7 @@ class Result:
 
 
 Compress = Callable[[Seen], list[list[int]] | None]  # what each key/value head caches
-Select = Callable[[Seen], list[int] | None]  # what goes on to the next layer
+Select = Callable[[Seen], list[int] | None]  # what the next layer sees
 
 
 class Llama:

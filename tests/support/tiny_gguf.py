@@ -1,4 +1,4 @@
-"""The tiny model as GGUF files: whole, and in the ways in which such files are not."""
+"""The tiny model as GGUF files, complete and incomplete in the ways that occur."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def save_tiny_gguf(
 ) -> Path:
     """Write the model with its first ``weights`` alone, as the first of ``parts`` parts.
 
-    The header may tell of other ``layers`` and of scaling of ``rope``; ``more`` is one more tensor.
+    The header may state other ``layers`` and a scaling of ``rope``; ``more`` is one more tensor.
     """
     model = model or tiny_model()
     config = model.config
@@ -86,7 +86,7 @@ def save_tiny_gguf(
 
 
 def _interleave(weight: Tensor, heads: int) -> Tensor:
-    """Rows as llama.cpp has them, where rotary embeddings turn neighbours."""
+    """Rows in llama.cpp's order, in which rotary embeddings rotate neighbouring channels."""
     return (
         weight.view(heads, 2, -1, weight.shape[1])
         .transpose(1, 2)

@@ -49,7 +49,7 @@ def build(family: str, attention: str | None = None, **changes) -> PreTrainedMod
 
 
 def initialized(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """What is made, with the weights that :func:`build` gives."""
+    """The model that is made, with the weights of :func:`build`."""
     torch.manual_seed(0)
     model = make().eval()
     for parameter in model.parameters():
