@@ -2,38 +2,37 @@
 
 import datetime
 import os
-import platform
 import subprocess
 from pathlib import Path
 
 import torch
 
-import claa_ops
+from claa_ops import info
 
 FOLDER = Path(__file__).parent
 
 
 def machine(device: str, commit: str | None = None) -> dict:
     """What a number belongs to: hardware, software, commit, day."""
+    known = info.machine(device)
     if device == "cuda":
         hardware = {
-            "device": torch.cuda.get_device_name(),
+            "device": known["name"],
             "capability": "{}.{}".format(*torch.cuda.get_device_capability()),
             "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         hardware = {
-            "device": names[0] if names else platform.processor(),
+            "device": known["name"],
             "capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
+            "threads": known["threads"],
             "load_average": os.getloadavg()[0],  # above 0.5 before the first call: others ran too
         }
     described = ("git", "-C", str(FOLDER), "describe", "--always", "--dirty", "--abbrev=12")
+    versions = info.versions()
     return hardware | {
-        "torch": torch.__version__,
-        "claa_ops": claa_ops.__version__,
+        "torch": versions["torch"],
+        "claa_ops": versions["claa_ops"],
         "commit": commit or _output(*described),
         "date": datetime.date.today().isoformat(),
     }

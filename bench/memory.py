@@ -5,23 +5,15 @@ as the call itself allocates them.
 """
 
 import sys
-from pathlib import Path
 
 import torch
 
 import claa_ops
 from bench.cases import LLAMA, keys_of, queries_of
 from claa_ops import reference
+from claa_ops.evaluate.compare.memory import watch_memory
 
 CALLS = {"eager": reference.score_tokens, "ours": claa_ops.score_tokens}
-
-
-def resident_peak() -> int:
-    """VmHWM and not ru_maxrss: the latter may begin at the peak of the parent process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM")
 
 
 def main() -> None:
@@ -33,11 +25,9 @@ def main() -> None:
             queries_of(LLAMA, getattr(torch, dtype)),
             keys_of(LLAMA, getattr(torch, dtype), total),
         )
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
-        before = resident_peak()
-        call(query, key)
-        growth = resident_peak() - before
-    print(growth)
+        with watch_memory(torch.device("cpu")) as growth:
+            call(query, key)
+    print(growth.bytes)
 
 
 if __name__ == "__main__":

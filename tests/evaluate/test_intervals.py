@@ -1,3 +1,5 @@
+"""Intervals of means: what the bootstrap must give whatever computes it."""
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -5,13 +7,26 @@ from scipy import stats
 from claa_ops.evaluate.intervals import bootstrap
 
 
-def test_one_group_agrees_with_scipy():
-    values = np.random.default_rng(1).random(40)
-    ours = bootstrap([values])
-    expected = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=10_000)
-    assert ours.mean == pytest.approx(values.mean())
-    assert ours.low == pytest.approx(expected.confidence_interval.low, abs=5e-3)
-    assert ours.high == pytest.approx(expected.confidence_interval.high, abs=5e-3)
+def test_the_interval_of_one_group_is_that_of_the_normal_law():
+    values = np.random.default_rng(1).random(400)
+    interval = bootstrap([values])
+    error = values.std() / np.sqrt(len(values))
+    low, high = stats.norm.interval(0.95, values.mean(), error)
+    assert interval.mean == values.mean()
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.1 * error)
+
+
+def test_few_right_answers_have_the_interval_of_the_binomial():
+    interval = bootstrap([[1.0] * 3 + [0.0] * 17])
+    low, high = stats.binom.interval(0.95, 20, 3 / 20)
+    assert (interval.low, interval.high) == pytest.approx((low / 20, high / 20), abs=0.051)
+
+
+def test_equal_values_have_equal_intervals_and_paired_ones_are_values_like_others():
+    first, second = np.random.default_rng(3).integers(0, 2, (2, 30)).astype(float)
+    assert bootstrap([first - second]) == bootstrap([first - second])
+    paired, apart = bootstrap([first - first]), bootstrap([first])
+    assert (paired.low, paired.high) == (0, 0) and apart.low < apart.high
 
 
 def test_groups_count_alike_whatever_their_size():

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 _RESAMPLES = 10_000
 
@@ -33,14 +34,20 @@ def bootstrap(groups: Sequence[Sequence[float]]) -> Interval:
         >>> bootstrap([[0.0, 1.0]])
         Interval(mean=0.5, low=0.0, high=1.0)
     """
-    draw = np.random.default_rng(0)
     arrays = [np.asarray(group, dtype=np.float64) for group in groups]
     mean = float(np.mean([values.mean() for values in arrays]))
     if min(map(len, arrays)) < 2:
         return Interval(mean, None, None)
-    means = np.zeros(_RESAMPLES)
-    for values in arrays:
-        chosen = draw.integers(len(values), size=(_RESAMPLES, len(values)))
-        means += values[chosen].mean(axis=1) / len(arrays)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(mean, float(low), float(high))
+
+    def mean_of_means(*drawn: np.ndarray, axis: int) -> np.ndarray:
+        return np.mean([values.mean(axis=axis) for values in drawn], axis=0)
+
+    found = stats.bootstrap(
+        arrays,
+        mean_of_means,
+        n_resamples=_RESAMPLES,
+        method="percentile",
+        vectorized=True,
+        random_state=np.random.default_rng(0),
+    ).confidence_interval
+    return Interval(mean, float(found.low), float(found.high))

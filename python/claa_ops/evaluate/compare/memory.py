@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-_STATM = Path("/proc/self/statm")
-_INTERVAL_S = 0.002
+_PROCESS = Path("/proc/self")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -27,12 +24,11 @@ class PeakMemory:
 def watch_memory(device: torch.device) -> Iterator[PeakMemory]:
     """Measure by how much the body's peak exceeds the memory in use when it starts.
 
-    On CUDA these are the allocator's bytes (``max_memory_allocated``), exactly. On the CPU it is
-    the anonymous part of the resident set (Linux only), which a thread reads every 2 ms: the
-    whole set, whose peak the kernel keeps, would count pages of weights and libraries that come
-    and go as files do. Meanwhile glibc returns what is freed, so that memory in use counts, as on
-    CUDA, and not the holes of a heap, which differ by hundreds of MiB from run to run. That
-    slows the body: do not time it.
+    On CUDA these are the allocator's bytes (``max_memory_allocated``). On the CPU it is the
+    resident set, whose peak the kernel keeps (``VmHWM``, Linux only); the body should find the
+    files that it reads, such as weights, in memory already. Meanwhile glibc returns what is freed,
+    so that memory in use counts, as on CUDA, and not the holes of a heap, which differ by hundreds
+    of MiB from run to run. That slows the body: do not time it.
     """
     peak = PeakMemory()
     gc.collect()
@@ -41,16 +37,23 @@ def watch_memory(device: torch.device) -> Iterator[PeakMemory]:
         before = torch.cuda.memory_allocated(device)
         yield peak
         peak.bytes = torch.cuda.max_memory_allocated(device) - before
-    elif _STATM.exists():
-        with _no_free_lists():
-            sampler = _Sampler()
-            sampler.start()
-            try:
-                yield peak
-            finally:
-                peak.bytes = sampler.stop()
-    else:
+        return
+    with _no_free_lists():
+        try:
+            (_PROCESS / "clear_refs").write_text("5")  # the peak is now what is resident now
+            before = _resident_peak()
+        except OSError:
+            yield peak
+            return
         yield peak
+        peak.bytes = _resident_peak() - before
+
+
+def _resident_peak() -> int:
+    """In bytes; not ``ru_maxrss``, which may begin at the peak of the parent process."""
+    lines = (_PROCESS / "status").read_text().splitlines()
+    (peak,) = (line for line in lines if line.startswith("VmHWM:"))
+    return int(peak.split()[1]) * 1024
 
 
 @contextlib.contextmanager
@@ -68,28 +71,3 @@ def _no_free_lists() -> Iterator[None]:
         # Where glibc's own adaptation ends for a program that uses blocks of any size.
         libc.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
         libc.mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
-
-
-class _Sampler(threading.Thread):
-    """Reads the process's anonymous memory until it is stopped."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._done = threading.Event()
-        self._before = self._most = _anonymous_bytes()
-
-    def run(self) -> None:
-        """Keep the largest value."""
-        while not self._done.wait(_INTERVAL_S):
-            self._most = max(self._most, _anonymous_bytes())
-
-    def stop(self) -> int:
-        """End the thread; return by how much the largest value exceeds the first."""
-        self._done.set()
-        self.join()
-        return max(self._most, _anonymous_bytes()) - self._before
-
-
-def _anonymous_bytes() -> int:
-    _, resident, file_backed, *_ = _STATM.read_text().split()
-    return (int(resident) - int(file_backed)) * os.sysconf("SC_PAGE_SIZE")

@@ -133,6 +133,7 @@ def compare(
     watched = keep_scores and not method.needs_ranking
     try:
         attach(model)
+        _plain_prefill(model, ids[:, -2:])  # brings weights and code into memory, which then counts
         on_step("full prefill: answer")
         full = _answer(model, ids, _Watched.by(method), max_new_tokens, keep_scores=watched)
         on_step("method: answer")
