@@ -1,4 +1,4 @@
-"""Hugging Face ``generate`` after a prefill by CLAA, beside the same after full prefill.
+"""Hugging Face ``generate`` with full prefill, and the same call after a prefill by CLAA.
 
 One fact stands in the middle of a long text. Up to the selection layer every layer sees the whole
 prompt; those after it see the tenth that the last tokens of the prompt attended to most.
@@ -10,14 +10,15 @@ MODEL is a folder or a hub id of any family in docs/architectures.md.
 """
 
 import argparse
+import contextlib
 import time
 from pydoc_data.topics import topics
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from claa_ops.methods import CLAA, FullKV
-from claa_ops.prefill import ClaaCache, attach
+import claa_ops
+from claa_ops.methods import CLAA
 
 FACT = "The best thing to do in Boston is to feed the ducks at the lake."
 QUESTION = "According to the text, what is the best thing to do in Boston?"
@@ -31,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = attach(AutoModelForCausalLM.from_pretrained(arguments.model).eval())
+    model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
     text = "\n\n".join(topics.values())[:12_000]
     prompt = f"{text[:6_000]}\n\n{FACT}\n\n{text[6_000:]}\n\n{QUESTION}"
     inputs = tokenizer.apply_chat_template(
@@ -42,17 +43,18 @@ def main() -> None:
     )
     length = inputs.input_ids.shape[1]
 
-    for method in (FullKV(), CLAA(keep=arguments.keep, layer=arguments.layer)):
-        cache = ClaaCache(model.config, method)
-        began = time.perf_counter()
-        tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=24, do_sample=False)
-        seconds = time.perf_counter() - began
+    method = CLAA(keep=arguments.keep, layer=arguments.layer)
+    for name, prefill in (
+        ("full prefill", contextlib.nullcontext()),
+        ("CLAA", claa_ops.attached(model, method)),
+    ):
+        with prefill:
+            began = time.perf_counter()
+            model.generate(**inputs, max_new_tokens=1)
+            seconds = time.perf_counter() - began
+            tokens = model.generate(**inputs, max_new_tokens=20, do_sample=False)
         answer = tokenizer.decode(tokens[0, length:], skip_special_tokens=True)
-        kept = length if cache.state.positions is None else cache.state.positions.shape[1]
-        print(
-            f"{type(method).__name__}: {kept} of {length} tokens reach the last layer, "
-            f"{cache.nbytes() / 2**20:.1f} MiB of keys and values, {seconds:.1f} s: {answer}"
-        )
+        print(f"{name}: {length} tokens, the first new one after {seconds:.2f} s: {answer!r}")
 
 
 if __name__ == "__main__":

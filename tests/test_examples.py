@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from claa_ops.cli import app
+from claa_ops.selection import PrefillState
 from support.tiny_checkpoint import save_tiny_checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -51,11 +52,22 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
     return run_example
 
 
-def test_hugging_face_generate(run, model):
-    full, claa = run("hugging_face_generate.py", model, "--layer", "2", "--keep", "0.1")
-    counts = [tuple(map(int, re.findall(r"\d+", line)[:2])) for line in (full, claa)]
-    length = counts[0][0]
-    assert counts == [(length, length), (length // 10, length)] and length > 12_000
+def test_hugging_face_generate(run, model, monkeypatch):
+    lengths = []
+    select = PrefillState.select
+
+    def watched(state: PrefillState, layer: int) -> torch.Tensor | None:
+        index = select(state, layer)
+        lengths.append(state.length)
+        return index
+
+    monkeypatch.setattr(PrefillState, "select", watched)
+    said = run("hugging_face_generate.py", model, "--layer", "2", "--keep", "0.1")
+    pattern = r"(full prefill|CLAA): (12\d\d\d) tokens, the first new one after \S+ s: '.*'"
+    full, claa = (re.fullmatch(pattern, line) for line in said)
+    length = int(full[2])
+    assert (full[1], claa[1]) == ("full prefill", "CLAA")
+    assert lengths[-5:] == [length] * 2 + [length // 10] * 3  # after each layer but the last
 
 
 def test_streaming_chat(run, model):
