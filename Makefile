@@ -47,7 +47,7 @@ test-oldest: $(VENV)/.built $(VENV)/.dev build/oldest/.installed
 	$(call say,running the tests of models with the oldest packages: about four minutes)
 	@PYTHONPATH=$(abspath build/oldest) $(BIN)/claa-ops info
 	@PYTHONPATH=$(abspath build/oldest) $(BIN)/python -m pytest -q \
-	  tests/huggingface tests/methods tests/evaluate/test_models.py
+	  tests/huggingface tests/methods
 
 bench: $(VENV)/.built
 	$(BIN)/python -m bench

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from claa_ops import models
+from claa_ops.huggingface import models
 from claa_ops.huggingface.models import InputError, cache_folder, find_checkpoint, load_model
 from support.tiny_checkpoint import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from support.tiny_gguf import save_tiny_gguf
