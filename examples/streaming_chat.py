@@ -36,7 +36,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = attach(AutoModelForCausalLM.from_pretrained(arguments.model).eval())
-    # The answers come from the caches, so these keep twice what goes on to the last layers.
+    # The answers come from the caches, so they keep twice as much as the last layers see.
     method = CLAA(keep=0.2, keep_kv=0.4, layer=model.config.num_hidden_layers * 2 // 3)
     cache = ClaaCache(model.config, method)
     ids = torch.empty(1, 0, dtype=torch.int64)
