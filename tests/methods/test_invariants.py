@@ -285,7 +285,7 @@ def test_the_logsumexp_of_the_attention_changes_nothing(name):
             ranking=torch.arange(60.0)[None] if method.needs_ranking else None,
             first_pass=method.two_pass,
         )
-        layer = max(*method.selection_layers(LAYERS), 1)  # PyramidInfer's layer 0 keeps all
+        layer = max([*method.selection_layers(LAYERS), 1])  # PyramidInfer's layer 0 keeps all
         state.observe(layer, query, key, lse=logsumexp)
         scores.append(state.observed.scores)
     torch.testing.assert_close(*scores)

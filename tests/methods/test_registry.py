@@ -207,6 +207,8 @@ def test_numpys_numbers_are_the_numbers(name):
     for setting in settings:
         value = getattr(plain, setting)
         for kind in NUMPY.get(type(value), []):
+            if kind is np.int8 and value > 127:  # which it cannot hold
+                continue
             same = dataclasses.replace(plain, **{setting: kind(value)})
             assert same == plain and repr(same) == repr(plain)
             assert type(getattr(same, setting)) is type(value)
