@@ -112,7 +112,7 @@ def test_every_method_can_be_asked_for(checkpoint, name):
     method = ("--method", name, "--keep", "0.3", "--prompt", PROMPT)
     facts = report(generate(checkpoint, *method, "--json"))
     assert facts["method"]["name"] == METHODS[name].__name__
-    two_forwards = name in ("oracle", "speculative")
+    two_forwards = name in ("oracle", "speculative", "selective-context")
     assert (facts["expected_ttft_ratio"] > 1) == two_forwards
 
 

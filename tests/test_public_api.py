@@ -14,9 +14,9 @@ PUBLIC = {
         score_tokens score_window select_topk
     """,
     "claa_ops.methods": """
-        ASL CLAA FastKV FastKVDeferral FullKV GemFilter METHODS Method Oracle Peak Pruning
-        PyramidInfer PyramidKV Random SinksRandom SnapKV SpeculativePrefill StreamingLLM find_method
-        make_method register
+        ASL CLAA FastKV FastKVDeferral FullKV GemFilter LazyLLM METHODS Method Oracle Peak
+        PromptDistill Pruning PyramidInfer PyramidKV Random SelectiveContext SinksRandom SnapKV
+        SpeculativePrefill StreamingLLM UniPrefill find_method make_method register
     """,
     "claa_ops.prefill": """
         ClaaCache PrefillState Prefilled StaticClaaCache attach attached begin decode detach

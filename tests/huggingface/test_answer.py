@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from claa_ops.huggingface.answer import answer_attention
+from claa_ops.huggingface.answer import answer_attention, self_information
+from claa_ops.huggingface.work import count_work
 from claa_ops.prefill import attach
 from support import slow_methods
 from support.slow_methods import Llama
@@ -63,3 +64,35 @@ def test_layers_with_windows_have_no_say_in_the_answers_attention():
         answer_attention(build("mistral"), ids, 3)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
         answer_attention(build("llama"), ids, 0)
+
+
+# How little a model expected its prompt.
+
+
+@pytest.mark.parametrize("part", [512, 8, 1])
+def test_the_information_of_a_token_is_what_its_prefix_says_of_it(model, llama, monkeypatch, part):
+    monkeypatch.setattr("claa_ops.huggingface.answer._PART", part)
+    ids, mask = prompt(40, 21)
+    information, work = self_information(model, ids, attention_mask=mask)
+    assert information.dtype == torch.float32 and information.shape == ids.shape
+    for row, padding in enumerate((0, 19)):
+        expected = slow_methods.self_information(llama, ids[row, padding:].tolist())
+        torch.testing.assert_close(
+            information[row, padding:].double(), expected, atol=1e-5, rtol=1e-4
+        )
+        assert not information[row, : padding + 1].any()
+    assert work == count_work(model, [40] * len(model.model.layers), logits=40)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "mistral", "qwen3"])
+def test_the_parts_of_a_prompt_are_one_prompt(monkeypatch, family):
+    model = build(family)
+    ids, mask = prompt(60, 41)
+    whole, _ = self_information(model, ids, attention_mask=mask)
+    monkeypatch.setattr("claa_ops.huggingface.answer._PART", 7)
+    parts, _ = self_information(model, ids, attention_mask=mask)
+    torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
+    plain = model(ids[:1]).logits.float().log_softmax(-1)[0, :-1]
+    expected = -plain.gather(1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(whole[0, 1:], expected, atol=1e-4, rtol=1e-4)
+    assert self_information(model, ids[:1, :1])[0].tolist() == [[0.0]]

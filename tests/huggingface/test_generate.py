@@ -10,11 +10,14 @@ from claa_ops.methods import (
     CLAA,
     FastKV,
     FullKV,
+    LazyLLM,
     Method,
     Peak,
+    PromptDistill,
     PyramidInfer,
     PyramidKV,
     StreamingLLM,
+    UniPrefill,
 )
 from claa_ops.prefill import ClaaCache, attach
 from support import hand_loop
@@ -238,6 +241,9 @@ def test_a_method_may_select_more_than_once():
         Peak(keep=0.3, keep_kv=1.0, layer=1, window=4),
         PyramidKV(keep=0.4, window=4),
         PyramidInfer(rho=0.3, recent=0.2, least=6),
+        LazyLLM(keep=0.2),
+        PromptDistill(keep=0.3, layer=1),
+        UniPrefill(top_p=0.5, layer=(0, 2), block=8, num_sinks=4, window=8),
         StreamingLLM(keep=0.3),
     ],
     ids=lambda method: type(method).__name__,

@@ -13,15 +13,19 @@ from claa_ops.methods import (
     FastKVDeferral,
     FullKV,
     GemFilter,
+    LazyLLM,
     Oracle,
     Peak,
+    PromptDistill,
     PyramidInfer,
     PyramidKV,
     Random,
+    SelectiveContext,
     SinksRandom,
     SnapKV,
     SpeculativePrefill,
     StreamingLLM,
+    UniPrefill,
 )
 from claa_ops.prefill import attach, prefill
 from support import slow_methods
@@ -263,6 +267,45 @@ def slow_speculative(kept, *, look_ahead, chunk=None, kernel=13, rate=None, draf
     return slow
 
 
+def slow_promptdistill(kept, layer, kernel=5):
+    def slow(llama, ids):
+        stages = stages_of(layer, kept, len(ids))
+
+        def select(seen):
+            if seen.layer in stages:
+                scores = slow_methods.promptdistill_scores(seen, kernel)
+                return llama.best(scores, stages[seen.layer], 1, seen)
+
+        return llama.run(ids, STEPS, select=select)
+
+    return slow
+
+
+def slow_uniprefill(layers, **settings):
+    def slow(llama, ids):
+        def select(seen):
+            return (
+                slow_methods.uniprefill_tokens(seen, **settings) if seen.layer in layers else None
+            )
+
+        return llama.run(ids, STEPS, select=select)
+
+    return slow
+
+
+def slow_selective(kept, window, draft=None):
+    def slow(llama, ids):
+        reader = llama if draft is None else Llama(draft)
+        information = slow_methods.self_information(reader, ids)
+        rest = sorted(range(1, len(ids) - window), key=lambda j: -float(information[j]))
+        certain = [0, *range(len(ids) - window, len(ids))]
+        chosen = sorted(certain + rest[: tokens(kept, len(ids)) - len(certain)])
+        work = reader.layers * len(ids)
+        return second_pass(llama, ids, chosen, contiguous=True, work=work)
+
+    return slow
+
+
 SMALL = {"layer": 2, "window": 8}
 DRAFT = build("llama", num_hidden_layers=2)
 CASES = {
@@ -342,6 +385,41 @@ CASES = {
     "pyramidinfer": (
         PyramidInfer(rho=0.3, recent=0.2, least=10),
         slow_pyramidinfer(rho=0.3, recent=0.2, weight=1.2, num_sinks=4, least=10),
+    ),
+    "lazyllm": (
+        LazyLLM(keep=20),
+        slow_layered((60, 40, 20), 1.0, layer=(0, 2, 3), window=1, kernel=1),
+    ),
+    "lazyllm, rate": (
+        LazyLLM(keep=0.37),
+        slow_layered((1.0, 0.74, 0.37), 1.0, layer=(0, 2, 3), window=1, kernel=1),
+    ),
+    "lazyllm, given stages, caches cut": (
+        LazyLLM(keep=(0.7, 0.4), layer=(1, 4), keep_kv=0.3),
+        slow_layered((0.7, 0.4), 0.3, layer=(1, 4), window=1, kernel=1),
+    ),
+    "promptdistill": (PromptDistill(keep=30), slow_promptdistill(30, 2)),
+    "promptdistill, staged rates": (
+        PromptDistill(keep=(0.63, 0.31), layer=(1, 3), kernel_size=3),
+        slow_promptdistill((0.63, 0.31), (1, 3), kernel=3),
+    ),
+    "uniprefill": (
+        UniPrefill(top_p=0.7, block=8, num_sinks=8, window=12),
+        slow_uniprefill(range(5), top_p=0.7, block=8, num_sinks=8, window=12),
+    ),
+    "uniprefill, odd blocks": (
+        UniPrefill(top_p=0.5, layer=(1, 3), block=7, num_sinks=3, window=16),
+        slow_uniprefill((1, 3), top_p=0.5, block=7, num_sinks=3, window=16),
+    ),
+    "uniprefill, the short row whole": (
+        UniPrefill(top_p=0.2, layer=2, block=4, num_sinks=40, window=40),
+        slow_uniprefill((2,), top_p=0.2, block=4, num_sinks=40, window=40),
+    ),
+    "selective-context": (SelectiveContext(keep=30, window=8), slow_selective(30, 8)),
+    "selective-context, rate": (SelectiveContext(keep=0.4, window=11), slow_selective(0.4, 11)),
+    "selective-context, draft": (
+        SelectiveContext(keep=0.4, window=8, draft=DRAFT),
+        slow_selective(0.4, 8, draft=DRAFT),
     ),
     "gemfilter": (GemFilter(keep=30, layer=3), slow_gemfilter(30, 3)),
     "fastkv, staged rates": (

@@ -14,13 +14,17 @@ from claa_ops.methods import (
     FastKV,
     FullKV,
     GemFilter,
+    LazyLLM,
     Oracle,
+    PromptDistill,
     PyramidInfer,
     PyramidKV,
     Random,
+    SelectiveContext,
     SnapKV,
     SpeculativePrefill,
     StreamingLLM,
+    UniPrefill,
 )
 from claa_ops.prefill import ClaaCache, attach, decode, prefill
 from support.tiny_models import build, prompt
@@ -97,6 +101,7 @@ def continue_greedily(model, prefilled):
     return torch.stack(logits)
 
 
+UNIPREFILL = UniPrefill(top_p=0.5, block=8, num_sinks=4, window=8)
 BATCHED = {
     "full": FullKV(),
     "claa": CLAA(keep=0.4, layer=1),
@@ -108,6 +113,9 @@ BATCHED = {
     "streaming": StreamingLLM(keep=0.4),
     "pyramidkv": PyramidKV(keep=0.6, window=8),
     "pyramidinfer": PyramidInfer(least=16),
+    "lazyllm": LazyLLM(keep=0.2),
+    "promptdistill": PromptDistill(keep=0.4),
+    "uniprefill": UNIPREFILL,
 }
 
 
@@ -174,6 +182,10 @@ METHODS = {
     "streaming": StreamingLLM(keep=0.4),
     "pyramidkv": PyramidKV(keep=0.6, window=8),
     "pyramidinfer": PyramidInfer(least=16),
+    "lazyllm": LazyLLM(keep=0.2),
+    "promptdistill": PromptDistill(keep=0.4),
+    "uniprefill": UNIPREFILL,
+    "selective-context": SelectiveContext(keep=0.4, window=8),
     "random": Random(keep=0.4, layer=1),
 }
 

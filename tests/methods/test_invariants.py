@@ -16,14 +16,17 @@ from claa_ops.methods import (
     FastKV,
     FastKVDeferral,
     GemFilter,
+    LazyLLM,
     Oracle,
     Peak,
+    PromptDistill,
     PyramidInfer,
     PyramidKV,
     Random,
     SinksRandom,
     SnapKV,
     StreamingLLM,
+    UniPrefill,
     make_method,
 )
 from claa_ops.ops.gather_kv import gather_kv
@@ -31,7 +34,7 @@ from claa_ops.ops.gather_tokens import gather_tokens
 from claa_ops.selection.budget import Budget
 
 LAYERS, HEADS, GROUPS, DIM = 6, 4, 2, 4
-SYSTEMS = [CLAA, FastKV, FastKVDeferral, Oracle, Peak, Random, SinksRandom]
+SYSTEMS = [CLAA, FastKV, FastKVDeferral, LazyLLM, Oracle, Peak, Random, SinksRandom]
 
 
 @dataclasses.dataclass
@@ -82,6 +85,10 @@ PADDED = {  # what rates, and other numbers that follow the length, each method 
     "pyramidkv-count": lambda a, b: PyramidKV(keep=30, window=5),
     "pyramidkv-window": lambda a, b: PyramidKV(keep=a, window=32),
     "pyramidinfer": lambda a, b: PyramidInfer(rho=a, recent=b / 2, least=9),
+    "lazyllm": lambda a, b: LazyLLM(keep=a),
+    "lazyllm-count": lambda a, b: LazyLLM(keep=12, keep_kv=b),
+    "promptdistill": lambda a, b: PromptDistill(keep=(max(a, b), min(a, b)), layer=(1, 3)),
+    "uniprefill": lambda a, b: UniPrefill(top_p=a, block=1 + int(9 * b), num_sinks=3, window=5),
     "fastkv": lambda a, b: FastKV(keep=a, keep_kv=b, layer=2, window=5),
     "fastkv-layer": lambda a, b: FastKV(keep=a, keep_kv=b, layer=2, window=5, rates_of="layer"),
     "claa": lambda a, b: CLAA(keep=a, keep_kv=b, layer=3, last_n=2, first_full=1, window=5),
@@ -257,7 +264,9 @@ def test_what_stands_before_the_prompt_does_not_change_its_ranking(method):
     assert padded.notes.get("variance") == alone.notes.get("variance")
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("full", "speculative")])
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if name not in ("full", "speculative", "selective-context")]
+)
 def test_the_logsumexp_of_the_attention_changes_nothing(name):
     method = make_method(name, num_layers=LAYERS, keep=20)
     if isinstance(method, PyramidInfer):
@@ -276,7 +285,7 @@ def test_the_logsumexp_of_the_attention_changes_nothing(name):
             ranking=torch.arange(60.0)[None] if method.needs_ranking else None,
             first_pass=method.two_pass,
         )
-        layer = max(getattr(method, "layer", 1), 1)  # PyramidInfer's layer 0 keeps all
+        layer = max([*method.selection_layers(LAYERS), 1])  # PyramidInfer's layer 0 keeps all
         state.observe(layer, query, key, lse=logsumexp)
         scores.append(state.observed.scores)
     torch.testing.assert_close(*scores)

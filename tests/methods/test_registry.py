@@ -63,6 +63,19 @@ def test_defaults_scale_with_the_depth():
         assert published.selection_layers(32)[0] == layers[name]
 
 
+def test_several_layers_scale_with_the_depth():
+    lazy = make_method("lazyllm", num_layers=32, keep=0.2)
+    assert (lazy.layer, lazy.keep) == ((7, 15, 23), (0.6, 0.4, 0.2))
+    assert make_method("lazyllm", num_layers=32, keep=500).keep == (1500, 1000, 500)
+    assert make_method("lazyllm", num_layers=32, keep=0.4).keep == (1.0, 0.8, 0.4)
+    small = make_method("lazyllm", num_layers=3, keep=0.2)  # two layers that can select
+    assert (small.layer, small.keep) == ((0, 1), (0.4, 0.2))
+    assert make_method("promptdistill", num_layers=32).layer == 13
+    assert make_method("uniprefill", num_layers=32).layer == (7, 11, 15, 19, 23, 27)
+    assert make_method("uniprefill", num_layers=30).layer == (6, 10, 14, 17, 21, 25)
+    assert make_method("uniprefill", num_layers=32, layer=5).layer == 5
+
+
 def test_settings_are_passed_on_where_there_are_any():
     method = make_method("claa", num_layers=8, layer=(1, 3), keep=(0.5, 0.2), window=16)
     assert (method.layer, method.keep, method.window) == ((1, 3), (0.5, 0.2), 16)
@@ -158,6 +171,23 @@ def test_settings_are_passed_on_where_there_are_any():
             "PyramidInfer: num_sinks must be an integer of at least 0",
         ),
         ("pyramidinfer", {"least": -1}, "PyramidInfer: least must be an integer of at least 0"),
+        ("lazyllm", {"keep": 0}, "LazyLLM: keep must be a rate in (0, 1] or a number of tokens"),
+        ("lazyllm", {"layer": 7}, "LazyLLM: layer must be in [0, 6], before the last of the mo"),
+        ("promptdistill", {"window": 8}, "PromptDistill: window must be 1, got 8"),
+        ("promptdistill", {"pool_mode": "max"}, "PromptDistill: pool_mode must be 'avg', got"),
+        ("uniprefill", {"top_p": 0}, "UniPrefill: top_p must be in (0, 1], got 0"),
+        ("uniprefill", {"top_p": "1"}, "UniPrefill: top_p must be in (0, 1], got '1'"),
+        ("uniprefill", {"layer": 7}, "UniPrefill: layer must be in [0, 6], got 7"),
+        ("uniprefill", {"layer": (3, 1)}, "UniPrefill: layer must be an integer of at least 0, or"),
+        ("uniprefill", {"layer": ()}, "UniPrefill: layer must be an integer of at least 0, or"),
+        ("uniprefill", {"block": 0}, "UniPrefill: block must be a positive integer, got 0"),
+        ("uniprefill", {"num_sinks": -1}, "UniPrefill: num_sinks must be an integer of at least"),
+        ("selective-context", {"keep": 0}, "SelectiveContext: keep must be a rate in (0, 1] or"),
+        (
+            "selective-context",
+            {"shared_tokenizer": 1},
+            "SelectiveContext: shared_tokenizer must be True or False, got 1",
+        ),
         ("random", {"seed": -1}, "Random: seed must be an integer of at least 0, got -1"),
     ],
 )
@@ -177,6 +207,8 @@ def test_numpys_numbers_are_the_numbers(name):
     for setting in settings:
         value = getattr(plain, setting)
         for kind in NUMPY.get(type(value), []):
+            if kind is np.int8 and value > 127:  # which it cannot hold
+                continue
             same = dataclasses.replace(plain, **{setting: kind(value)})
             assert same == plain and repr(same) == repr(plain)
             assert type(getattr(same, setting)) is type(value)

@@ -17,11 +17,14 @@ from claa_ops.methods import (
     METHODS,
     FastKV,
     GemFilter,
+    LazyLLM,
     Method,
     Peak,
+    PromptDistill,
     Pruning,
     PyramidInfer,
     Random,
+    UniPrefill,
     make_method,
 )
 from claa_ops.selection import Layer, begin
@@ -142,6 +145,11 @@ SPLIT = {
     "asl": ASL(keep=24, layer=1, last_n=2, tau=10.0, window=8),
     "gemfilter": GemFilter(keep=20, layer=1),
     "pyramidinfer": PyramidInfer(least=5),
+    "lazyllm": LazyLLM(keep=20),
+    "lazyllm, caches cut": LazyLLM(keep=20, keep_kv=12),
+    "promptdistill": PromptDistill(keep=20),
+    "promptdistill, caches cut": PromptDistill(keep=(30, 20), layer=(0, 2), keep_kv=12),
+    "uniprefill": UniPrefill(top_p=0.6, block=4, num_sinks=4, window=8),
     "random": Random(keep=20, layer=1),
 }
 

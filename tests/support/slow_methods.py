@@ -272,6 +272,36 @@ def pyramidinfer(
     return select
 
 
+def promptdistill_scores(seen: Seen, kernel: int) -> Tensor:
+    """[n - 1]: pooled after the last token, which is not a candidate, was set to zero."""
+    key = seen.key.repeat_interleave(seen.query.shape[0] // seen.key.shape[0], dim=0)
+    logits = (key @ seen.query[:, -1, :, None])[..., 0].mean(0) / seen.query.shape[-1] ** 0.5
+    return pool(torch.cat([logits[:-1], torch.zeros(1)]), kernel)[:-1]
+
+
+def uniprefill_tokens(seen: Seen, *, top_p: float, block: int, num_sinks: int, window: int):
+    """The tokens that continue; None for all of a short prompt."""
+    n = seen.length
+    if n <= num_sinks + window:
+        return None
+    mean = seen.attention(window).mean((0, 1))
+    masses = [float(part.sum()) for part in mean.split(block)]
+    kept, covered = set(), 0.0
+    for b in sorted(range(len(masses)), key=lambda b: (-masses[b], b)):
+        if covered <= top_p:
+            kept.add(b)
+        covered += masses[b]
+    return [j for j in range(n) if j < num_sinks or j >= n - window or j // block in kept]
+
+
+def self_information(llama: Llama, ids: list[int]) -> Tensor:
+    """[n]: what each prefix says of the token after it; nothing says anything of the first."""
+    found = [0.0]
+    for j in range(1, len(ids)):
+        found.append(-float(llama.run(ids[:j], 1).logits[0].log_softmax(-1)[ids[j]]))
+    return torch.tensor(found, dtype=torch.float64)
+
+
 def chunks_of(ranking: Tensor, chunk: int, rate: float) -> list[int]:
     means = [float(part.mean()) for part in ranking.split(chunk)]
     best = sorted(range(len(means)), key=lambda c: (-means[c], c))[: ceil(len(means) * rate)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from claa_ops.huggingface.attach import attach
@@ -21,6 +22,9 @@ from claa_ops.methods.full import FullKV
 from claa_ops.selection.answer import Answer, pool
 from claa_ops.selection.layer import Layer
 from claa_ops.selection.state import PrefillState, check_count
+from claa_ops.selection.work import Work
+
+_PART = 512  # tokens of a prompt whose logits are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,14 @@ class ModelReader:
         device = self.model.device
         mask = None if attention_mask is None else attention_mask.to(device)
         return record_answer(self.model, input_ids.to(device), max_new_tokens, attention_mask=mask)
+
+    def self_information(
+        self, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Work]:
+        """How little it expected each token of a prompt ``[B, N]``, wherever that is."""
+        device = self.model.device
+        mask = None if attention_mask is None else attention_mask.to(device)
+        return self_information(self.model, input_ids.to(device), attention_mask=mask)
 
 
 @torch.no_grad()
@@ -151,6 +163,58 @@ def answer_attention(
     )
     ranking = answer.peak()
     return answer.tokens, pool(ranking, kernel_size) if pooled else ranking
+
+
+@torch.no_grad()
+def self_information(
+    model: PreTrainedModel, input_ids: Tensor, *, attention_mask: Tensor | None = None
+) -> tuple[Tensor, Work]:
+    """How little a model expected each token of a prompt.
+
+    Args:
+        model: a decoder that :func:`claa_ops.prefill.attach` serves; it is attached if need be.
+        input_ids: ``[B, N]``, int64, padded on the left.
+        attention_mask: ``[B, N]``, 0 where there is padding.
+
+    Returns:
+        ``[B, N]``, float32: the negative natural logarithm of the probability that the model gives
+        the token after those before it; 0 for padding and for the first token, which nothing
+        predicts. And the work of that: one full prefill with all logits.
+
+    Raises:
+        ValueError: the padding is not on the left, a token is not in the model's vocabulary, or
+            the prompt does not fit into its context.
+
+    The prompt goes through the model in parts, so that ``[B, N, V]`` is never in memory.
+    """
+    check_prompt("self_information", model, input_ids)
+    batch, length = input_ids.shape
+    start = first_valid(attention_mask, batch, length)
+    attach(model)
+    mask = None if start is None else attention_mask
+    positions = count_positions(input_ids, mask)
+    cache = ClaaCache(model.config, FullKV())
+    information = torch.zeros(batch, length, device=input_ids.device)
+    first, end = 0, _PART
+    if start is not None:  # the first part must have a token of each row
+        end = max(end, int(start.max()) + 1)
+    while first < length:
+        end = min(end, length)
+        logits = model(
+            input_ids=input_ids[:, first:end],
+            attention_mask=None if mask is None else mask[:, :end],
+            position_ids=positions[:, first:end],
+            use_cache=True,
+            **cache_argument(model, cache),
+        ).logits
+        following = input_ids[:, first + 1 : end + 1]
+        guesses = logits[:, : following.shape[1]].float().transpose(1, 2)
+        information[:, first + 1 : end + 1] = cross_entropy(guesses, following, reduction="none")
+        first, end = end, end + _PART
+    if start is not None:
+        places = torch.arange(length, device=information.device)
+        information.masked_fill_(places <= start[:, None], 0.0)
+    return information, count_work(model, [length] * len(cache.layers), logits=length)
 
 
 class _RecordingCache(ClaaCache):

@@ -15,13 +15,17 @@ from claa_ops.methods.controls import FastKVDeferral, Random, SinksRandom
 from claa_ops.methods.fastkv import FastKV
 from claa_ops.methods.full import FullKV
 from claa_ops.methods.gemfilter import GemFilter
+from claa_ops.methods.lazyllm import LazyLLM
 from claa_ops.methods.oracle import Oracle
 from claa_ops.methods.peak import Peak
+from claa_ops.methods.promptdistill import PromptDistill
 from claa_ops.methods.pyramidinfer import PyramidInfer
 from claa_ops.methods.pyramidkv import PyramidKV
+from claa_ops.methods.selective import SelectiveContext
 from claa_ops.methods.snapkv import SnapKV
 from claa_ops.methods.speculative import SpeculativePrefill
 from claa_ops.methods.streaming import StreamingLLM
+from claa_ops.methods.uniprefill import UniPrefill
 from claa_ops.selection.method import Method
 
 METHODS: dict[str, type[Method]] = {
@@ -36,6 +40,10 @@ METHODS: dict[str, type[Method]] = {
     "streaming": StreamingLLM,
     "pyramidkv": PyramidKV,
     "pyramidinfer": PyramidInfer,
+    "lazyllm": LazyLLM,
+    "promptdistill": PromptDistill,
+    "uniprefill": UniPrefill,
+    "selective-context": SelectiveContext,
     "peak": Peak,
     "random": Random,
     "sinks-random": SinksRandom,

@@ -70,6 +70,11 @@ class Reader(Protocol):
     ) -> Answer:
         """Its greedy answer to a prompt ``[B, N]``, padded on the left, on the prompt's device."""
 
+    def self_information(
+        self, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Work]:
+        """How little it expected each token of such a prompt, ``[B, N]``, and what that took."""
+
 
 def pool(ranking: Tensor, kernel_size: int) -> Tensor:
     """A ranking ``[B, N]``, averaged over ``kernel_size`` neighbouring tokens."""

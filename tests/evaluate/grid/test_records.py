@@ -198,6 +198,10 @@ BATCHED = (
     "speculative:look_ahead=2",
     "speculative:look_ahead=2:chunk=null",
     "pyramidinfer:least=16",
+    "lazyllm",
+    "promptdistill",
+    "uniprefill:top_p=0.5:block=8:num_sinks=8:window=16",
+    "selective-context:window=8",
     "claa:equal_cache=true:first_full=4",  # which refuses these prompts
 )
 

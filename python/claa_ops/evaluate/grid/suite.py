@@ -50,6 +50,10 @@ SUITES = {
             "pyramidinfer:rho=0.7",  # it has no rate: about 60, 50 and 35 % of the cache
             "pyramidinfer",
             "pyramidinfer:rho=0.01:recent=0.01",
+            "lazyllm",
+            "promptdistill",
+            "uniprefill",  # it has no rate either
+            "selective-context",
             "peak",
             "oracle",
             "random",

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from claa_ops.methods.pruning import Keep, Pruning
+from claa_ops.selection.budget import Budget
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class LazyLLM(Pruning):
+    """Progressive pruning: the last token's attention decides, layer after layer, who continues.
+
+    At each selection layer a token is as important as the attention that it receives from the
+    prompt's last token, averaged over all heads. Fewer and fewer tokens continue to the deeper
+    layers; the last one always does. A layer's cache is what reached it.
+
+    Args:
+        keep: tokens that continue after the last selection layer: a rate of the prompt in (0, 1],
+            or a number; a tuple with ``layer`` as in :class:`Pruning`.
+        layer: the selection layers. None for the last layers of the first, second and third
+            quarter of the model, after which three times, twice and once ``keep`` continue.
+        keep_kv: tokens that a layer's cache keeps, by that layer's own ranking; all by default.
+        first_full, num_sinks, equal_cache: see :class:`Pruning`.
+        window, kernel_size, pool_mode: see :class:`Method`; one query, and nothing is pooled.
+
+    This is the prefill alone. The original keeps the hidden states of pruned tokens in an
+    auxiliary cache, and each decoding step may take some of them up again; here a pruned token is
+    gone, and a decoding step attends to all of what is left.
+
+    Raises:
+        ValueError: a setting is out of its range.
+
+    Source: LazyLLM (arXiv 2407.14057), which has no public code: what ranks, that it is done
+    progressively, and that deeper layers keep fewer. Not stated there, and ours: which layers, and
+    how many tokens. Departures: no revival, as above; budgets are of the whole prompt, where the
+    original takes a percentile of the tokens that a layer sees.
+
+    Example:
+        >>> LazyLLM(keep=0.1).at_depth(32).keep
+        (0.3, 0.2, 0.1)
+        >>> method = LazyLLM(keep=(0.5, 0.2), layer=(9, 20))
+    """
+
+    keep_kv: Keep | None = 1.0
+    window: int = field(default=1, kw_only=True)
+    kernel_size: int = field(default=1, kw_only=True)
+
+    _steps: tuple[Budget, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        last = self._keeps[-1]
+        counts = [last.count * times for times in (3, 2, 1)]
+        if last.per:
+            counts = [min(count, last.per) for count in counts]
+        object.__setattr__(self, "_steps", tuple(Budget(count, last.per) for count in counts))
+
+    def selection_layers(self, num_layers: int) -> tuple[int, ...]:
+        """7, 15 and 23 of 32; fewer if the model has too few."""
+        if self.layer is not None:
+            return super().selection_layers(num_layers)
+        return tuple(sorted({max(0, num_layers * quarter // 4 - 1) for quarter in (1, 2, 3)}))
+
+    def stages(self, num_layers: int) -> dict[int, Budget]:
+        """The selection layers, ascending, and how many tokens continue after each."""
+        if self.layer is not None:
+            return super().stages(num_layers)
+        layers = self.selection_layers(num_layers)
+        return dict(zip(layers, self._steps[-len(layers) :], strict=True))
+
+    def at_depth(self, num_layers: int) -> Self:
+        """The same method with its selection layers and their budgets filled in."""
+        self.check(num_layers)
+        if self.layer is not None:
+            return self
+        stages = self.stages(num_layers)
+        keeps = [step.count / step.per if step.per else step.count for step in stages.values()]
+        return replace(self, layer=tuple(stages), keep=tuple(keeps))
