@@ -229,11 +229,6 @@ def test_bad_prompts_are_refused(checkpoint, tmp_path):
     )
 
 
-def test_no_prompt_at_a_terminal_is_refused(checkpoint, monkeypatch):
-    monkeypatch.setattr("claa_ops.evaluate.inputs._stdin_is_terminal", lambda: True)
-    refuse("no prompt: expected a text, a file or standard input", generate(checkpoint))
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -320,6 +315,16 @@ def test_a_reader_who_has_enough_ends_the_command_quietly():
     done = subprocess.run([*STARTED, "info"], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert done.returncode == 1 and done.stderr == ""
+
+
+def test_no_prompt_at_a_terminal_is_refused(checkpoint):
+    ours, terminal = os.openpty()
+    command = [*STARTED, "generate", "--model", checkpoint]
+    done = subprocess.run(command, stdin=terminal, capture_output=True, text=True)
+    os.close(terminal)
+    os.close(ours)
+    assert done.returncode == 2
+    assert done.stderr == "claa-ops: no prompt: expected a text, a file or standard input\n"
 
 
 def test_standard_input_that_is_closed_is_one_line(checkpoint):

@@ -15,6 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 from claa_ops.huggingface.models import InputError
+from claa_ops.huggingface.transformers_api import cache_argument
 from claa_ops.lm_eval import ClaaLM
 from claa_ops.methods import CLAA, FullKV
 from claa_ops.prefill import decode, prefill
@@ -24,7 +25,7 @@ CONTEXT_TEXT = "A context of many words, " * 8
 pytestmark = pytest.mark.usefixtures("single_thread")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def pruned(checkpoint):
     return ClaaLM(checkpoint, method="claa", keep="20%", layer=2, device="cpu")
 
@@ -58,14 +59,34 @@ def test_full_prefill_gives_the_likelihoods_of_a_plain_forward(checkpoint):
 
 
 def test_the_context_is_pruned_and_the_continuation_is_not(pruned):
-    ids = torch.tensor([pruned.tok_encode(CONTEXT_TEXT.rstrip())])
-    written = decode(pruned.model, prefill(pruned.model, ids, pruned.method), max_new_tokens=5)
-    scored = pruned._loglikelihood_tokens(
-        [(("", ""), ids[0].tolist(), written[0].tolist()), (("", ""), ids[0].tolist(), [0, 0])]
+    context = CONTEXT_TEXT.rstrip()
+    ids = torch.tensor([pruned.tok_encode(context)])
+    prefilled = prefill(pruned.model, ids, pruned.method)
+    assert prefilled.positions.shape[1] < ids.shape[1]
+    texts = list("abcdefghijklmnopqrstuvwxyz")
+    scored = pruned.loglikelihood([request("loglikelihood", context, text) for text in texts])
+    first = prefilled.logits[0].log_softmax(dim=-1)
+    for text, (logprob, is_greedy) in zip(texts, scored, strict=True):
+        (token,) = pruned.tok_encode(text)
+        assert logprob == pytest.approx(first[token].item(), rel=1e-5)
+        assert is_greedy == (token == first.argmax())
+
+    # Of two tokens the second sees what is kept of the prompt, and the first.
+    (both, _), (alone, _) = pruned.loglikelihood(
+        [request("loglikelihood", context, text) for text in ("ab", "a")]
     )
-    assert scored[0][1] and not scored[1][1]
+    tokens = torch.tensor([pruned.tok_encode("a")])
+    after = pruned.model(
+        tokens,
+        position_ids=prefilled.next_position[:, None],
+        **cache_argument(pruned.model, prefilled.cache),
+    ).logits[0, -1]
+    (second,) = pruned.tok_encode("b")
+    assert both - alone == pytest.approx(after.log_softmax(dim=-1)[second].item(), rel=1e-4)
+
+    written = decode(pruned.model, prefill(pruned.model, ids, pruned.method), max_new_tokens=5)
     (text,) = pruned.generate_until(
-        [request("generate_until", CONTEXT_TEXT.rstrip(), {"until": [], "max_gen_toks": 5})]
+        [request("generate_until", context, {"until": [], "max_gen_toks": 5})]
     )
     assert text == pruned.tokenizer.decode(written[0], skip_special_tokens=True)
 
@@ -135,7 +156,6 @@ def prefilled(pruned, monkeypatch):
         return prefill(model, ids, method)
 
     monkeypatch.setattr("claa_ops.lm_eval.prefill", recording)
-    monkeypatch.setattr(pruned, "_said", set())
     return lengths
 
 
@@ -155,7 +175,7 @@ def test_a_context_is_never_cut_to_nothing(
 ):
     asked = []
     monkeypatch.setattr(
-        "claa_ops.lm_eval.decode_until", lambda *arguments: asked.append(arguments[3]) or "x"
+        "claa_ops.lm_eval.decode_until", lambda *arguments: asked.extend(arguments[3]) or ["x"]
     )
     options = {"until": ["\n"], "max_gen_toks": new_tokens}
     requests = [request("generate_until", "a" * context, options)] * 2

@@ -184,8 +184,8 @@ class Laboratory:
     ) -> Trial:
         """A selection by a ranking ``[B, M]`` of the first M tokens; the last are the window."""
         kept: dict[str, Any] = {"num_sinks": SINKS, "window": WINDOW, **WHOLE, **certain}
-        behind = self.ids.shape[1] - ranking.shape[1]
-        ranking = torch.nn.functional.pad(ranking, (0, behind), value=torch.inf)
+        rest = self.ids.shape[1] - ranking.shape[1]
+        ranking = torch.nn.functional.pad(ranking, (0, rest), value=torch.inf)
         return Trial(label, Oracle(layer=layer, **kept), Preparation(ranking, work))
 
 

@@ -1,4 +1,8 @@
-"""What a method answers and saves, measured against full prefill."""
+"""What methods keep right and what they save: a folder for each question.
+
+``compare`` asks it of one prompt, ``grid`` of many, ``oracle`` asks how methods rank; ``tasks`` has
+the prompts and grades the answers. No question imports another; what several need lies here.
+"""
 
 from claa_ops._extras import require
 

@@ -1,4 +1,4 @@
-"""One bad record is told of, and the others run."""
+"""A bad record is reported, and the others run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from zipfile import BadZipFile
 
 @contextlib.contextmanager
 def left_out(where: str, on_problem: Callable[[str], None]) -> Iterator[None]:
-    """Tell of whatever the body raises, and go on after it.
+    """Report whatever the body raises, and continue after it.
 
     All that is done for one record stands in such a body: reading, encoding, prefill, decoding
     and grading. What concerns every record does not: a journal that cannot be written. An

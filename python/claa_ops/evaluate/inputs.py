@@ -1,4 +1,4 @@
-"""What a user may give, checked before any long work."""
+"""Prompts, files and folders that a user names, checked before any long work."""
 
 from __future__ import annotations
 

@@ -49,17 +49,17 @@ _DEFAULT_LENGTH = 2048  # lm-eval's own, for a model whose positions have no end
 
 @register_model("claa_ops")
 class ClaaLM(TemplateLM):
-    """A decoder that prefills with a ranking system, as a model of lm-eval.
+    """A decoder that prefills with any method, as a model of lm-eval.
 
     The context of a request is prefilled with the method. Then an answer is decoded greedily, or
-    the given continuation is teacher-forced. Requests come one by one; those
-    that share a context share its prefill. Where context and answer are longer than the model
+    the given continuation is teacher-forced. Requests are served one by one; those that share a
+    context share its prefill. Where context and answer are longer than the model
     together, the answer gets fewer tokens, but half of the length if it asks for as many; then
     the context is cut on the left. The first time that either happens it is said.
 
     Args:
         pretrained: a Hugging Face directory, a .gguf file or a hub id.
-        method: a key of :data:`claa_ops.methods.METHODS`.
+        method: as :func:`claa_ops.methods.find_method` takes it.
         keep: the budget, a rate (0.2, 20%) or a number of tokens.
         layer: the selection layer; both are left to the method's default if not given.
         draft: the model that ``speculative`` asks first, as ``pretrained``; if not given, itself.

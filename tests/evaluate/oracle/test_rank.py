@@ -140,7 +140,7 @@ def test_answers_are_scored_where_the_right_one_is_known(model, tokenizer, ranke
 
 
 def test_an_answer_is_as_long_as_the_right_one(model, tokenizer, ranked):
-    """What a model rambles on behind it would blur the oracle."""
+    """What a model writes after it would blur the oracle."""
     (prompt,), _ = rank(model, tokenizer, example(target="4711", max_new_tokens=0))
     assert prompt.answer == ranked.answer[:4]
     (prompt,), _ = rank(model, tokenizer, example(max_new_tokens=2))

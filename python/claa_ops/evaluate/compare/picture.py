@@ -1,4 +1,4 @@
-"""Pictures of a ranking."""
+"""A picture of how each layer ranks the prompt, and of what is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One prompt, two prefills: what a method answers, and what it saves against full prefill."""
+"""Full prefill and a method on one prompt: both answers, timed in turn."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ class _Watched(FullKV):
 
 
 def _selections(state: PrefillState) -> list[int]:
-    """After which layers fewer tokens went on; a first pass goes on to nothing but the second."""
+    """After which layers tokens were dropped; a first pass keeps them for the second alone."""
     after = [*state.lengths[1:], state.length]
     return [layer for layer, seen in enumerate(state.lengths) if after[layer] < seen]
 

@@ -1,4 +1,4 @@
-"""A comparison as tables for people and as one JSON object for programs."""
+"""The two prefills side by side, for people and as JSON."""
 
 from __future__ import annotations
 

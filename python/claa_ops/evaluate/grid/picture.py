@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: accuracy against work, and needles by depth and length."""
+"""Accuracy against work, and accuracy of needles by depth and length, as pictures."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def plot_frontier(rows: Sequence[Row], file: Path) -> None:
     figure = Figure(figsize=(8, height), dpi=150, layout="constrained")
     axes = figure.subplots()
     for index, label in enumerate(labels):
-        its = sorted((row for row in rows if row.label == label), key=lambda row: row.work)
+        points = sorted((row for row in rows if row.label == label), key=lambda row: row.work)
         colour = _COLOURS[index % len(_COLOURS)]
         # Side by side, so that each bar can be seen; but many methods do not reach further aside.
         aside = min(0.004, 0.024 / len(labels)) * (index - (len(labels) - 1) / 2)
         axes.errorbar(
-            [row.work + aside for row in its],
-            [row.accuracy.mean for row in its],
-            yerr=np.array([_arms(row) for row in its]).T,
+            [row.work + aside for row in points],
+            [row.accuracy.mean for row in points],
+            yerr=np.array([_arms(row) for row in points]).T,
             linestyle="none",
             marker=_MARKERS[index % len(_MARKERS)],
             markersize=6,
@@ -55,8 +55,8 @@ def plot_frontier(rows: Sequence[Row], file: Path) -> None:
         )
         best = [
             row
-            for place, row in enumerate(its)
-            if all(row.accuracy.mean > cheaper.accuracy.mean for cheaper in its[:place])
+            for place, row in enumerate(points)
+            if all(row.accuracy.mean > cheaper.accuracy.mean for cheaper in points[:place])
         ]
         axes.plot(
             [row.work + aside for row in best],
@@ -111,8 +111,8 @@ def plot_needles(records: Sequence[Record], folder: Path) -> list[Path]:
     for record in records:
         if "depth" in record.place:
             cells.setdefault(record.cell, []).append(record)
-    lengths = sorted({record.place["length"] for its in cells.values() for record in its})
-    depths = sorted({record.place["depth"] for its in cells.values() for record in its})
+    lengths = sorted({record.place["length"] for here in cells.values() for record in here})
+    depths = sorted({record.place["depth"] for here in cells.values() for record in here})
     if len(lengths) * len(depths) < 2:
         return []
     files = []
@@ -137,13 +137,13 @@ def _plot_panels(
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
     for panel in panels.flat[len(cells) :]:
         panel.set_visible(False)
-    for panel, (cell, its) in zip(panels.flat, cells, strict=False):
+    for panel, (cell, answered) in zip(panels.flat, cells, strict=False):
         grid = np.full((len(depths), len(lengths)), np.nan)
         for row, depth in enumerate(depths):
             for column, length in enumerate(lengths):
                 here = [
                     record.score
-                    for record in its
+                    for record in answered
                     if (record.place["depth"], record.place["length"]) == (depth, length)
                 ]
                 if here:

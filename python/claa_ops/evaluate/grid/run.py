@@ -1,4 +1,4 @@
-"""A whole evaluation: what was asked for, all of its records, and the files that say what came."""
+"""Carry out a plan: load each model, have its records made, write the files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluations that others have published, ready to be repeated."""
+"""Published evaluations, ready to be repeated."""
 
 from __future__ import annotations
 

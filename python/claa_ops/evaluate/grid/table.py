@@ -1,4 +1,4 @@
-"""What an evaluation found: one row for each cell, as tables and as JSON."""
+"""Means, intervals and differences: a row for each cell."""
 
 from __future__ import annotations
 
@@ -67,32 +67,32 @@ def summarise(records: Sequence[Record], baseline: str = "full") -> list[Row]:
                 cells.setdefault(record.cell, []).append(record)
         full = {
             (record.task, record.name): record.cache_bytes
-            for cell, its in cells.items()
+            for cell, answered in cells.items()
             if cell.label == "full"
-            for record in its
+            for record in answered
         }
-        for cell, its in cells.items():
+        for cell, answered in cells.items():
             other = _counterpart(cell, baseline, cells)
             shares = [
                 record.cache_bytes / full[record.task, record.name]
-                for record in its
+                for record in answered
                 if (record.task, record.name) in full
             ]
-            logprobs = [record.logprob for record in its if record.logprob is not None]
-            scores = _by_task(its)
+            logprobs = [record.logprob for record in answered if record.logprob is not None]
+            scores = _by_task(answered)
             rows.append(
                 Row(
                     model=model,
                     label=cell.label,
                     layer=cell.layer,
                     keep=cell.keep,
-                    prompts=len(its),
+                    prompts=len(answered),
                     tasks={task: bootstrap([list(x.values())]) for task, x in scores.items()},
                     accuracy=bootstrap([list(x.values()) for x in scores.values()]),
                     difference=None if other is None else _difference(scores, cells[other]),
-                    work=float(np.mean([record.work for record in its])),
+                    work=float(np.mean([record.work for record in answered])),
                     cache=float(np.mean(shares)) if shares else float("nan"),
-                    cache_mib=float(np.mean([record.cache_bytes for record in its])) / 2**20,
+                    cache_mib=float(np.mean([record.cache_bytes for record in answered])) / 2**20,
                     logprob=float(np.mean(logprobs)) if logprobs else None,
                 )
             )

@@ -77,7 +77,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[str]:
 
 
 def _tokens(pieces: list[str], shades: str, needle: set[int]) -> str:
-    """One element per token; what lies behind the ranked ones is the window."""
+    """One element per token; what comes after the ranked ones is the window."""
     elements = []
     for position, piece in enumerate(pieces):
         kind = f"b{shades[position]}" if position < len(shades) else "w"

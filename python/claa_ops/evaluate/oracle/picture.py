@@ -1,4 +1,4 @@
-"""Pictures of a study: one heat map of methods by layers, and each measure over the layers."""
+"""A heat map of methods by layers, and each measure over the layers."""
 
 from __future__ import annotations
 

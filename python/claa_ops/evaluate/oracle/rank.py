@@ -10,7 +10,7 @@ Llama-3.1-8B (32 layers, 32 heads, 8 key/value heads, D = 128, bfloat16):
     keys and values of the prompt    2 * 32 * 8 * N * D * 2 bytes    17.2 GB, twice: for the answer
     queries of the answer            32 * 32 * T * D * 2 bytes       0.13 GB
     peak over the layers so far      2 * 128 * N * 4 bytes           0.13 GB, 128 queries at a time
-    hidden states, to go on from     31 * 4096 * N * 2 bytes         33.3 GB; `layers` names fewer
+    hidden states, to continue from  31 * 4096 * N * 2 bytes         33.3 GB; `layers` names fewer
     rankings, in host memory         32 * N * 4 bytes                0.02 GB for each method
 
 With 16 GB of weights that is 84 GB, and the widest layer of the prefill, before the answer has its
@@ -53,7 +53,7 @@ class RankedPrompt:
         answer: the model's own answer, with all tokens.
         score: how right the answer is, in [0, 1]; None where that is not known.
         answers: for each method how right the answer is, ``[L]``, float32, where only its best
-            tokens go on after each layer; whether it is the model's own, where ``score`` is None.
+            tokens are kept after each layer; where ``score`` is None, whether it is the model's own.
         raw: ``[M]``, float32: the oracle's importance; M leaves out the window.
         pooled: ``[M]``, float32: the same, pooled over neighbouring tokens.
         rankings: for each method its importance at each layer, ``[L, M]``, float32.
@@ -143,7 +143,7 @@ def rank_examples(
         layers: the layers whose rankings are wanted.
         keep: the budget whose tokens will be compared, and with which the methods answer.
         max_new_tokens: the length at which an answer is cut off, unless the example says so: at
-            the length of its target, since what a model goes on with is not the answer.
+            the length of its target, since what a model writes after that is not the answer.
         chat: whether the chat template applies, where an example leaves it open.
         on_step: called with a line of text before each slow step.
         on_problem: told of each prompt that cannot be used; the others are.

@@ -1,4 +1,4 @@
-"""A study from what a user asks for, and the files that show it."""
+"""Load the model, rank all prompts, compare, and draw."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user may ask of a study, checked before the models' library is loaded."""
+"""Which rankings to compare on which prompts, checked before transformers is loaded."""
 
 from __future__ import annotations
 

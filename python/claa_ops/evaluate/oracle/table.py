@@ -1,4 +1,4 @@
-"""A study as a table for people and as one JSON object for programs."""
+"""Agreement with the oracle by method, for people and as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks by name: prompts, and how their answers are graded."""
+"""Tasks by name: the prompts that they make, and how answers are graded."""
 
 from __future__ import annotations
 
