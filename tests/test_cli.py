@@ -218,7 +218,7 @@ def test_bad_prompts_are_refused(checkpoint, tmp_path):
         refuse("the prompt is empty", generate(checkpoint, "--prompt", text))
     refuse("standard input must be UTF-8 text", generate(checkpoint, input=b"\xff"))
     broken = generate(checkpoint, "--prompt", os.fsdecode(b"Z\xfcrich"))
-    refuse("the prompt must be UTF-8 text, got byte 0xfc at character 1", broken)
+    refuse("the prompt must be UTF-8 text, got byte 0xfc at offset 1", broken)
     refuse(
         "got both a prompt and a file of it",
         generate(checkpoint, "--prompt", "a", "--prompt-file", empty),

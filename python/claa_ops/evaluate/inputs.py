@@ -22,26 +22,30 @@ def read_prompt(text: str | None, file: str | None) -> str:
     if text is None:
         text = _read_utf8(file)
     else:
-        require_text(text, "the prompt")
+        require_text("the prompt", text)
     if not text.strip():
         raise InputError("the prompt is empty")
     return text
 
 
-def require_text(text: str, source: str) -> None:
-    """Refuse what is no Unicode text: half surrogates, such as bytes that are not UTF-8 leave.
+def require_text(name: str, text: str) -> None:
+    """Raise InputError if a text holds what is no character.
 
-    Python turns such bytes of the command line into half surrogates, and JSON can spell them.
+    That is a byte that is not UTF-8, which Python turns into half a surrogate pair on the command
+    line and in files read with ``surrogateescape``; or half a character of a JSON text, such as
+    the first of the two escapes of an emoji.
+
+    Args:
+        name: what the message calls the text.
+        text: the text; the message has the offset in its UTF-8 bytes.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        code = ord(text[error.start])
+        code, offset = ord(text[error.start]), len(text[: error.start].encode())
         is_byte = 0xDC80 <= code <= 0xDCFF
         got = f"byte 0x{code - 0xDC00:02x}" if is_byte else f"half surrogate U+{code:04X}"
-        raise InputError(
-            f"{source} must be UTF-8 text, got {got} at character {error.start}"
-        ) from error
+        raise InputError(f"{name} must be UTF-8 text, got {got} at offset {offset}") from error
 
 
 def check_picture_file(file: Path) -> None:

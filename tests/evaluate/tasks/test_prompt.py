@@ -70,7 +70,7 @@ def test_a_template_may_change_a_prompt(text, change):
 )
 @pytest.mark.parametrize("chat", [True, False])
 def test_a_half_surrogate_is_no_text(text, got, chat):
-    with pytest.raises(InputError, match=f"the prompt must be UTF-8 text, got {got} at charac"):
+    with pytest.raises(InputError, match=f"the prompt must be UTF-8 text, got {got} at offs"):
         encode_prompt(TOKENIZER, text, chat=chat)
     with pytest.raises(InputError, match="the prompt must be UTF-8 text"):
         encode_prompt(TOKENIZER, "a", chat=chat, answer_prefix=text)

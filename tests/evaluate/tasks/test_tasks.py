@@ -76,7 +76,7 @@ def test_filler_is_text(tmp_path):
     (tmp_path / "a.txt").write_text("First one.", encoding="utf-8-sig")
     assert filler_sentences(tmp_path) == ["First one."]
     (tmp_path / "b.txt").write_bytes("Caf\u00e9.".encode("latin-1"))
-    told = r"the filler .*b.txt must be UTF-8 text .*, got the byte 0xe9 at offset 3"
+    told = r"the filler .*b.txt must be UTF-8 text, got byte 0xe9 at offset 3"
     with pytest.raises(InputError, match=told):
         filler_sentences(tmp_path)
 
@@ -312,7 +312,7 @@ def test_null_is_as_good_as_no_prefix(tmp_path):
     "spoil, told",
     [
         (lambda text: text.encode("latin-1"), "byte 0xe9 at offset 3"),
-        (lambda text: text.replace("é", "\\ud83d").encode(), "half, 0xd83d, at offset 3"),
+        (lambda text: text.replace("é", "\\ud83d").encode(), r"half surrogate U\+D83D at offset 3"),
     ],
 )
 def test_text_that_is_no_text_is_refused_and_never_replaced(field, spoil, told, tmp_path):
@@ -321,7 +321,7 @@ def test_text_that_is_no_text_is_refused_and_never_replaced(field, spoil, told, 
     (tmp_path / "a.jsonl").write_bytes(spoil(line) + b"\n" + line.encode())
     (spoilt, whole), _ = make(f"ruler:{tmp_path / 'a.jsonl'}")
     assert "\ufffd" not in repr(spoilt)
-    with pytest.raises(InputError, match=f"must be UTF-8 text of whole characters, got .* {told}"):
+    with pytest.raises(InputError, match=f"must be UTF-8 text, got {told}"):
         spoilt.check()
     whole.check()
 
@@ -333,7 +333,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path):
     assert len(found) == 2 and not problems
     file.write_text(json.dumps(ruler()), encoding="utf-16")
     _, (problem,) = make(f"ruler:{file}")
-    assert "got the byte 0xff at offset 0" in problem
+    assert "got byte 0xff at offset 0" in problem
 
 
 def test_files_of_one_name_have_records_of_their_own(tmp_path):

@@ -53,7 +53,7 @@ class RankedPrompt:
         answer: the model's own answer, with all tokens.
         score: how right the answer is, in [0, 1]; None where that is not known.
         answers: for each method how right the answer is, ``[L]``, float32, where only its best
-            tokens are kept after each layer; where ``score`` is None, whether it is the model's own.
+            tokens are kept after each layer; whether it is the model's own where no score is known.
         raw: ``[M]``, float32: the oracle's importance; M leaves out the window.
         pooled: ``[M]``, float32: the same, pooled over neighbouring tokens.
         rankings: for each method its importance at each layer, ``[L, M]``, float32.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from claa_ops.huggingface.models import InputError
+from claa_ops.evaluate.inputs import require_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +59,3 @@ class Example:
         require_text("the answer's prefix", self.answer_prefix)
         for answer in (self.target or "", *self.answers):
             require_text("the right answer", answer)
-
-
-def require_text(name: str, text: str) -> None:
-    """Raise InputError if a text holds what is no character.
-
-    That is a byte of a file that is not UTF-8, read with ``surrogateescape``, or half a character
-    of a JSON text, such as the first of the two escapes of an emoji.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code, offset = ord(text[error.start]), len(text[: error.start].encode("utf-8"))
-        part = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"half, {code:#06x},"
-        raise InputError(
-            f"{name} must be UTF-8 text of whole characters, got the {part} at offset {offset}"
-        ) from error

@@ -10,7 +10,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from claa_ops.evaluate.guard import left_out
-from claa_ops.evaluate.tasks.example import Example, require_text
+from claa_ops.evaluate.inputs import require_text
+from claa_ops.evaluate.tasks.example import Example
 from claa_ops.huggingface.models import InputError
 
 CountTokens = Callable[[str], int]

@@ -36,14 +36,14 @@ def encode_prompt(
         InputError: the text is not Unicode, or the chat template is missing, fails or leaves the
             text out.
     """
-    require_text(text + answer_prefix, "the prompt")
+    require_text("the prompt", text + answer_prefix)
     if chat and not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template: use chat=False")
     if chat is None:
         chat = bool(tokenizer.chat_template)
     if chat:
         text = _as_chat(tokenizer, text)
-        require_text(text, "the prompt in the chat template")
+        require_text("the prompt in the chat template", text)
     text += answer_prefix
     # A template writes the special tokens itself.
     encoding = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)

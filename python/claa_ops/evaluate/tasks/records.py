@@ -16,7 +16,8 @@ from zipfile import Path as ZipPath
 from zipfile import ZipFile
 
 from claa_ops.evaluate.guard import left_out, reason
-from claa_ops.evaluate.tasks.example import Example, require_text
+from claa_ops.evaluate.inputs import require_text
+from claa_ops.evaluate.tasks.example import Example
 from claa_ops.evaluate.tasks.harness import harness_task, harness_tasks
 from claa_ops.huggingface.models import InputError
 
