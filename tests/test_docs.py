@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from claa_ops import gather_tokens
-from claa_ops.methods import CLAA
+from claa_ops.methods import CLAA, METHODS
 from claa_ops.prefill import begin
 from support.tiny_checkpoint import tiny_tokenizer
 from support.tiny_models import build, prompt
@@ -80,6 +80,14 @@ def test_the_programs_of_a_page_run(page, names, checkpoint, tmp_path, monkeypat
 def test_its_links_to_files_lead_somewhere(text):
     links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)(?:#[^)]*)?\)", text.read_text())
     assert not [link for link in links if not (text.parent / link).exists()]
+
+
+def test_every_method_is_in_the_guide():
+    rows = re.findall(
+        r"^\| `(\w+)`, `([\w-]+)` \|", (ROOT / "docs/guide/choose-method.md").read_text(), re.M
+    )
+    assert {name: method for method, name in rows} == {k: m.__name__ for k, m in METHODS.items()}
+    assert f"{len(METHODS) - 1} others" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("module", PUBLIC)
