@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from claa_ops.methods import CLAA, FastKV
+from claa_ops.methods import CLAA, FastKV, LazyLLM, PromptDistill
 from claa_ops.prefill import ClaaCache, attach
 from support.tiny_models import build, prompt
 
@@ -27,7 +27,13 @@ def prefill_and_decode(forward, cache, ids, mask, steps=2):
 
 @pytest.mark.parametrize(
     ("family", "method", "padded"),
-    [("llama", RATE, False), ("llama", STAGED, False), ("gemma3_text", ABSOLUTE, True)],
+    [
+        ("llama", RATE, False),
+        ("llama", STAGED, False),
+        ("llama", LazyLLM(keep=0.3), False),
+        ("llama", PromptDistill(keep=0.4), False),
+        ("gemma3_text", ABSOLUTE, True),
+    ],
 )
 def test_prefill_and_decode_are_one_graph_each(family, method, padded):
     torch.compiler.reset()

@@ -297,9 +297,19 @@ def test_a_conversation_through_generate(family):
     assert_close(logits[:, 0], step[:, 0])
 
 
-def test_requests_on_one_model_do_not_mix(model):
+@pytest.mark.parametrize(
+    "method",
+    [
+        METHOD,
+        LazyLLM(keep=0.2),
+        PromptDistill(keep=0.3, layer=1),
+        UniPrefill(top_p=0.5, layer=(0, 2), block=8, num_sinks=4, window=8),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_requests_on_one_model_do_not_mix(model, method):
     prompts = [prompt(LENGTH)[0], prompt(33, seed=1)[0]]
-    methods = [METHOD, CLAA(keep=20, keep_kv=16, layer=0, first_full=0)]
+    methods = [method, CLAA(keep=20, keep_kv=16, layer=0, first_full=0)]
     caches, alone = [], []
     for ids, method in zip(prompts, methods, strict=True):
         alone.append(generate(model, ids, ClaaCache(model.config, method))[0])

@@ -394,6 +394,10 @@ CASES = {
         LazyLLM(keep=0.37),
         slow_layered((1.0, 0.74, 0.37), 1.0, layer=(0, 2, 3), window=1, kernel=1),
     ),
+    "lazyllm, given layers": (
+        LazyLLM(keep=0.3, layer=(1, 3)),
+        slow_layered((0.6, 0.3), 1.0, layer=(1, 3), window=1, kernel=1),
+    ),
     "lazyllm, given stages, caches cut": (
         LazyLLM(keep=(0.7, 0.4), layer=(1, 4), keep_kv=0.3),
         slow_layered((0.7, 0.4), 0.3, layer=(1, 4), window=1, kernel=1),

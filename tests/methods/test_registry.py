@@ -12,7 +12,7 @@ import pytest
 
 from claa_ops import methods
 from claa_ops.methods import METHODS, Method, make_method
-from claa_ops.selection import state
+from claa_ops.selection import Budget, Sizes, state
 
 MODULES = [
     importlib.import_module(f"claa_ops.methods.{module.name}")
@@ -65,11 +65,18 @@ def test_defaults_scale_with_the_depth():
 
 def test_several_layers_scale_with_the_depth():
     lazy = make_method("lazyllm", num_layers=32, keep=0.2)
-    assert (lazy.layer, lazy.keep) == ((7, 15, 23), (0.6, 0.4, 0.2))
-    assert make_method("lazyllm", num_layers=32, keep=500).keep == (1500, 1000, 500)
-    assert make_method("lazyllm", num_layers=32, keep=0.4).keep == (1.0, 0.8, 0.4)
-    small = make_method("lazyllm", num_layers=3, keep=0.2)  # two layers that can select
-    assert (small.layer, small.keep) == ((0, 1), (0.4, 0.2))
+    assert (lazy.layer, lazy.keep) == ((7, 15, 23), 0.2)
+    for keep, kept in {0.2: (0.6, 0.4, 0.2), 500: (1500, 1000, 500), 0.4: (1.0, 0.8, 0.4)}.items():
+        budgets = {layer: Budget.of(each) for layer, each in zip((7, 15, 23), kept, strict=True)}
+        sizes = Sizes(2000, 2000, 32)
+        for method in (
+            methods.LazyLLM(keep=keep),
+            make_method("lazyllm", num_layers=32, keep=keep),
+        ):
+            for layer, budget in method.stages(32).items():
+                assert budget.tokens(2000, 1) == budgets[layer].tokens(2000, 1)
+            assert method._seen(sizes)[-1] == budgets[23].tokens(2000, 1)
+    assert make_method("lazyllm", num_layers=3, keep=0.2).layer == (0, 1)  # no more can select
     assert make_method("promptdistill", num_layers=32).layer == 13
     assert make_method("uniprefill", num_layers=32).layer == (7, 11, 15, 19, 23, 27)
     assert make_method("uniprefill", num_layers=30).layer == (6, 10, 14, 17, 21, 25)

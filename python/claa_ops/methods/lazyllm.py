@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from claa_ops.methods.pruning import Keep, Pruning
 from claa_ops.selection.budget import Budget
@@ -20,9 +20,10 @@ class LazyLLM(Pruning):
 
     Args:
         keep: tokens that continue after the last selection layer: a rate of the prompt in (0, 1],
-            or a number; a tuple with ``layer`` as in :class:`Pruning`.
-        layer: the selection layers. None for the last layers of the first, second and third
-            quarter of the model, after which three times, twice and once ``keep`` continue.
+            or a number; after the layer before it twice as many, then three times as many. Or a
+            tuple, as in :class:`Pruning`.
+        layer: the selection layer, or several, ascending. None for the last layers of the first,
+            second and third quarter of the model.
         keep_kv: tokens that a layer's cache keeps, by that layer's own ranking; all by default.
         first_full, num_sinks, equal_cache: see :class:`Pruning`.
         window, kernel_size, pool_mode: see :class:`Method`; one query, and nothing is pooled.
@@ -40,8 +41,8 @@ class LazyLLM(Pruning):
     original takes a percentile of the tokens that a layer sees.
 
     Example:
-        >>> LazyLLM(keep=0.1).at_depth(32).keep
-        (0.3, 0.2, 0.1)
+        >>> LazyLLM(keep=0.1).at_depth(32).layer
+        (7, 15, 23)
         >>> method = LazyLLM(keep=(0.5, 0.2), layer=(9, 20))
     """
 
@@ -53,11 +54,16 @@ class LazyLLM(Pruning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        last = self._keeps[-1]
-        counts = [last.count * times for times in (3, 2, 1)]
-        if last.per:
-            counts = [min(count, last.per) for count in counts]
-        object.__setattr__(self, "_steps", tuple(Budget(count, last.per) for count in counts))
+        object.__setattr__(self, "_steps", tuple(_steps(self._keeps[-1], 3)))
+
+    def _each(self, name: str) -> list[Any]:
+        """The values of ``layer`` or ``keep``; one budget is stretched over several layers."""
+        values = super()._each(name)
+        budget = Budget.of(self.keep)
+        if name == "layer" or budget is None or not isinstance(self.layer, tuple):
+            return values
+        steps = _steps(budget, len(self.layer))
+        return [step.count / step.per if step.per else step.count for step in steps]
 
     def selection_layers(self, num_layers: int) -> tuple[int, ...]:
         """7, 15 and 23 of 32; fewer if the model has too few."""
@@ -73,10 +79,14 @@ class LazyLLM(Pruning):
         return dict(zip(layers, self._steps[-len(layers) :], strict=True))
 
     def at_depth(self, num_layers: int) -> Self:
-        """The same method with its selection layers and their budgets filled in."""
+        """The same method with its selection layers filled in; ValueError if there are none."""
         self.check(num_layers)
-        if self.layer is not None:
-            return self
-        stages = self.stages(num_layers)
-        keeps = [step.count / step.per if step.per else step.count for step in stages.values()]
-        return replace(self, layer=tuple(stages), keep=tuple(keeps))
+        return (
+            replace(self, layer=self.selection_layers(num_layers)) if self.layer is None else self
+        )
+
+
+def _steps(last: Budget, stages: int) -> list[Budget]:
+    """The budget as the last of several: before it twice, three times as much, at most all."""
+    counts = [last.count * (stages - stage) for stage in range(stages)]
+    return [Budget(min(count, last.per) if last.per else count, last.per) for count in counts]
