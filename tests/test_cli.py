@@ -140,7 +140,7 @@ def test_a_draft_is_loaded(checkpoint, tmp_path):
     (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
     message = "the prompt has 243 tokens and 0 may follow, but the draft's context holds 128"
     refuse(message, generate(checkpoint, *speculative, "--draft", short))
-    message = "a draft is for the method speculative, got claa"
+    message = "a draft is for the methods speculative and selective-context, got claa"
     refuse(message, generate(checkpoint, "--prompt", PROMPT, "--draft", checkpoint))
 
 

@@ -295,7 +295,10 @@ def refuse(message: str, result) -> None:
         (["--schedule", "1:10,3:50"], "schedule must keep no more .*, got 50 after 10"),
         (["--model", "/no/such/model"], "model /no/such/model does not exist"),
         (["--dtype", "int8"], "unknown dtype 'int8'"),
-        (["--draft", "x"], "a draft is for the method speculative, got claa"),
+        (
+            ["--draft", "x"],
+            "a draft is for the methods speculative and selective-context, got claa",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(checkpoint, filler, tmp_path, options, message):

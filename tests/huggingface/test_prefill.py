@@ -15,6 +15,7 @@ from claa_ops.methods import (
     FullKV,
     GemFilter,
     Oracle,
+    SelectiveContext,
     SpeculativePrefill,
     make_method,
 )
@@ -181,11 +182,12 @@ def test_a_smaller_model_is_the_draft(model):
     assert prefilled.next_position.tolist() == [LENGTH]
 
 
-def test_a_draft_of_another_vocabulary_is_refused(model):
+@pytest.mark.parametrize("kind", [SelectiveContext, SpeculativePrefill])
+def test_a_draft_of_another_vocabulary_is_refused(model, kind):
     draft = build("llama", vocab_size=120)
     message = "draft must have the tokenizer of the model, whose vocabulary has 99 .*got one of 120"
-    with pytest.raises(ValueError, match=message):
-        prefill(model, prompt(LENGTH)[0], SpeculativePrefill(draft=draft))
+    with pytest.raises(ValueError, match=f"{kind.__name__}: {message}"):
+        prefill(model, prompt(LENGTH)[0], kind(draft=draft))
 
 
 def test_a_draft_with_a_vocabulary_that_is_padded_otherwise_can_be_vouched_for(model):
@@ -193,6 +195,8 @@ def test_a_draft_with_a_vocabulary_that_is_padded_otherwise_can_be_vouched_for(m
     draft = build("llama", vocab_size=120)
     method = SpeculativePrefill(keep=0.5, draft=draft, shared_tokenizer=True, chunk=10)
     assert prefill(model, ids, method).positions.shape[1] in (45, 50)
+    method = SelectiveContext(keep=50, draft=draft, shared_tokenizer=True)
+    assert prefill(model, ids, method).positions.shape[1] == 50
 
 
 def test_tokenizers_are_compared_where_both_are_at_hand():

@@ -38,7 +38,9 @@ OPTIONS: dict[str, Any] = {
         "--chat/--no-chat",
         help="Put prompts into the chat template. Default: if the tokenizer has one.",
     ),
-    "draft": typer.Option(help="The draft of the method speculative. Default: the model itself."),
+    "draft": typer.Option(
+        help="The draft of speculative or selective-context. Default: the model itself."
+    ),
     "keep_kv": typer.Option(
         help="Tokens that each layer's K/V cache keeps, likewise; 1.0 keeps exact digits. "
         "Default: --keep."

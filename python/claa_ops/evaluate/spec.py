@@ -102,7 +102,8 @@ def require_drafted(specs: Sequence[MethodSpec]) -> None:
     """Raise InputError unless one of the methods has a draft."""
     if not any(spec.has("draft") for spec in specs):
         raise InputError(
-            "a draft is for the method speculative, got " + ", ".join(spec.label for spec in specs)
+            "a draft is for the methods speculative and selective-context, got "
+            + ", ".join(spec.label for spec in specs)
         )
 
 

@@ -62,7 +62,8 @@ class ClaaLM(TemplateLM):
         method: as :func:`claa_ops.methods.find_method` takes it.
         keep: the budget, a rate (0.2, 20%) or a number of tokens.
         layer: the selection layer; both are left to the method's default if not given.
-        draft: the model that ``speculative`` asks first, as ``pretrained``; if not given, itself.
+        draft: the model that ``speculative`` or ``selective-context`` asks first, as
+            ``pretrained``; if not given, itself.
         dtype, device: as :func:`claa_ops.huggingface.models.load_model` takes them.
         max_length: of context and answer in tokens; the model's own if not given.
         settings: any other setting of the method, such as ``zscore=True``.

@@ -35,7 +35,7 @@ class Settings:
         layer: the selection layer; None for the method's own at this depth.
         schedule: a selection in stages instead, as `parse_schedule` reads it.
         window: of the method; None for its own.
-        draft: the model of ``speculative``; None for the model itself.
+        draft: the model of ``speculative`` or ``selective-context``; None for the model itself.
         max_new_tokens: the length at which an answer is cut off.
         dtype, device: as `load_model` takes them.
         threads: of torch on the CPU; None for its own choice.

@@ -49,7 +49,7 @@ class Plan:
         chat, max_length, batch_size: as `evaluate_model` takes them.
         time_limit: minutes after which nothing more is computed; None for none.
         baseline: the method that differences are taken to.
-        draft: the model of ``speculative``.
+        draft: the model of ``speculative`` and ``selective-context``.
         remarks: what a user should know of the options, in sentences.
         left_out: what a suite would have but for the lack of an option, in sentences.
         dtype, device: as `load_model` takes them.
