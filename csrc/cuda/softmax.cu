@@ -160,8 +160,7 @@ __global__ __launch_bounds__(kAttentionThreads, Product::kBlocksPerSm) void part
   }
 
   partials.store<Math>(
-      p.partials + (int64_t(bg) * p.chunks + chunk) * rows + warp_tile * kTileQueries,
-      n_tiles);
+      p.partials + (int64_t(bg) * p.chunks + chunk) * rows + warp_tile * kTileQueries, n_tiles);
 }
 
 template <class Math>

@@ -108,10 +108,10 @@ using Peaks = float[Shape::kTiles][Shape::kQueries / 2];
 // Takes in one query head.
 template <class Shape>
 __device__ __forceinline__ void add_head(Peaks<Shape>& peak, const char* keys, const char* queries,
-                                         float scale_log2) {
+                                         int lane, float scale_log2) {
   constexpr int kQueries = Shape::kQueries;
   const float4* normalizers =
-      reinterpret_cast<const float4*>(queries + Shape::kQueryBytes) + threadIdx.x % 4;
+      reinterpret_cast<const float4*>(queries + Shape::kQueryBytes) + lane % 4;
 #pragma unroll
   for (int t = 0; t < Shape::kTiles; ++t) {
     float x[kQueries / 2];  // as in Peaks
@@ -131,10 +131,14 @@ __device__ __forceinline__ void add_head(Peaks<Shape>& peak, const char* keys, c
 
 template <class Shape>
 __device__ __forceinline__ void write(const PeakSecondPass& p, const Peaks<Shape>& peak,
-                                      const OutputTile& tile, int warp) {
+                                      const OutputTile& tile) {
   constexpr int kTiles = Shape::kTiles;
   const WindowAttention& a = p.attention;
-  const int lane = threadIdx.x % kWarp;
+  // Opaque, so that the compiler cannot hoist parts of addresses out of the loop over heads, where
+  // no registers are left.
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  const int warp = thread / kWarp, lane = thread % kWarp;
   const int64_t b = tile.b;
   const int start = Visibility::near(a.start.data ? a.start[b] : 0);
   const int query = tile.query + lane % 4 * 2, n_queries = int(a.window) - query;
@@ -162,6 +166,7 @@ template <class Shape>
 __device__ __forceinline__ void consume(const Params& p, Pipelines<Shape>& pipes, int warp) {
   const WindowAttention& a = p.pass.attention;
   const int group = int(a.group()), kv_heads = int(a.kv_heads);
+  const int lane = threadIdx.x % kWarp;
   const float scale_log2 = a.scale * FastExp::kUnit;
   auto& [keys, queries, key_state, query_state] = pipes;
   for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
@@ -175,14 +180,14 @@ __device__ __forceinline__ void consume(const Params& p, Pipelines<Shape>& pipes
         queries.wait(query_state);
         add_head<Shape>(peak,
                         keys.tile(key_state) + warp / 4 * Shape::kTiles * kTileRows * kRowBytes,
-                        queries.tile(query_state), scale_log2);
+                        queries.tile(query_state), lane, scale_log2);
         // Every thread for itself. One lane for its warp would do, but not for racecheck, which
         // follows what becomes of the normalizers.
         queries.empty[query_state.stage].arrive();
       }
       keys.free(key_state);
     }
-    write<Shape>(p.pass, peak, OutputTile::of<Shape>(p, index), warp);
+    write<Shape>(p.pass, peak, OutputTile::of<Shape>(p, index));
   }
 }
 

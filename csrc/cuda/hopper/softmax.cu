@@ -32,21 +32,24 @@ struct Params {
 struct WorkItem {
   int chunk, span, bg, b, g;
   int head_span;  // the same in items that share their queries
-  int first_key, tiles;
+  int tiles;
   int turns;  // tiles and empty ones: warpgroups take the same tiles of an item in any block
 
   __device__ __forceinline__ WorkItem(const Params& p, int index) {
-    const int kv_heads = int(p.attention.kv_heads), chunk_keys = p.chunk_tiles * kTileRows;
+    const int kv_heads = int(p.attention.kv_heads);
     chunk = index % p.chunks;
     head_span = index / p.chunks;
     span = head_span % p.spans;
     bg = head_span / p.spans;
     b = bg / kv_heads;
     g = bg % kv_heads;
-    first_key = chunk * chunk_keys;
-    const int keys = min(int(p.attention.total) - first_key, chunk_keys);
+    const int keys = min(int(p.attention.total) - first_key(p), p.chunk_tiles * kTileRows);
     tiles = (keys + kTileRows - 1) / kTileRows;
     turns = (tiles + kWarpgroups - 1) / kWarpgroups * kWarpgroups;
+  }
+
+  __device__ __forceinline__ int first_key(const Params& p) const {
+    return chunk * p.chunk_tiles * kTileRows;
   }
 };
 
@@ -72,19 +75,19 @@ struct Consumer {
                                            PipelineState& state, const WorkItem& item) const {
     const WindowAttention& a = p.attention;
     const float scale_log2 = a.scale * FastExp::kUnit;
-    const int end = min(item.first_key + p.chunk_tiles * kTileRows, int(a.total));
+    const int end = min(item.first_key(p) + p.chunk_tiles * kTileRows, int(a.total));
     const int start = Visibility::near(a.start.data ? a.start[item.b] : 0);
     const int context = p.is_causal ? int(a.context()) : int(a.total) - 1;
     for (int i = 0; i < item.turns; ++i, ring.advance(state)) {
       if (i % kWarpgroups != warpgroup) continue;
       ring.wait(state);
-      const int key = item.first_key + i * kTileRows;
-      const bool all_see = key >= start && key + kTileRows <= min(end, context + 1);
-      const auto to = [&](int row) {
-        const int query = p.is_causal ? QueryRow(a, item.span * p.span_rows + row).query : 0;
-        return min(end, context + query + 1) - key;
-      };
       if (i < item.tiles) {
+        const int key = item.first_key(p) + i * kTileRows;
+        const bool all_see = key >= start && key + kTileRows <= min(end, context + 1);
+        const auto to = [&](int row) {
+          const int query = p.is_causal ? QueryRow(a, item.span * p.span_rows + row).query : 0;
+          return min(end, context + query + 1) - key;
+        };
 #pragma unroll
         for (int t = 0; t < kRowTiles; ++t) {
           // Query rows by keys: lane 4r + c of warp w has of row 16w + r keys 8j + 2c and 8j + 2c +
@@ -129,7 +132,7 @@ __global__ __launch_bounds__(kThreads, 1) void partials_kernel(
         Barrier& full = ring.begin_load(state, f < p.stages, has_keys ? kTileBytes<kDim> : 0);
         if (has_keys)
           load_keys<kDim, kTileRows>(p.attention, map, ring.tile(state), full, item.b, item.g,
-                                     item.first_key + i * kTileRows);
+                                     item.first_key(p) + i * kTileRows);
       }
     }
     return;
