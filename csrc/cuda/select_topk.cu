@@ -198,16 +198,27 @@ __device__ Threshold find_threshold_bin(H& histogram, Threshold& found, uint32_t
 template <int kBlocks>
 struct Member {
   static constexpr bool kCluster = kBlocks > 1, kIsGrid = kBlocks == kGrid;
+  int lane, warp, warps;
   uint32_t blocks, row, rank;
   GridScratch* scratch = nullptr;
   uint32_t turns = 0;  // barriers of the grid team so far
 
   __device__ __forceinline__ explicit Member(uint32_t team_blocks)
-      : blocks(kIsGrid ? team_blocks : kBlocks),
+      : lane(threadIdx.x % kWarp),
+        warp(threadIdx.x / kWarp),
+        warps(blockDim.x / kWarp),
+        blocks(kIsGrid ? team_blocks : kBlocks),
         row(blockIdx.x / blocks),
         rank(kCluster  ? cluster_rank()
              : kIsGrid ? blockIdx.x - row * blocks
                        : 0) {}
+
+  // The sum over the block's warps before this one.
+  __device__ __forceinline__ uint32_t sum_of_warps_before(uint32_t sum, uint32_t* warp_sums) const {
+    if (lane == 0) warp_sums[warp] = sum;
+    __syncthreads();
+    return __reduce_add_sync(kFullMask, lane < warp ? warp_sums[lane] : 0u);
+  }
 
   // A barrier of the blocks of a grid team.
   __device__ __forceinline__ void wait_for_team() {
@@ -241,7 +252,6 @@ struct Member {
   // and `ties_before`, which are of the block's warps before it, those of the blocks before.
   __device__ __forceinline__ void add_blocks_before(uint32_t above, uint32_t ties,
                                                     uint32_t& above_before, uint32_t& ties_before) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
     uint32_t* block_sums = scratch->block_sums;
     if (warp == warps - 1 && lane == 0) {
       block_sums[2 * rank] = above_before + above;
@@ -267,6 +277,7 @@ struct Tokens {
   static_assert(kVectors <= 4);  // counts of each, up to 128, share a word (`enumerate`)
   const float* scores;           // of the warp's first token, at a 16-byte boundary
   int from, end;                 // tokens of the warp that exist
+  int lane;
   uint32_t orders[kItems];
 
   __device__ __forceinline__ bool is_whole(int vector) const {
@@ -275,7 +286,6 @@ struct Tokens {
   __device__ __forceinline__ bool exists(int j) const { return j >= from && j < end; }
 
   __device__ __forceinline__ void load(int tile) {
-    const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int vector = tile + v * kWarp * kVector, j = vector + lane * kVector;
@@ -295,7 +305,6 @@ struct Tokens {
 
   // Makes orders of the scores that were loaded.
   __device__ __forceinline__ void convert(int tile) {
-    const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int vector = tile + v * kWarp * kVector, j = vector + lane * kVector;
@@ -448,21 +457,13 @@ __device__ __forceinline__ Selection find_threshold(Tokens& tokens, Shared<kBloc
           .equal = found.equal};
 }
 
-// The sum over the block's warps before this one.
-__device__ __forceinline__ uint32_t sum_of_warps_before(uint32_t sum, uint32_t* warp_sums) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  if (lane == 0) warp_sums[warp] = sum;
-  __syncthreads();
-  return __reduce_add_sync(kFullMask, lane < warp ? warp_sums[lane] : 0u);
-}
-
 // Writes the kept tokens of this warp, whose first token is `begin`. `stage` has room for a tile.
 template <class Index, int kBlocks, class Tokens>
 __device__ __forceinline__ void write_scored(Tokens& tokens, const Selection& selection,
                                              Shared<kBlocks>& shared, Member<kBlocks>& member,
                                              uint16_t* stage, int64_t begin, Index* out) {
   constexpr bool kIsGrid = kBlocks == kGrid;
-  const int lane = threadIdx.x % kWarp;
+  const int lane = member.lane;
   const auto is_tie = [&](uint32_t order) { return selection.is_tie(order); };
 
   // How many of the ties fall to this warp: as many as the warps and blocks before it leave.
@@ -480,11 +481,11 @@ __device__ __forceinline__ void write_scored(Tokens& tokens, const Selection& se
   [[maybe_unused]] uint32_t above_before = 0;
   uint32_t ties_before = selection.equal;
   if constexpr (!kIsGrid) {
-    if (selection.has_ties) ties_before += sum_of_warps_before(my_ties, shared.warp_sums[0]);
+    if (selection.has_ties) ties_before += member.sum_of_warps_before(my_ties, shared.warp_sums[0]);
   } else {
     my_above = __reduce_add_sync(kFullMask, my_above);
-    above_before = sum_of_warps_before(my_above, shared.warp_sums[0]);
-    ties_before = sum_of_warps_before(my_ties, shared.warp_sums[1]);
+    above_before = member.sum_of_warps_before(my_above, shared.warp_sums[0]);
+    ties_before = member.sum_of_warps_before(my_ties, shared.warp_sums[1]);
     if (member.blocks > 1) member.add_blocks_before(my_above, my_ties, above_before, ties_before);
   }
   // For this warp and those after it.
@@ -509,7 +510,7 @@ __device__ __forceinline__ void write_scored(Tokens& tokens, const Selection& se
   };
   if constexpr (!kIsGrid) {
     const uint32_t kept = stage_tile();
-    const uint32_t to = sum_of_warps_before(kept, shared.warp_sums[1]);
+    const uint32_t to = member.sum_of_warps_before(kept, shared.warp_sums[1]);
     const uint32_t equal =
         selection.has_ties ? min(selection.equal, selection.ties) : selection.equal;
     write_tile(0, kept, selection.above + equal + to);
@@ -532,13 +533,13 @@ __global__ __launch_bounds__(kMaxThreads, 1) void select_kernel(const SelectTopk
   using RowTokens = Tokens<kItems, kResident>;
   extern __shared__ __align__(16) char dynamic[];
   auto& shared = *reinterpret_cast<Shared<kBlocks>*>(dynamic);
-  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  auto* stage = reinterpret_cast<uint16_t*>(dynamic + sizeof(shared)) + warp * RowTokens::kTile;
   set_up(shared);
   wait_for_kernels_ahead();
 
   // ---- the row, and this warp's tokens of it; the team's first token is at a 16-byte boundary
   Member<kBlocks> member(team_blocks);
+  auto* stage =
+      reinterpret_cast<uint16_t*>(dynamic + sizeof(shared)) + member.warp * RowTokens::kTile;
   const uint32_t row = member.row, b = row / uint32_t(p.inner);
   const float* scores =
       p.scores + b * p.scores_stride_b + (row - b * uint32_t(p.inner)) * p.scores_stride_inner;
@@ -547,11 +548,12 @@ __global__ __launch_bounds__(kMaxThreads, 1) void select_kernel(const SelectTopk
   const int64_t first = tiers.first, candidates = p.context - first;
   const int64_t aligned =
       first - int64_t(reinterpret_cast<uintptr_t>(scores + first) / sizeof(float) % kVector);
-  const int64_t begin = aligned + int64_t(member.rank * warps + warp) * per_warp;
+  const int64_t begin = aligned + int64_t(member.rank * member.warps + member.warp) * per_warp;
   RowTokens tokens;
   tokens.from = int(max<int64_t>(first - begin, 0));
   tokens.end = int(max<int64_t>(min(per_warp, p.context - begin), 0));
   tokens.scores = scores + begin;
+  tokens.lane = member.lane;
   if constexpr (kResident) tokens.load(0);
 
   // ---- what is kept whatever its score, and rows of which all or nothing is kept

@@ -60,6 +60,7 @@ struct Consumer {
   const Params& p;
   char* queries;
   int warpgroup;
+  float scale_log2;
 
   // The queries of an item's span, by all threads that multiply.
   __device__ __forceinline__ void load_queries(const WorkItem& item) const {
@@ -74,7 +75,6 @@ struct Consumer {
   __device__ __forceinline__ void add_item(PartialsOfRows<kRowTiles>& partials, Tiles& ring,
                                            PipelineState& state, const WorkItem& item) const {
     const WindowAttention& a = p.attention;
-    const float scale_log2 = a.scale * FastExp::kUnit;
     const int end = min(item.first_key(p) + p.chunk_tiles * kTileRows, int(a.total));
     const int start = Visibility::near(a.start.data ? a.start[item.b] : 0);
     const int context = p.is_causal ? int(a.context()) : int(a.total) - 1;
@@ -139,7 +139,8 @@ __global__ __launch_bounds__(kThreads, 1) void partials_kernel(
   }
 
   // ---- consumers
-  const Consumer<T, kDim, kRowTiles> consumer{p, queries, warp / (kWarpgroup / kWarp)};
+  const Consumer<T, kDim, kRowTiles> consumer{p, queries, warp / (kWarpgroup / kWarp),
+                                                p.attention.scale * FastExp::kUnit};
   PartialsOfRows<kRowTiles> partials;
   int head_span = -1;
   for (int index = first_item; index < end_item; ++index) {
@@ -155,7 +156,7 @@ __global__ __launch_bounds__(kThreads, 1) void partials_kernel(
     const int64_t part = (int64_t(item.bg) * p.chunks + item.chunk) * kWarpgroups;
     const int first_row = item.span * p.span_rows;
     partials.store(p.partials + (part + consumer.warpgroup) * p.rows + first_row,
-                   min(p.span_rows, p.rows - first_row), p.attention.scale * FastExp::kUnit);
+                   min(p.span_rows, p.rows - first_row), consumer.scale_log2);
   }
 }
 
