@@ -399,12 +399,10 @@ __device__ __forceinline__ Index* write_unscored(const SelectTopkParams& p,
 // The best `wanted` of a row: the scores above `cut`, and of the ties with it the first `ties`.
 struct Selection {
   uint32_t threshold, cut, ties;
-  bool has_ties;
   uint32_t above, equal;  // in the blocks before this one of a cluster: above and at the threshold
 
-  __device__ __forceinline__ bool is_tie(uint32_t order) const {
-    return has_ties && order == threshold;
-  }
+  // Where all scores at the threshold are kept, none counts as a tie.
+  __device__ __forceinline__ bool has_ties() const { return ties > 0; }
 };
 
 // Up to three histograms, each of the digit after the one before.
@@ -452,7 +450,6 @@ __device__ __forceinline__ Selection find_threshold(Tokens& tokens, Shared<kBloc
   return {.threshold = threshold,
           .cut = has_ties ? threshold : threshold - 1,
           .ties = has_ties ? found.wanted : 0,
-          .has_ties = has_ties,
           .above = above,
           .equal = found.equal};
 }
@@ -464,16 +461,21 @@ __device__ __forceinline__ void write_scored(Tokens& tokens, const Selection& se
                                              uint16_t* stage, int64_t begin, Index* out) {
   constexpr bool kIsGrid = kBlocks == kGrid;
   const int lane = member.lane;
-  const auto is_tie = [&](uint32_t order) { return selection.is_tie(order); };
+  const bool has_ties = selection.has_ties();
+  const uint32_t threshold = selection.threshold, cut = selection.cut;
+  const auto is_tie = [&](uint32_t order) { return has_ties && order == threshold; };
 
   // How many of the ties fall to this warp: as many as the warps and blocks before it leave.
   uint32_t my_above = 0, my_ties = 0;
-  if (selection.has_ties || kIsGrid) {
+  if (has_ties || kIsGrid) {
     tokens.for_each_tile([&](int) {
+      if constexpr (kIsGrid) {
 #pragma unroll
-      for (uint32_t order : tokens.orders) {
-        if constexpr (kIsGrid) my_above += order > selection.cut;
-        my_ties += is_tie(order);
+        for (uint32_t order : tokens.orders) my_above += order > cut;
+      }
+      if (has_ties) {
+#pragma unroll
+        for (uint32_t order : tokens.orders) my_ties += order == threshold;
       }
     });
     my_ties = __reduce_add_sync(kFullMask, my_ties);
@@ -481,7 +483,7 @@ __device__ __forceinline__ void write_scored(Tokens& tokens, const Selection& se
   [[maybe_unused]] uint32_t above_before = 0;
   uint32_t ties_before = selection.equal;
   if constexpr (!kIsGrid) {
-    if (selection.has_ties) ties_before += member.sum_of_warps_before(my_ties, shared.warp_sums[0]);
+    if (has_ties) ties_before += member.sum_of_warps_before(my_ties, shared.warp_sums[0]);
   } else {
     my_above = __reduce_add_sync(kFullMask, my_above);
     above_before = member.sum_of_warps_before(my_above, shared.warp_sums[0]);
@@ -491,7 +493,7 @@ __device__ __forceinline__ void write_scored(Tokens& tokens, const Selection& se
   // For this warp and those after it.
   uint32_t left = selection.ties - min(ties_before, selection.ties);
   const bool drops_ties = left > 0 && left < my_ties;
-  const uint32_t warp_cut = left > 0 ? selection.cut - 1 : selection.cut;
+  const uint32_t warp_cut = left > 0 ? cut - 1 : cut;
 
   const auto stage_tile = [&] {
     if (drops_ties)
@@ -511,8 +513,7 @@ __device__ __forceinline__ void write_scored(Tokens& tokens, const Selection& se
   if constexpr (!kIsGrid) {
     const uint32_t kept = stage_tile();
     const uint32_t to = member.sum_of_warps_before(kept, shared.warp_sums[1]);
-    const uint32_t equal =
-        selection.has_ties ? min(selection.equal, selection.ties) : selection.equal;
+    const uint32_t equal = has_ties ? min(selection.equal, selection.ties) : selection.equal;
     write_tile(0, kept, selection.above + equal + to);
   } else {
     uint32_t to = above_before + min(ties_before, selection.ties);
