@@ -128,8 +128,10 @@ __device__ __forceinline__ void add_tiles(const ScoresParams& p, float* sums, in
 
 // Pools the sums of keys [from, to) of the n_keys from `halo_begin` on, and writes the scores.
 __device__ __forceinline__ void pool_and_write(const ScoresParams& p, const float* sums,
-                                               unsigned range, unsigned bg, int64_t halo_begin,
-                                               int from, int64_t to, int n_keys) {
+                                               unsigned range, int64_t halo_begin, int from,
+                                               int64_t to, int n_keys) {
+  // Head and prompt are computed anew: kept until here, they would spill in some kernels.
+  const unsigned bg = range / unsigned(p.ranges);
   const int64_t context = p.scores.attention.context();
   const int slots = int(p.scores.slots());
   for (int at = from + threadIdx.x; at < to; at += kAttentionThreads) {
@@ -145,7 +147,6 @@ __device__ __forceinline__ void pool_and_write(const ScoresParams& p, const floa
       score += pool_token(sums + slot * p.sums_stride, at, 0, n_keys, int(p.scores.kernel_size),
                           p.scores.pool_mode);
     p.scores.out[bg * context + j] = score;
-    // The prompt is computed anew: kept until here, it spills in the kernels that mask.
     join_running(p.scores, range / unsigned(p.ranges * p.scores.attention.kv_heads), j, score);
   }
 }
@@ -240,7 +241,7 @@ __global__ __launch_bounds__(kAttentionThreads, Product::kBlocksPerSm) void scor
   __syncthreads();
 
   // ---- pool and write
-  pool_and_write(p, shared.sums, range, bg, halo_begin, int(begin - halo_begin), end - halo_begin,
+  pool_and_write(p, shared.sums, range, halo_begin, int(begin - halo_begin), end - halo_begin,
                  n_keys);
 }
 
