@@ -59,7 +59,7 @@ __device__ __forceinline__ void load_tiles(const ScoresParams& p, const Shared& 
     const float2 upper = normalizer_of<Math>(p, b, g, row);
     const float2 lower = normalizer_of<Math>(p, b, g, row + 8);
     shared.shifts[i] = {upper.x, lower.x};
-    if (Math::kUnit == 1.f) shared.factors[i] = {upper.y, lower.y};
+    if constexpr (Math::kUnit == 1.f) shared.factors[i] = {upper.y, lower.y};
   }
 }
 
@@ -68,8 +68,7 @@ __device__ __forceinline__ void load_tiles(const ScoresParams& p, const Shared& 
 // and keeps the other half.
 template <int kKeyTiles>
 __device__ __forceinline__ void store_sums(float* sums, const float (&sum)[kKeyTiles][4],
-                                           bool is_begun) {
-  const int lane = threadIdx.x % kWarp;
+                                           bool is_begun, int lane) {
 #pragma unroll
   for (int i = 0; i < kKeyTiles; ++i) {
     const bool upper = lane & 16, odd = lane & 8;
@@ -89,7 +88,7 @@ __device__ __forceinline__ void store_sums(float* sums, const float (&sum)[kKeyT
 // on. `probabilities(t, x)` gives those of tile t, in the layout of product.cuh.
 template <int kKeyTiles, class Probabilities>
 __device__ __forceinline__ void add_tiles(const ScoresParams& p, float* sums, int k, int slots,
-                                          int first_tile, int n_tiles,
+                                          int first_tile, int n_tiles, int lane,
                                           Probabilities probabilities) {
   float sum[kKeyTiles][4] = {};  // as store_sums has it
   if (slots == 1) {
@@ -101,7 +100,7 @@ __device__ __forceinline__ void add_tiles(const ScoresParams& p, float* sums, in
       for (int i = 0; i < kKeyTiles * 4; ++i)
         sum[i / 4][i % 4] += x[i / 4][i / 2 % 2][i % 2] + x[i / 4][i / 2 % 2][i % 2 + 2];
     }
-    store_sums(sums + k, sum, first_tile > 0);
+    store_sums(sums + k, sum, first_tile > 0, lane);
     return;
   }
   // Half tiles: each of them belongs to one head.
@@ -117,7 +116,7 @@ __device__ __forceinline__ void add_tiles(const ScoresParams& p, float* sums, in
         sum[i / 4][i % 4] += x[i / 4][i / 2 % 2][i % 2 + row * 2];
       const bool is_last = half + 1 == (head + 1) * head_halves;
       if ((is_last || (row == 1 && t + 1 == n_tiles)) && head < slots) {
-        store_sums(sums + head * p.sums_stride + k, sum, head * head_halves < first_tile * 2);
+        store_sums(sums + head * p.sums_stride + k, sum, head * head_halves < first_tile * 2, lane);
 #pragma unroll
         for (int i = 0; i < kKeyTiles * 4; ++i) sum[i / 4][i % 4] = 0.f;
       }
@@ -126,15 +125,16 @@ __device__ __forceinline__ void add_tiles(const ScoresParams& p, float* sums, in
   }
 }
 
-// Pools the sums of keys [from, to) of the n_keys from `halo_begin` on, and writes the scores.
+// Pools the sums of a key range, which has n_keys from `halo_begin` on, and writes the scores. What
+// the kernel knew of the range is computed anew: kept until here, it would spill.
 __device__ __forceinline__ void pool_and_write(const ScoresParams& p, const float* sums,
-                                               unsigned range, int64_t halo_begin, int from,
-                                               int64_t to, int n_keys) {
-  // Head and prompt are computed anew: kept until here, they would spill in some kernels.
+                                               unsigned range, int slots, int64_t halo_begin,
+                                               int n_keys) {
   const unsigned bg = range / unsigned(p.ranges);
   const int64_t context = p.scores.attention.context();
-  const int slots = int(p.scores.slots());
-  for (int at = from + threadIdx.x; at < to; at += kAttentionThreads) {
+  const int64_t begin = int64_t(range % unsigned(p.ranges)) * p.range;
+  const int64_t to = min(begin + p.range, context) - halo_begin;
+  for (int at = int(begin - halo_begin) + threadIdx.x; at < to; at += kAttentionThreads) {
     const int64_t j = halo_begin + at;
     if (!p.scores.pooled) {
       float* out = p.scores.out + int64_t(bg) * slots * context + j;
@@ -230,7 +230,7 @@ __global__ __launch_bounds__(kAttentionThreads, Product::kBlocksPerSm) void scor
           if constexpr (kIsExact) value *= is_lower ? factor.y : factor.x;
         }
       };
-      add_tiles<kKeyTiles>(p, shared.sums, k, slots, first_tile, n_tiles, probabilities);
+      add_tiles<kKeyTiles>(p, shared.sums, k, slots, first_tile, n_tiles, lane, probabilities);
       if constexpr (kPrefetch) {
         current[0] = next[0];
       } else if (k + kStride < n_keys) {
@@ -241,8 +241,7 @@ __global__ __launch_bounds__(kAttentionThreads, Product::kBlocksPerSm) void scor
   __syncthreads();
 
   // ---- pool and write
-  pool_and_write(p, shared.sums, range, halo_begin, int(begin - halo_begin), end - halo_begin,
-                 n_keys);
+  pool_and_write(p, shared.sums, range, slots, halo_begin, n_keys);
 }
 
 template <class Product, int kKeyTiles, bool kPlain>
