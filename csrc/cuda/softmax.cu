@@ -20,7 +20,7 @@ constexpr int kJoinRows = 8;  // few, so that many threads share the chunks of a
 struct Plan {
   bool is_hopper;
   int64_t chunk, chunks;  // keys of a chunk; chunks of a key head
-  int64_t normalizers;    // first in the workspace; behind them the partials
+  int64_t normalizers;    // first in the workspace; after them the partials
   int64_t bytes;
 
   explicit Plan(const WindowAttention& a) {

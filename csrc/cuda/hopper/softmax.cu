@@ -140,7 +140,7 @@ __global__ __launch_bounds__(kThreads, 1) void partials_kernel(
 
   // ---- consumers
   const Consumer<T, kDim, kRowTiles> consumer{p, queries, warp / (kWarpgroup / kWarp),
-                                                p.attention.scale * FastExp::kUnit};
+                                              p.attention.scale * FastExp::kUnit};
   PartialsOfRows<kRowTiles> partials;
   int head_span = -1;
   for (int index = first_item; index < end_item; ++index) {
