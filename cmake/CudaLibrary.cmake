@@ -46,15 +46,14 @@ message(STATUS "claa_ops: CUDA ${CLAA_CUDA_VERSION} for ${CLAA_CUDA_BUILT}, "
                "CUTLASS ${CLAA_CUTLASS_VERSION}")
 
 list(TRANSFORM CLAA_OPS REPLACE "(.+)" "csrc/cuda/\\1.cu" OUTPUT_VARIABLE cuda_sources)
-add_library(claa_cuda OBJECT ${cuda_sources} csrc/cuda/device_code.cu csrc/cuda/softmax.cu
-                             csrc/cuda/window_attention.cu)
+add_library(claa_cuda OBJECT ${cuda_sources} csrc/cuda/softmax.cu csrc/cuda/window_attention.cu)
 set(cuda_objects claa_cuda)
 
 # Kernels of Hopper's own instructions: for that architecture alone.
 if("90a-real" IN_LIST CLAA_CUDA_ARCHITECTURES)
-  add_library(claa_hopper OBJECT csrc/cuda/hopper_narrow.cu csrc/cuda/hopper_peak.cu
-                                 csrc/cuda/hopper_scores.cu csrc/cuda/hopper_softmax.cu
-                                 csrc/cuda/hopper_wide.cu)
+  add_library(claa_hopper OBJECT csrc/cuda/hopper/peak.cu csrc/cuda/hopper/scores.cu
+                                 csrc/cuda/hopper/scores_narrow.cu csrc/cuda/hopper/scores_wide.cu
+                                 csrc/cuda/hopper/softmax.cu)
   set_target_properties(claa_hopper PROPERTIES CUDA_ARCHITECTURES 90a-real)
   target_compile_definitions(claa_cuda PRIVATE CLAA_HOPPER)
   target_compile_definitions(claa_hopper PRIVATE CLAA_HOPPER)

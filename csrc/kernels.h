@@ -265,9 +265,6 @@ namespace cuda {
   cudaError_t run(const Params& p, cudaStream_t stream);
 CLAA_FOR_EACH_OP(CLAA_DECLARE_CUDA_OP)
 
-// Sets `sm` to the architecture (90 for sm_90) whose code runs on the current device.
-cudaError_t device_code(int* sm);
-
 }  // namespace cuda
 #endif
 }  // namespace claa

@@ -8,6 +8,7 @@ import pytest
 
 import claa_ops
 from claa_ops import reference
+from support.functions import Function, cpp_functions, python_functions
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
@@ -17,18 +18,17 @@ LEVELS = [
     "python/claa_ops/ops/{}.py",
     "tests/ops/test_{}.py",
 ]
-# The CUDA kernels come as a whole or not at all.
-if not any((ROOT / f"csrc/cuda/{op}.cu").exists() for op in claa_ops.__all__):
-    LEVELS.remove("csrc/cuda/{}.cu")
-
-FOLDERS = ["csrc", "src", "python", "tests", "bench", "examples", "docs", "cmake"]
-ENDINGS = {".c", ".cc", ".cmake", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".in", ".py"}
-LONGEST_FILE = 600
+FOLDERS = ["csrc", "src", "python", "tests", "bench", "examples"]
+FUNCTIONS_OF = {
+    ending: cpp_functions for ending in (".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp")
+}
+FUNCTIONS_OF[".py"] = python_functions
+LONGEST_FUNCTION = 100
 
 
 def sources(*folders: str) -> list[Path]:
     found = (path for folder in folders for path in (ROOT / folder).rglob("*"))
-    return sorted(path for path in found if path.suffix in ENDINGS)
+    return sorted(path for path in found if path.suffix in FUNCTIONS_OF)
 
 
 def functions_of(path: str) -> set[str]:
@@ -73,9 +73,67 @@ def test_kernels_do_not_include_torch():
     assert not {path: headers for path, headers in found.items() if headers}
 
 
-def test_no_file_is_too_long_to_read():
-    lengths = {
-        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+def test_no_function_is_too_long_to_read():
+    found = {
+        f"{path.relative_to(ROOT)}:{function.line} {function.name}": function.lines
         for path in sources(*FOLDERS)
+        for function in FUNCTIONS_OF[path.suffix](path.read_text())
     }
-    assert not {path: lines for path, lines in lengths.items() if lines > LONGEST_FILE}
+    assert len(found) > 1000  # the sources are where they were looked for
+    assert not {name: lines for name, lines in found.items() if lines > LONGEST_FUNCTION}
+
+
+CPP = r"""
+#define BODY(x) \
+  void x() {}
+namespace claa::cuda {  // { in a comment
+constexpr int kTable[] = {one(1), 2};
+template <class T>
+struct Words {
+  const char* text = "}";
+  char brace = '{';
+  int limit = 1'000;
+  explicit Words(int n)
+      : first{n}, second(n) {
+    first += '}';
+  }
+  bool operator[](int i) const { return i; }
+};
+template <class Shape, class Fn = void (*)()>
+__global__ __launch_bounds__(kThreads, min(1, 2)) void kernel(
+    const Params p) {
+  const auto inner = [&](int i) {
+    if (i) { i = 0; }
+    return R"(})";
+  };
+  inner(1);
+}
+auto later() -> int;
+}  // namespace claa::cuda
+"""
+
+
+def test_functions_of_cpp_are_counted_by_their_braces():
+    assert list(cpp_functions(CPP)) == [
+        Function("Words", 11, 4),
+        Function("operator[]", 15, 1),
+        Function("kernel", 17, 9),
+    ]
+
+
+PYTHON = '''
+def outer(x):
+    """One line.
+
+    More.
+    """
+
+    def inner():
+        return x
+
+    return inner
+'''
+
+
+def test_functions_of_python_are_counted_without_their_docstrings():
+    assert list(python_functions(PYTHON)) == [Function("outer", 2, 6), Function("inner", 8, 2)]

@@ -1,11 +1,13 @@
-// What score_window, score_tokens and peak_attention share: query columns, visibility, softmax.
+// What score_window, score_tokens and peak_attention share: query rows, visibility, softmax.
 //
-// A (prompt, key head) has the queries of its group as columns, head after head. The queries of a
-// head are filled up to a multiple of kHeadAlign, so the two halves of a tile of columns belong to
-// one head each. The columns that fill up repeat a query and get shift +infinity: no probability.
+// The queries of a (prompt, key head) are those of its group, one query row each, head after head.
+// Every head is padded to a multiple of kHeadAlign rows, so either half of a tile of query rows
+// belongs to one head. A padding row repeats a query and has the normalizer +infinity, which leaves
+// it no probability.
 //
-// The probability of a logit z, in units of Math, is exp(z - shift) * factor; factor is 1 where
-// Math is FastExp, its logarithm being part of the shift.
+// The normalizer of a query row is a pair (shift, factor): the probability of a logit z, in units
+// of Math, is exp(z - shift) * factor. Where Math is FastExp, shift is the logsumexp and factor 1;
+// where it is ExactExp, shift is the largest logit and factor 1 / (the sum of exponentials).
 
 #pragma once
 
@@ -21,12 +23,12 @@ constexpr int64_t kQueryBytes = 64 << 10;  // shared memory for the queries of a
 
 constexpr int kHeadAlign = 8;
 
-// Columns of a query head, and of all heads of a group.
-__host__ __device__ inline int head_columns(const WindowAttention& a) {
+// Query rows of a head, and of all heads of a group, with padding rows.
+__host__ __device__ inline int head_rows(const WindowAttention& a) {
   return int(round_up(a.window, kHeadAlign));
 }
-__host__ __device__ inline int group_columns(const WindowAttention& a) {
-  return int(round_up(a.group() * head_columns(a), kTileColumns));
+__host__ __device__ inline int group_rows(const WindowAttention& a) {
+  return int(round_up(a.group() * head_rows(a), kTileQueries));
 }
 
 // Keys from `base` on.
@@ -38,7 +40,7 @@ __device__ Rows<T> key_rows(const WindowAttention& a, int64_t b, int64_t g, int6
           .dim = int(a.dim)};
 }
 
-// Its stride is not used: a column says where its row is (query_offset).
+// The stride is not used: QueryRow::offset says where a row is.
 template <class T>
 __device__ Rows<T> query_rows(const WindowAttention& a, int64_t b, int64_t g) {
   return {.first = static_cast<const T*>(a.query) + b * a.query_stride_b +
@@ -47,24 +49,25 @@ __device__ Rows<T> query_rows(const WindowAttention& a, int64_t b, int64_t g) {
           .dim = int(a.dim)};
 }
 
-struct Column {
-  int head;   // of the group; may be beyond the last
-  int query;  // may be beyond the last
+// Row `index` of a group's query rows.
+struct QueryRow {
+  int head;   // of the group; in a padding row maybe beyond the last
+  int query;  // in a padding row maybe beyond the last
 
-  __device__ Column(const WindowAttention& a, int column)
-      : head(column / head_columns(a)), query(column % head_columns(a)) {}
+  __device__ QueryRow(const WindowAttention& a, int index)
+      : head(index / head_rows(a)), query(index % head_rows(a)) {}
 
-  __device__ bool exists(const WindowAttention& a) const {
+  __device__ bool is_query(const WindowAttention& a) const {
     return head < a.group() && query < a.window;
   }
-  __device__ int64_t query_offset(const WindowAttention& a) const {
+  __device__ int64_t offset(const WindowAttention& a) const {
     return min(int64_t(head), a.group() - 1) * a.query_stride_h +
            min(int64_t(query), a.window - 1) * a.query_stride_w;
   }
 };
 
-// Which keys a query sees. Query w stands at position context + w. Keys count from `base`, so that
-// 32 bits will do; what lies farther away than kFar is as good as at kFar.
+// Which keys a query sees. Query w is at position context + w. Keys count from `base`, so that 32
+// bits suffice; positions farther away than kFar are taken as kFar.
 struct Visibility {
   static constexpr int64_t kFar = 1 << 30;
   int start, end;
@@ -100,8 +103,9 @@ __device__ inline float load_sink(const WindowAttention& a, int64_t head) {
   }
 }
 
-// Replaces products by logits, of a tile of columns that sees all the keys. Every kernel rounds
-// them, so whether a tile was masked, or what the softmax saw, makes no difference of a bit.
+// Replaces products by logits, where all queries of the tile see all its keys. Every kernel rounds
+// them to float32 here, so the bits do not depend on whether a tile was masked, and the second pass
+// sees the logits that the softmax saw.
 template <class Math, int kKeyTiles>
 __device__ void scale_logits(const WindowAttention& a, float (&x)[kKeyTiles][2][4]) {
 #pragma unroll
@@ -109,15 +113,15 @@ __device__ void scale_logits(const WindowAttention& a, float (&x)[kKeyTiles][2][
     x[i / 8][i / 4 % 2][i % 4] = __fmul_rn(x[i / 8][i / 4 % 2][i % 4], a.scale * Math::kUnit);
 }
 
-// Replaces the products of one tile of columns by logits, -infinity where a query does not see the
-// key. `tile_column` is the first column of the tile, `k` the first key.
+// Replaces the products of a tile by logits, -infinity where a query does not see the key.
+// `tile_row` is the first query row of the tile, `k` the first key. x as in product.cuh.
 template <class Math, bool kSoftcap, int kKeyTiles>
-__device__ void mask_logits(const WindowAttention& a, const Visibility& visible, int tile_column,
+__device__ void mask_logits(const WindowAttention& a, const Visibility& visible, int tile_row,
                             int k, float (&x)[kKeyTiles][2][4]) {
   const int lane = threadIdx.x % kWarp;
-  const Column low(a, tile_column + lane / 4), high(a, tile_column + lane / 4 + 8);
-  const int from[2] = {visible.from(low.query), visible.from(high.query)};
-  const int to[2] = {visible.to(low.query), visible.to(high.query)};
+  const QueryRow upper(a, tile_row + lane / 4), lower(a, tile_row + lane / 4 + 8);
+  const int from[2] = {visible.from(upper.query), visible.from(lower.query)};
+  const int to[2] = {visible.to(upper.query), visible.to(lower.query)};
 #pragma unroll
   for (int i = 0; i < kKeyTiles * 8; ++i) {
     float& value = x[i / 8][i / 4 % 2][i % 4];
@@ -139,34 +143,34 @@ inline bool queries_are_aligned(const WindowAttention& a) {
                           a.query_stride_w);
 }
 
-// Less than any logit, and no infinity: the difference of two of them is 0, not NaN.
+// Less than any logit, but finite: the difference of two of them is 0, not NaN.
 constexpr float kLowest = -1.7e38f;
 
-// A part of a softmax: of the logits it has seen, the largest one and the sum of exp(z - largest).
-struct Measure {
-  float largest, sum;
+// The softmax over some of the keys: their largest logit, and the sum of exp(logit - max).
+struct SoftmaxPartial {
+  float max, sum;
 
   template <class Math>
-  __device__ void join(const Measure& other) {
-    const float top = fmaxf(largest, other.largest);
-    sum = sum * Math::exp(largest - top) + other.sum * Math::exp(other.largest - top);
-    largest = top;
+  __device__ void join(const SoftmaxPartial& other) {
+    const float top = fmaxf(max, other.max);
+    sum = sum * Math::exp(max - top) + other.sum * Math::exp(other.max - top);
+    max = top;
   }
   template <class Math>
   __device__ void join_lanes(int step) {
-    join<Math>({__shfl_xor_sync(kFullMask, largest, step), __shfl_xor_sync(kFullMask, sum, step)});
+    join<Math>({__shfl_xor_sync(kFullMask, max, step), __shfl_xor_sync(kFullMask, sum, step)});
   }
 };
 
-// shift and factor of a column whose logsumexp is given.
+// The normalizer {shift, factor} of a query row whose logsumexp is given.
 template <class Math>
-__device__ float2 column_of_lse(const WindowAttention& a, int64_t b, int64_t g,
-                                const Column& column) {
-  if (!column.exists(a)) return {INFINITY, 0.f};
-  // Padding sees no key, and its lse may be anything.
-  if (a.start.data && a.context() + column.query < a.start[b]) return {0.f, 0.f};
-  const int64_t head = g * a.group() + column.head;
-  float lse = a.lse[b * a.lse_stride_b + head * a.lse_stride_h + column.query];
+__device__ float2 normalizer_of_lse(const WindowAttention& a, int64_t b, int64_t g,
+                                    const QueryRow& row) {
+  if (!row.is_query(a)) return {INFINITY, 0.f};
+  // A query in the prompt's left padding sees no key, and its lse may be anything.
+  if (a.start.data && a.context() + row.query < a.start[b]) return {0.f, 0.f};
+  const int64_t head = g * a.group() + row.head;
+  float lse = a.lse[b * a.lse_stride_b + head * a.lse_stride_h + row.query];
   if (a.sink_logits) {
     const float sink = load_sink(a, head), top = fmaxf(lse, sink);
     lse = top + logf(expf(lse - top) + expf(sink - top));
@@ -174,37 +178,38 @@ __device__ float2 column_of_lse(const WindowAttention& a, int64_t b, int64_t g,
   return {lse * Math::kUnit, 1.f};
 }
 
-// shift and factor of a column, from the measure of all its keys.
+// The normalizer of a query row, from the partial over all its keys.
 template <class Math>
-__device__ float2 column_of_measure(const WindowAttention& a, int64_t g, const Column& column,
-                                    Measure measure) {
-  if (!column.exists(a)) return {INFINITY, 0.f};
+__device__ float2 normalizer_of_partial(const WindowAttention& a, int64_t g, const QueryRow& row,
+                                        SoftmaxPartial partial) {
+  if (!row.is_query(a)) return {INFINITY, 0.f};
   if (a.sink_logits) {
-    const int64_t head = g * a.group() + column.head;
-    measure.join<Math>({load_sink(a, head) * Math::kUnit, 1.f});
+    const int64_t head = g * a.group() + row.head;
+    partial.join<Math>({load_sink(a, head) * Math::kUnit, 1.f});
   }
-  if (measure.sum == 0.f) return {INFINITY, 0.f};  // it sees no key
-  return Math::kUnit == 1.f ? float2{measure.largest, 1.f / measure.sum}
-                            : float2{measure.largest + Math::log(measure.sum), 1.f};
+  if (partial.sum == 0.f) return {INFINITY, 0.f};  // it sees no key
+  return Math::kUnit == 1.f ? float2{partial.max, 1.f / partial.sum}
+                            : float2{partial.max + Math::log(partial.sum), 1.f};
 }
 
-// shift and factor of every column of every (prompt, key head), from all keys: [batch * kv_heads,
-// group_columns] at softmax_columns(a), in the workspace of softmax_bytes(a) at its front.
+// The normalizers of all query rows, over all keys: [batch * kv_heads, group_rows] at
+// softmax_normalizers(a), the front of the workspace, which has softmax_bytes(a).
 int64_t softmax_bytes(const WindowAttention& a);
-const float2* softmax_columns(const WindowAttention& a);
+const float2* softmax_normalizers(const WindowAttention& a);
 cudaError_t run_softmax(const WindowAttention& a, bool is_causal, cudaStream_t stream);
 
-// The measures on Hopper (hopper_softmax.cu): [batch * kv_heads, measure_parts(a), group_columns].
+// The partials on Hopper (hopper/softmax.cu): [batch * kv_heads, softmax_parts(a), group_rows].
 namespace hopper {
 #ifdef CLAA_HOPPER
-bool measures(const WindowAttention& a);
-int64_t measure_parts(const WindowAttention& a);
-cudaError_t run_measures(const WindowAttention& a, bool is_causal, Measure* measures,
-                         cudaStream_t stream);
+bool takes_softmax(const WindowAttention& a);
+int64_t softmax_parts(const WindowAttention& a);
+cudaError_t run_softmax_partials(const WindowAttention& a, bool is_causal, SoftmaxPartial* partials,
+                                 cudaStream_t stream);
 #else
-inline bool measures(const WindowAttention&) { return false; }
-inline int64_t measure_parts(const WindowAttention&) { return 0; }
-inline cudaError_t run_measures(const WindowAttention&, bool, Measure*, cudaStream_t) {
+inline bool takes_softmax(const WindowAttention&) { return false; }
+inline int64_t softmax_parts(const WindowAttention&) { return 0; }
+inline cudaError_t run_softmax_partials(const WindowAttention&, bool, SoftmaxPartial*,
+                                        cudaStream_t) {
   return cudaErrorNotSupported;
 }
 #endif

@@ -1,4 +1,4 @@
-// The second step of peak_attention, when the softmax is known.
+// The second pass of peak_attention, when the softmax is known.
 
 #pragma once
 
@@ -6,23 +6,23 @@
 
 namespace claa::cuda {
 
-struct PeakEmit {
+struct PeakSecondPass {
   WindowAttention attention;  // its window: the queries
   const float* running;       // [batch, queries, total], may be nullptr
   float* out;                 // [batch, queries, total]
   int64_t running_stride_b, running_stride_t;
-  const float2* columns;  // of the softmax
+  const float2* normalizers;  // of the softmax
 };
 
-// The step on Hopper (hopper_peak.cu). `takes`: whether the device, the sizes and the strides are
-// such that its instructions can do the work.
+// The pass on Hopper (hopper/peak.cu). `takes`: whether its instructions can do the work on this
+// device, with these sizes and strides.
 namespace hopper {
 #ifdef CLAA_HOPPER
-bool takes(const PeakEmit& p);
-cudaError_t run(const PeakEmit& p, cudaStream_t stream);
+bool takes(const PeakSecondPass& p);
+cudaError_t run(const PeakSecondPass& p, cudaStream_t stream);
 #else
-inline bool takes(const PeakEmit&) { return false; }
-inline cudaError_t run(const PeakEmit&, cudaStream_t) { return cudaErrorNotSupported; }
+inline bool takes(const PeakSecondPass&) { return false; }
+inline cudaError_t run(const PeakSecondPass&, cudaStream_t) { return cudaErrorNotSupported; }
 #endif
 }  // namespace hopper
 

@@ -6,13 +6,13 @@
 
 namespace claa::cuda {
 
-// The pooled value of token j of a row whose tokens [low, high) exist; `in` points at token 0.
-// Every pool is summed anew: a running sum would carry a NaN on to every later token.
+// The pooled value of token j of a row whose tokens [begin, end) exist; `in` points at token 0.
+// Every pool is summed anew: a running sum would carry a NaN to every later token.
 template <class Index>
-__device__ float pool_token(const float* in, Index j, Index low, Index high, Index kernel_size,
+__device__ float pool_token(const float* in, Index j, Index begin, Index end, Index kernel_size,
                             PoolMode pool_mode) {
   const Index half = kernel_size / 2;
-  const Index from = max(j - half, low), to = min(j + half + 1, high);
+  const Index from = max(j - half, begin), to = min(j + half + 1, end);
   if (pool_mode == PoolMode::max) {
     float largest = -INFINITY;
     for (Index i = from; i < to; ++i) largest = max_or_nan(largest, in[i]);
@@ -23,9 +23,9 @@ __device__ float pool_token(const float* in, Index j, Index low, Index high, Ind
   return sum / float(kernel_size);
 }
 
-// The same for kCount tokens at a time, `first` and every kStep-th behind it, of a row whose tokens
-// [0, known) exist, none of them negative; sums of an average are still to be divided. The taps of
-// the usual kernel are on their way together, without branches in which they would wait.
+// The same for kCount tokens at a time, `first` and every kStep-th after it, of a row whose tokens
+// [0, known) exist, none of them negative; averages are still sums, which the caller divides. The
+// taps of the usual pooling kernel are all loaded before the first is used, without branches.
 template <int kStep, int kCount, class Row>
 __device__ void pool_tokens(float (&pooled)[kCount], const Row& row, int first, int known, int halo,
                             PoolMode pool_mode) {

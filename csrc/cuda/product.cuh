@@ -1,13 +1,17 @@
-// Products of 16 keys with 16 query columns by one warp, in the layout of two mma.m16n8k16: lane
-// 4r + c gets the columns r and r + 8 of the keys 2c, 2c + 1, 2c + 8 and 2c + 9:
+// Products of 16 query rows with 16 keys by one warp, in the layout of two mma.m16n8k16. Lane
+// 4r + c holds query rows r and r + 8 and keys 2c, 2c + 1, 2c + 8 and 2c + 9:
 //
-//   sum[half][0] column r,     key 8 * half + 2c        sum[half][2] column r + 8, key 8 * half +
-//   2c sum[half][1] column r,     key 8 * half + 2c + 1    sum[half][3] column r + 8, ... + 1
+// |              | query row | key              |
+// |--------------|-----------|------------------|
+// | sum[half][0] | r         | 8 * half + 2c    |
+// | sum[half][1] | r         | 8 * half + 2c + 1|
+// | sum[half][2] | r + 8     | 8 * half + 2c    |
+// | sum[half][3] | r + 8     | 8 * half + 2c + 1|
 //
-// Keys go from global memory straight into the registers that the tensor cores read: a product does
-// not care in which order the head dimension is summed, so a lane takes 16 consecutive bytes of its
-// keys where the instruction's own layout has four times 4 bytes. Queries lie in shared memory in
-// the matching order.
+// Keys go from global memory straight into the registers that the tensor cores read: the order in
+// which the head dimension is summed is free, so a lane takes 16 consecutive bytes of its keys
+// where the instruction's own layout has four times 4 bytes. Queries lie in shared memory in the
+// matching order.
 
 #pragma once
 
@@ -18,11 +22,11 @@
 namespace claa::cuda {
 
 constexpr int kTileKeys = 16;
-constexpr int kTileColumns = 16;
+constexpr int kTileQueries = 16;  // query rows
 
-// Exponentials of half-width inputs, which are rounded more than these are: base 2, approximate.
+// Exponentials for half-width inputs, whose rounding exceeds their error: base 2, approximate.
 struct FastExp {
-  static constexpr float kUnit = kLog2E;  // what a natural logarithm counts in this base
+  static constexpr float kUnit = kLog2E;  // a natural logarithm times this is one of this base
   __device__ static float exp(float x) { return exp2_approx(x); }
   __device__ static float log(float x) { return log2f(x); }
 };
@@ -68,14 +72,15 @@ template <class T, int kDim, bool kAligned>
 struct TensorCoreProduct {
   using Type = T;
   using Math = FastExp;
-  static constexpr int kBlocks = kDim > 128 ? 1 : 2;  // on a multiprocessor, as registers allow
-  static constexpr bool kIsFast = kAligned;           // worth a kernel of its own for its shape
-  static constexpr int kSlices = kDim / 32;           // 32 of the head dimension: two mma steps
+  static constexpr int kBlocksPerSm = kDim > 128 ? 1 : 2;  // as registers allow
+  static constexpr bool kIsFast = kAligned;                // worth a kernel of its own
+  static constexpr int kSlices = kDim / 32;  // of the head dimension: two mma steps each
 
-  uint4 key[2][kSlices];  // of key r and key r + 8
+  // Lane 4r + c: items 32 * slice + 8c to + 7 of keys r (first index 0) and r + 8.
+  uint4 key[2][kSlices];
 
-  // Bytes of shared memory for the queries of one tile of columns.
-  static int64_t tile_bytes(int64_t) { return kTileColumns * kDim * int64_t(sizeof(T)); }
+  // Bytes of shared memory for the queries of one tile.
+  static int64_t tile_bytes(int64_t) { return kTileQueries * kDim * int64_t(sizeof(T)); }
 
   // Items [d, d + 8) of a row, one by one.
   __device__ static uint4 gather_eight(const T* row, int d, int dim) {
@@ -87,30 +92,31 @@ struct TensorCoreProduct {
     return value;
   }
 
-  // Fills the shared memory of `tiles` tiles of columns; `at(column)` is the row of a column.
+  // Fills the shared memory of `tiles` tiles; `at(i)` is the offset of query row i.
   template <bool kQueriesAligned, class At>
   __device__ static void load_queries(void* shared, int tiles, const Rows<T>& rows, At at) {
     uint4* to = static_cast<uint4*>(shared);
     for (int i = threadIdx.x; i < tiles * kSlices * kWarp; i += blockDim.x) {
       const int lane = i % kWarp, slice = i / kWarp % kSlices, tile = i / kWarp / kSlices;
-      const int column = tile * kTileColumns + lane / 4, d = slice * 32 + lane % 4 * 8;
-      uint4 low{}, high{};  // of columns lane / 4 and lane / 4 + 8
-      const T* low_row = rows.first + at(column);
-      const T* high_row = rows.first + at(column + 8);
+      const int query_row = tile * kTileQueries + lane / 4, d = slice * 32 + lane % 4 * 8;
+      uint4 upper{}, lower{};  // of query rows r = lane / 4 and r + 8
+      const T* upper_row = rows.first + at(query_row);
+      const T* lower_row = rows.first + at(query_row + 8);
       if constexpr (!kQueriesAligned) {
-        low = gather_eight(low_row, d, rows.dim);
-        high = gather_eight(high_row, d, rows.dim);
+        upper = gather_eight(upper_row, d, rows.dim);
+        lower = gather_eight(lower_row, d, rows.dim);
       } else if (d < rows.dim) {
-        low = *reinterpret_cast<const uint4*>(low_row + d);
-        high = *reinterpret_cast<const uint4*>(high_row + d);
+        upper = *reinterpret_cast<const uint4*>(upper_row + d);
+        lower = *reinterpret_cast<const uint4*>(lower_row + d);
       }
+      // The A fragments of the slice's two mma steps: rows r and r + 8, first 8 and last 8 items.
       uint4* fragments = to + i / kWarp * 2 * kWarp + lane;
-      fragments[0] = {low.x, high.x, low.y, high.y};
-      fragments[kWarp] = {low.z, high.z, low.w, high.w};
+      fragments[0] = {upper.x, lower.x, upper.y, lower.y};
+      fragments[kWarp] = {upper.z, lower.z, upper.w, lower.w};
     }
   }
 
-  // Keys from n on; beyond the end the last key stands in, and the caller drops its columns.
+  // Keys from n on; beyond the end the last key stands in, and the caller drops its products.
   template <bool kReadOnce>
   __device__ void load_keys(const Rows<T>& rows, int n, int end) {
     const int lane = threadIdx.x % kWarp;
@@ -161,24 +167,24 @@ struct PlainProduct {
   using Type = T;
   using Math = ExactExp;
   static constexpr bool kIsFast = false;
-  static constexpr int kBlocks = 2;
+  static constexpr int kBlocksPerSm = 2;
   static constexpr int kSumBlock = 32;  // products summed on their own: the error grows less
 
-  const T* key[4];  // 2c, 2c + 1, 2c + 8, 2c + 9
+  const T* key[4];  // lane 4r + c: keys 2c, 2c + 1, 2c + 8 and 2c + 9
 
-  // An odd number of floats to a column keeps the columns of a warp on different banks.
+  // An odd number of floats to a query row keeps the rows of a warp on different banks.
   __host__ __device__ static int padded(int64_t dim) { return int(dim | 1); }
 
   static int64_t tile_bytes(int64_t dim) {
-    return kTileColumns * padded(dim) * int64_t(sizeof(float));
+    return kTileQueries * padded(dim) * int64_t(sizeof(float));
   }
 
   template <bool kQueriesAligned, class At>
   __device__ static void load_queries(void* shared, int tiles, const Rows<T>& rows, At at) {
     float* to = static_cast<float*>(shared);
-    for (int i = threadIdx.x; i < tiles * kTileColumns * rows.dim; i += blockDim.x) {
-      const int column = i / rows.dim, d = i % rows.dim;
-      to[column * padded(rows.dim) + d] = to_float(rows.first[at(column) + d]);
+    for (int i = threadIdx.x; i < tiles * kTileQueries * rows.dim; i += blockDim.x) {
+      const int query_row = i / rows.dim, d = i % rows.dim;
+      to[query_row * padded(rows.dim) + d] = to_float(rows.first[at(query_row) + d]);
     }
   }
 
@@ -194,9 +200,9 @@ struct PlainProduct {
   template <int kKeyTiles>
   __device__ static void multiply(const PlainProduct (&keys)[kKeyTiles], const void* shared,
                                   int tile, int dim, float (&sum)[kKeyTiles][2][4]) {
-    const float* low = static_cast<const float*>(shared) +
-                       (tile * kTileColumns + int(threadIdx.x) % kWarp / 4) * padded(dim);
-    const float* high = low + 8 * padded(dim);
+    const float* upper = static_cast<const float*>(shared) +
+                         (tile * kTileQueries + int(threadIdx.x) % kWarp / 4) * padded(dim);
+    const float* lower = upper + 8 * padded(dim);
     clear(sum);
 #pragma unroll
     for (int i = 0; i < kKeyTiles; ++i) {
@@ -208,8 +214,8 @@ struct PlainProduct {
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const float k = to_float(keys[i].key[j][d]);
-            part[j / 2][j % 2] += k * low[d];
-            part[j / 2][j % 2 + 2] += k * high[d];
+            part[j / 2][j % 2] += k * upper[d];
+            part[j / 2][j % 2 + 2] += k * lower[d];
           }
         }
 #pragma unroll

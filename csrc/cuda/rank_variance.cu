@@ -1,7 +1,7 @@
 // rank_variance: how much the ranks of the important tokens move between layers.
 //
 // One stable radix sort (CUB's) ranks the tokens of all (layer, prompt) rows: a key has the row
-// above the order of the score, so the rows come out one behind the other. Then blocks of tokens
+// above the order of the score, so the rows come out one after the other. Then blocks of tokens
 // are summed, and the blocks of a prompt: integers, and sums of doubles in a fixed order.
 
 #include <bit>
@@ -57,10 +57,10 @@ struct Workspace {
 };
 
 // A thread's token of a row.
-struct Place {
+struct RowToken {
   int64_t row, token;
 
-  __device__ explicit Place(const RankVarianceParams& p) {
+  __device__ explicit RowToken(const RankVarianceParams& p) {
     const uint32_t blocks = uint32_t(row_blocks(p));
     row = blockIdx.x / blocks;
     token = int64_t(blockIdx.x % blocks) * kThreads + threadIdx.x;
@@ -68,7 +68,7 @@ struct Place {
 };
 
 __global__ void encode_kernel(const RankVarianceParams p, uint64_t* keys, uint32_t* positions) {
-  const auto [row, j] = Place(p);
+  const auto [row, j] = RowToken(p);
   if (j >= p.context) return;
   const int64_t layer = uint32_t(row) / uint32_t(p.batch), b = row - layer * p.batch;
   const float score = p.scores[layer * p.scores_stride_l + b * p.scores_stride_b + j];
@@ -78,11 +78,12 @@ __global__ void encode_kernel(const RankVarianceParams p, uint64_t* keys, uint32
 
 __global__ void rank_kernel(const RankVarianceParams p, const uint32_t* positions,
                             uint32_t* ranks) {
-  const auto [row, i] = Place(p);
+  const auto [row, i] = RowToken(p);
   if (i < p.context) ranks[row * p.context + positions[row * p.context + i]] = uint32_t(i + 1);
 }
 
-// The sum over the threads of a block, for its first thread.
+// The sum over the threads of a block, for its first thread. The order of a double sum shows in its
+// last bits, so the tree is ours and fixed, not cub::BlockReduce's.
 __device__ Sum sum_of_block(Sum mine) {
   __shared__ Sum sums[kThreads];
   sums[threadIdx.x] = mine;
@@ -97,7 +98,7 @@ __device__ Sum sum_of_block(Sum mine) {
 }
 
 __global__ void variance_kernel(const RankVarianceParams p, const uint32_t* ranks, Sum* sums) {
-  const auto [b, j] = Place(p);
+  const auto [b, j] = RowToken(p);
   Sum mine{0, 0};
   if (j < p.context) {
     int64_t sum = 0, squares = 0;

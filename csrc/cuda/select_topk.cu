@@ -1,27 +1,30 @@
 // select_topk: positions of the k best scores, ascending.
 //
-// Latency bound: a row is read once from memory, and what takes time is to agree. Scores become
-// integers that grow with the score. Three histograms (12, 12, 8 bits) of those that share the
-// threshold's digits so far give the threshold and how many of the scores equal to it are wanted;
-// where all that share its digits are wanted, that is early. Counts are integers, so nothing
-// depends on the order of atomics. Then every warp puts the positions of its kept tokens in order
-// into shared memory and knows how many they are, sums over the warps before it tell where they go,
-// and they are copied there: the output ascends without a sort, and a tie goes to the lower
-// position.
+// Latency bound: a row is read once from memory, and the time goes into synchronising blocks.
+// Scores become integers that grow with the score. Three histograms (12, 12 and 8 bits), each of
+// the scores that share the threshold's digits so far, give the threshold and how many of the
+// scores equal to it are wanted; where all scores that share its digits are wanted, the search ends
+// early. Counts are integers, so nothing depends on the order of atomics. Then every warp stages
+// the positions of its kept tokens, in order, in shared memory, sums over the warps before it tell
+// where they go, and they are copied there: the output ascends without a sort, and a tie goes to
+// the lower position.
 //
 // A team of blocks shares a row, every warp of it a contiguous part:
-//   up to 8k tokens     one block, tokens in registers
-//   up to 128k tokens   a cluster of 8 blocks, tokens in registers. In each pass a block sends the
-//                       sums of 32 groups of its bins to all blocks, then, of the group that holds
-//                       the threshold, the bins. As these come block by block, they also tell how
-//                       many tokens the blocks before this one keep.
-//   longer, or where there are no clusters (before sm_90)
-//                       as many blocks as it takes to hold the row in registers, if the device runs
-//                       so many at once; else tokens are read again in every pass, from the L2
-//                       cache. The blocks add their bins up in device memory and wait for each
-//                       other there.
+//
+// | row               | team |
+// |-------------------|------|
+// | up to 8k tokens   | one block, tokens in registers |
+// | up to 128k tokens | a cluster of 8 blocks, tokens in registers |
+// | longer            | a grid: as many blocks as hold the row in registers, if the device runs so |
+// |                   | many at once; else tokens are read from the L2 cache in every pass |
+//
+// In each pass a block of a cluster sends the sums of 32 groups of its bins to all blocks, then the
+// bins of the group that holds the threshold. As these come block by block, they also tell how many
+// tokens the blocks before this one keep. Where there are no clusters (before sm_90), and in a
+// grid, the blocks add up their bins in device memory and wait for each other there.
 
 #include <cstddef>
+#include <cub/warp/warp_scan.cuh>
 
 #include "csrc/cuda/cluster.cuh"
 #include "csrc/cuda/overlap.cuh"
@@ -32,17 +35,13 @@ namespace {
 constexpr int kMaxThreads = 1024;
 constexpr int kVector = 4;  // tokens in 16 bytes
 constexpr int kHighBits = 12, kMiddleBits = 12, kLowBits = 8;
-constexpr int kGroups = kWarp;  // of the bins of a histogram
-constexpr int kGrid = 0;        // blocks of a team that is no cluster
+constexpr int kBinGroups = kWarp;  // of the bins of a histogram
+constexpr int kGrid = 0;           // blocks of a team: as many as at run time
 
 // Inclusive sum over the lanes of a warp.
 __device__ uint32_t prefix_sum(uint32_t value) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const uint32_t other = __shfl_up_sync(kFullMask, value, step);
-    if (lane >= step) value += other;
-  }
+  typename cub::WarpScan<uint32_t>::TempStorage none;  // shuffles alone
+  cub::WarpScan<uint32_t>(none).InclusiveSum(value, value);
   return value;
 }
 
@@ -54,13 +53,13 @@ struct alignas(4 * kWords) Words {
 // One pass: a histogram, and what the blocks of a cluster send each other about it.
 template <int kBlocks, int kBins_>
 struct Histogram {
-  static constexpr int kBins = kBins_, kGroupBins = kBins / kGroups;
+  static constexpr int kBins = kBins_, kGroupBins = kBins / kBinGroups;
   static constexpr int kPerLane = kGroupBins < kWarp ? 1 : kGroupBins / kWarp;
-  static constexpr int kLanes = kGroupBins / kPerLane;  // that have bins of a group
+  static constexpr int kLanes = kGroupBins / kPerLane;  // that have bins of a bin group
 
   alignas(16) uint32_t bins[kBins];
-  uint32_t group_sums[kGroups];
-  uint32_t sums_of[max(kBlocks, 1)][kGroups];
+  uint32_t group_sums[kBinGroups];
+  uint32_t sums_of[max(kBlocks, 1)][kBinGroups];
   uint32_t bins_of[max(kBlocks, 1)][kGroupBins];
   Mailbox sums_box, bins_box;
 
@@ -70,26 +69,27 @@ struct Histogram {
   }
 };
 
-// Where the threshold lies among counters.
-struct Place {
+// Where the threshold lies among counters: of bin groups, or of bins.
+struct Threshold {
   uint32_t at;      // its counter
   uint32_t wanted;  // how many of this counter's scores are wanted
   uint32_t count;   // how many it has
-  uint32_t above;   // in the blocks before: scores of higher counters
-  uint32_t equal;   // and of this one
+  uint32_t above;   // in the blocks before this one: scores of higher counters
+  uint32_t equal;   // and of this counter
 };
 
 // By one warp: the counter that has the wanted-th score from the top. Each block of a team has
-// kLanes * kPerLane of them, one block's right behind the other's.
+// kLanes * kPerLane of them, the blocks' counters one after the other.
 template <int kBlocks, int kLanes, int kPerLane>
-__device__ Place find(const uint32_t* counters, uint32_t rank, uint32_t wanted) {
+__device__ Threshold find_threshold_counter(const uint32_t* counters, uint32_t rank,
+                                            uint32_t wanted) {
   const int lane = threadIdx.x % kWarp;
-  const int low = (kLanes - 1 - min(lane, kLanes - 1)) * kPerLane;  // lane 0 has the highest
+  const int lowest = (kLanes - 1 - min(lane, kLanes - 1)) * kPerLane;  // lane 0 has the highest
   uint32_t counts[kPerLane] = {}, aheads[kPerLane] = {};
 #pragma unroll 4  // more loads at a time need more registers than there are
   for (int block = 0; block < kBlocks; ++block) {
     const auto words =
-        *reinterpret_cast<const Words<kPerLane>*>(counters + block * kLanes * kPerLane + low);
+        *reinterpret_cast<const Words<kPerLane>*>(counters + block * kLanes * kPerLane + lowest);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       counts[i] += words.word[i];
@@ -105,51 +105,38 @@ __device__ Place find(const uint32_t* counters, uint32_t rank, uint32_t wanted) 
   if (lane >= kLanes) here = 0;
   const uint32_t through = prefix_sum(here);
   const int owner = __ffs(__ballot_sync(kFullMask, through >= wanted)) - 1;
-  Place place{0, wanted - (through - here), counts[kPerLane - 1], 0, aheads[kPerLane - 1]};
+  Threshold found{0, wanted - (through - here), counts[kPerLane - 1], 0, aheads[kPerLane - 1]};
   uint32_t at = kPerLane - 1, above = 0;
 #pragma unroll
   for (int i = kPerLane - 2; i >= 0; --i) {
-    if (at == i + 1 && place.wanted > place.count) {
+    if (at == i + 1 && found.wanted > found.count) {
       at = i;
-      above += place.equal;
-      place.wanted -= place.count;
-      place.count = counts[i];
-      place.equal = aheads[i];
+      above += found.equal;
+      found.wanted -= found.count;
+      found.count = counts[i];
+      found.equal = aheads[i];
     }
   }
-  place.at = __shfl_sync(kFullMask, low + at, owner);
-  place.wanted = __shfl_sync(kFullMask, place.wanted, owner);
-  place.count = __shfl_sync(kFullMask, place.count, owner);
+  found.at = __shfl_sync(kFullMask, lowest + at, owner);
+  found.wanted = __shfl_sync(kFullMask, found.wanted, owner);
+  found.count = __shfl_sync(kFullMask, found.count, owner);
   if constexpr (kBlocks > 1) {
-    place.above = __reduce_add_sync(kFullMask, lane < owner ? ahead : lane == owner ? above : 0u);
-    place.equal = __shfl_sync(kFullMask, place.equal, owner);
+    found.above = __reduce_add_sync(kFullMask, lane < owner ? ahead : lane == owner ? above : 0u);
+    found.equal = __shfl_sync(kFullMask, found.equal, owner);
   }
-  return place;
+  return found;
 }
 
-// The blocks of a row in device memory. All zero at first.
-struct Meeting {
+// What the blocks of a grid team share of a row in device memory. All zero at first.
+struct GridScratch {
   uint32_t arrived;
   uint32_t padding[31];
   uint32_t bins[(1 << kHighBits) + (1 << kMiddleBits) + (1 << kLowBits)];
   uint32_t block_sums[2];  // of the blocks' scores above and at the threshold; one pair per block
 };
 
-__host__ __device__ constexpr int64_t meeting_bytes(int64_t blocks) {
-  return round_up(int64_t(offsetof(Meeting, block_sums)) + 8 * blocks, 128);
-}
-
-// A barrier of the blocks of a row, the `turn`-th.
-__device__ void wait_for_all(Meeting* meeting, uint32_t blocks, uint32_t turn) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    atomicAdd(&meeting->arrived, 1u);
-    while (*static_cast<volatile uint32_t*>(&meeting->arrived) < turn * blocks) {
-    }
-    __threadfence();
-  }
-  __syncthreads();
+__host__ __device__ constexpr int64_t scratch_bytes(int64_t blocks) {
+  return round_up(int64_t(offsetof(GridScratch, block_sums)) + 8 * blocks, 128);
 }
 
 template <int kBlocks>
@@ -158,15 +145,16 @@ struct Shared {
   Histogram<kBlocks, 1 << kMiddleBits> middle;
   Histogram<kBlocks, 1 << kLowBits> low;
   uint32_t warp_sums[2][kWarp];
-  Place found;
+  Threshold found;
 };
 
-// Behind a histogram: its bin that holds the threshold, for all threads of the team.
+// The bin of a histogram that holds the threshold, for all threads of the team.
 template <int kBlocks, class H>
-__device__ Place agree(H& histogram, Place& found, uint32_t rank, uint32_t wanted) {
+__device__ Threshold find_threshold_bin(H& histogram, Threshold& found, uint32_t rank,
+                                        uint32_t wanted) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   __syncthreads();
-  for (int group = warp; group < kGroups; group += warps) {
+  for (int group = warp; group < kBinGroups; group += warps) {
     const auto words = histogram.of_group(group);
     uint32_t sum = 0;
 #pragma unroll
@@ -180,22 +168,25 @@ __device__ Place agree(H& histogram, Place& found, uint32_t rank, uint32_t wante
       const uint32_t sum[1] = {histogram.group_sums[lane]};
       send(sum, &histogram.sums_of[rank][lane], histogram.sums_box, warp);
       receive(histogram.sums_box);
-      const Place group = find<kBlocks, kGroups, 1>(histogram.sums_of[0], rank, wanted);
+      const Threshold group =
+          find_threshold_counter<kBlocks, kBinGroups, 1>(histogram.sums_of[0], rank, wanted);
       const auto bins = histogram.of_group(group.at);
       if (lane < H::kLanes)
         send(bins.word, &histogram.bins_of[rank][lane * H::kPerLane], histogram.bins_box, warp);
       if (warp == 0) {
         receive(histogram.bins_box);
-        Place bin = find<kBlocks, H::kLanes, H::kPerLane>(histogram.bins_of[0], rank, group.wanted);
+        Threshold bin = find_threshold_counter<kBlocks, H::kLanes, H::kPerLane>(
+            histogram.bins_of[0], rank, group.wanted);
         bin.at += group.at * H::kGroupBins;
         bin.above += group.above;
         if (lane == 0) found = bin;
       }
     }
   } else if (warp == 0) {
-    const Place group = find<1, kGroups, 1>(histogram.group_sums, 0, wanted);
-    Place bin =
-        find<1, H::kLanes, H::kPerLane>(histogram.bins + group.at * H::kGroupBins, 0, group.wanted);
+    const Threshold group =
+        find_threshold_counter<1, kBinGroups, 1>(histogram.group_sums, 0, wanted);
+    Threshold bin = find_threshold_counter<1, H::kLanes, H::kPerLane>(
+        histogram.bins + group.at * H::kGroupBins, 0, group.wanted);
     bin.at += group.at * H::kGroupBins;
     if (lane == 0) found = bin;
   }
@@ -203,65 +194,98 @@ __device__ Place agree(H& histogram, Place& found, uint32_t rank, uint32_t wante
   return found;
 }
 
-template <class Index, int kBlocks, int kItems, bool kResident>
-__global__ __launch_bounds__(kMaxThreads, 1) void select_kernel(const SelectTopkParams p,
-                                                                uint32_t team_blocks,
-                                                                int64_t per_warp) {
-  constexpr bool kCluster = kBlocks > 1, kIsGrid = kBlocks == kGrid;
-  constexpr int kVectors = kItems / kVector, kTile = kItems * kWarp;
-  static_assert(kVectors <= 4);  // counts of each, up to 128, share a word
+// This block in the team of a row.
+template <int kBlocks>
+struct Member {
+  static constexpr bool kCluster = kBlocks > 1, kIsGrid = kBlocks == kGrid;
+  int lane, warp, warps;
+  uint32_t blocks, row, rank;
+  GridScratch* scratch = nullptr;
+  uint32_t turns = 0;  // barriers of the grid team so far
 
-  extern __shared__ __align__(16) char dynamic[];
-  auto& shared = *reinterpret_cast<Shared<kBlocks>*>(dynamic);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  auto* stage = reinterpret_cast<uint16_t*>(dynamic + sizeof(shared)) + warp * kTile;
+  __device__ __forceinline__ explicit Member(uint32_t team_blocks)
+      : lane(threadIdx.x % kWarp),
+        warp(threadIdx.x / kWarp),
+        warps(blockDim.x / kWarp),
+        blocks(kIsGrid ? team_blocks : kBlocks),
+        row(blockIdx.x / blocks),
+        rank(kCluster  ? cluster_rank()
+             : kIsGrid ? blockIdx.x - row * blocks
+                       : 0) {}
 
-  // What needs no input.
-  const auto clear = [&](auto& bins) {
-    for (int i = threadIdx.x; i < sizeof(bins) / 16; i += blockDim.x)
-      reinterpret_cast<uint4*>(bins)[i] = {};
-  };
-  clear(shared.high.bins);
-  clear(shared.middle.bins);
-  clear(shared.low.bins);
-  if constexpr (kCluster) {
-    const auto expect_mail = [&](auto& histogram) {
-      expect(histogram.sums_box, sizeof(histogram.sums_of));
-      expect(histogram.bins_box, sizeof(histogram.bins_of));
-    };
+  // The sum over the block's warps before this one.
+  __device__ __forceinline__ uint32_t sum_of_warps_before(uint32_t sum, uint32_t* warp_sums) const {
+    if (lane == 0) warp_sums[warp] = sum;
+    __syncthreads();
+    return __reduce_add_sync(kFullMask, lane < warp ? warp_sums[lane] : 0u);
+  }
+
+  // A barrier of the blocks of a grid team.
+  __device__ __forceinline__ void wait_for_team() {
+    ++turns;
+    __syncthreads();
     if (threadIdx.x == 0) {
-      expect_mail(shared.high);
-      expect_mail(shared.middle);
-      expect_mail(shared.low);
+      __threadfence();
+      atomicAdd(&scratch->arrived, 1u);
+      while (*static_cast<volatile uint32_t*>(&scratch->arrived) < turns * blocks) {
+      }
+      __threadfence();
+    }
+    __syncthreads();
+  }
+
+  // Adds up the bins of a grid team; the blocks of a cluster mail theirs (find_threshold_bin).
+  template <int kBins>
+  __device__ __forceinline__ void add_up(uint32_t (&bins)[kBins], int first_bin) {
+    if constexpr (kIsGrid) {
+      if (blocks == 1) return;
+      uint32_t* sums = scratch->bins + first_bin;
+      __syncthreads();
+      for (int i = threadIdx.x; i < kBins; i += blockDim.x)
+        if (bins[i]) atomicAdd(sums + i, bins[i]);
+      wait_for_team();
+      for (int i = threadIdx.x; i < kBins; i += blockDim.x) bins[i] = __ldcg(sums + i);
     }
   }
-  __syncthreads();
-  if constexpr (kCluster) cluster_arrive();
-  wait_for_kernels_ahead();
 
-  const uint32_t blocks = kIsGrid ? team_blocks : kBlocks;
-  const uint32_t row = blockIdx.x / blocks, b = row / uint32_t(p.inner);
-  const uint32_t rank = kCluster ? cluster_rank() : kIsGrid ? blockIdx.x - row * blocks : 0;
-  const float* scores =
-      p.scores + b * p.scores_stride_b + (row - b * uint32_t(p.inner)) * p.scores_stride_inner;
-  Index* out = static_cast<Index*>(p.out) + row * p.k;
-  const auto [n_window, n_sinks, n_scored, n_padding, n_empty, first_valid, first] = p.tiers(b);
-  const int64_t candidates = p.context - first;
+  // For a warp whose counts of scores above and at the threshold these are: adds to `above_before`
+  // and `ties_before`, which are of the block's warps before it, those of the blocks before.
+  __device__ __forceinline__ void add_blocks_before(uint32_t above, uint32_t ties,
+                                                    uint32_t& above_before, uint32_t& ties_before) {
+    uint32_t* block_sums = scratch->block_sums;
+    if (warp == warps - 1 && lane == 0) {
+      block_sums[2 * rank] = above_before + above;
+      block_sums[2 * rank + 1] = ties_before + ties;
+    }
+    wait_for_team();
+    uint32_t above_ahead = 0, ties_ahead = 0;
+    for (int block = lane; block < rank; block += kWarp) {
+      above_ahead += __ldcg(block_sums + 2 * block);
+      ties_ahead += __ldcg(block_sums + 2 * block + 1);
+    }
+    above_before += __reduce_add_sync(kFullMask, above_ahead);
+    ties_before += __reduce_add_sync(kFullMask, ties_ahead);
+  }
+};
 
-  // The tokens of this warp; the team's first is on a 16-byte boundary. Of a tile a lane has
-  // kVectors times kVector neighbours. A token that is not there has order 0, which no score has.
-  const int64_t aligned =
-      first - int64_t(reinterpret_cast<uintptr_t>(scores + first) / sizeof(float) % kVector);
-  const int64_t begin = aligned + int64_t(rank * warps + warp) * per_warp;
-  const int from = int(max<int64_t>(first - begin, 0));
-  const int end = int(max<int64_t>(min(per_warp, p.context - begin), 0));
-  scores += begin;
+// The tokens of a warp, of which orders[] has one tile: lane l has the kVector neighbours from
+// v * kWarp * kVector + l * kVector on at orders[v * kVector], for each of kVectors vectors v. A
+// token that does not exist has order 0, which no score has.
+template <int kItems, bool kResident>
+struct Tokens {
+  static constexpr int kVectors = kItems / kVector, kTile = kItems * kWarp;
+  static_assert(kVectors <= 4);  // counts of each, up to 128, share a word (`enumerate`)
+  const float* scores;           // of the warp's first token, at a 16-byte boundary
+  int from, end;                 // tokens of the warp that exist
+  int lane;
   uint32_t orders[kItems];
-  const auto is_whole = [&](int vector) {
+
+  __device__ __forceinline__ bool is_whole(int vector) const {
     return vector >= from && vector + kWarp * kVector <= end;
-  };
-  const auto exists = [&](int j) { return j >= from && j < end; };
-  const auto load = [&](int tile) {
+  }
+  __device__ __forceinline__ bool exists(int j) const { return j >= from && j < end; }
+
+  __device__ __forceinline__ void load(int tile) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int vector = tile + v * kWarp * kVector, j = vector + lane * kVector;
@@ -277,8 +301,10 @@ __global__ __launch_bounds__(kMaxThreads, 1) void select_kernel(const SelectTopk
           orders[v * kVector + i] = exists(j + i) ? __float_as_uint(scores[j + i]) : 0;
       }
     }
-  };
-  const auto convert = [&](int tile) {
+  }
+
+  // Makes orders of the scores that were loaded.
+  __device__ __forceinline__ void convert(int tile) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int vector = tile + v * kWarp * kVector, j = vector + lane * kVector;
@@ -291,8 +317,11 @@ __global__ __launch_bounds__(kMaxThreads, 1) void select_kernel(const SelectTopk
           if (!exists(j + i)) orders[v * kVector + i] = 0;
       }
     }
-  };
-  const auto for_each_tile = [&](auto visit) {
+  }
+
+  // Calls visit(tile) with the orders of each tile in turn.
+  template <class Visit>
+  __device__ __forceinline__ void for_each_tile(Visit visit) {
     if constexpr (kResident) {
       visit(0);
     } else {
@@ -302,135 +331,11 @@ __global__ __launch_bounds__(kMaxThreads, 1) void select_kernel(const SelectTopk
         visit(tile);
       }
     }
-  };
-  if constexpr (kResident) load(0);
-
-  const int64_t thread = int64_t(rank) * blockDim.x + threadIdx.x,
-                threads = int64_t(blocks) * blockDim.x;
-  for (int64_t i = thread; i < n_empty; i += threads) out[i] = Index(-1);
-  out += n_empty;
-  for (int64_t i = thread; i < n_padding; i += threads) out[i] = Index(i);
-  out += n_padding;
-  for (int64_t i = thread; i < n_sinks; i += threads) out[i] = Index(first_valid + i);
-  out += n_sinks;
-  for (int64_t i = thread; i < n_window; i += threads)
-    out[n_scored + i] = Index(p.context + p.window - n_window + i);
-  if (n_scored == candidates) {
-    for (int64_t i = thread; i < candidates; i += threads) out[i] = Index(first + i);
-    return;  // the whole team
   }
-  if (n_scored == 0) return;
 
-  if constexpr (kResident) convert(0);
-
-  [[maybe_unused]] Meeting* meeting = nullptr;
-  [[maybe_unused]] uint32_t turn = 0;
-  if constexpr (kIsGrid)
-    meeting =
-        reinterpret_cast<Meeting*>(static_cast<char*>(p.workspace) + row * meeting_bytes(blocks));
-  // Adds the team's bins up, where blocks do not mail them.
-  const auto share = [&](auto& bins, int first_bin) {
-    if constexpr (kIsGrid) {
-      if (blocks == 1) return;
-      constexpr int kBins = sizeof(bins) / sizeof(bins[0]);
-      uint32_t* sums = meeting->bins + first_bin;
-      __syncthreads();
-      for (int i = threadIdx.x; i < kBins; i += blockDim.x)
-        if (bins[i]) atomicAdd(sums + i, bins[i]);
-      wait_for_all(meeting, blocks, ++turn);
-      for (int i = threadIdx.x; i < kBins; i += blockDim.x) bins[i] = __ldcg(sums + i);
-    }
-  };
-
-  for_each_tile([&](int) {
-#pragma unroll
-    for (int i = 0; i < kItems; ++i)
-      atomicAdd(&shared.high.bins[orders[i] >> (32 - kHighBits)], 1u);
-  });
-  if constexpr (kCluster) cluster_wait();  // all blocks expect mail
-  share(shared.high.bins, 0);
-  Place found = agree<kBlocks>(shared.high, shared.found, rank, uint32_t(n_scored));
-  uint32_t above = found.above;
-  uint32_t threshold = found.at << (32 - kHighBits);
-  if (found.wanted < found.count) {
-    for_each_tile([&](int) {
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        const uint32_t rest = orders[i] - threshold;
-        if (rest < 1u << (32 - kHighBits)) atomicAdd(&shared.middle.bins[rest >> kLowBits], 1u);
-      }
-    });
-    share(shared.middle.bins, 1 << kHighBits);
-    found = agree<kBlocks>(shared.middle, shared.found, rank, found.wanted);
-    above += found.above;
-    threshold += found.at << kLowBits;
-    if (found.wanted < found.count) {
-      for_each_tile([&](int) {
-#pragma unroll
-        for (int i = 0; i < kItems; ++i) {
-          const uint32_t rest = orders[i] - threshold;
-          if (rest < 1u << kLowBits) atomicAdd(&shared.low.bins[rest], 1u);
-        }
-      });
-      share(shared.low.bins, (1 << kHighBits) + (1 << kMiddleBits));
-      found = agree<kBlocks>(shared.low, shared.found, rank, found.wanted);
-      above += found.above;
-      threshold += found.at;
-    }
-  }
-  // Kept are the scores above `cut`, and of the ties with the threshold the first `ties`.
-  const bool has_ties = found.wanted < found.count;
-  const uint32_t ties = has_ties ? found.wanted : 0;
-  const uint32_t cut = has_ties ? threshold : threshold - 1;
-  const auto is_tie = [&](uint32_t order) { return has_ties && order == threshold; };
-
-  // The sum over the warps before this one.
-  const auto before_warp = [&](uint32_t sum, uint32_t* warp_sums) {
-    if (lane == 0) warp_sums[warp] = sum;
-    __syncthreads();
-    return __reduce_add_sync(kFullMask, lane < warp ? warp_sums[lane] : 0u);
-  };
-  uint32_t my_sure = 0, my_ties = 0;
-  if (has_ties || kIsGrid) {
-    for_each_tile([&](int) {
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        if constexpr (kIsGrid) my_sure += orders[i] > cut;
-        my_ties += is_tie(orders[i]);
-      }
-    });
-    my_ties = __reduce_add_sync(kFullMask, my_ties);
-  }
-  [[maybe_unused]] uint32_t sure_before = 0;
-  uint32_t ties_before = found.equal;
-  if constexpr (!kIsGrid) {
-    if (has_ties) ties_before += before_warp(my_ties, shared.warp_sums[0]);
-  } else {
-    my_sure = __reduce_add_sync(kFullMask, my_sure);
-    sure_before = before_warp(my_sure, shared.warp_sums[0]);
-    ties_before = before_warp(my_ties, shared.warp_sums[1]);
-    if (blocks > 1) {
-      uint32_t* block_sums = meeting->block_sums;
-      if (warp == warps - 1 && lane == 0) {
-        block_sums[2 * rank] = sure_before + my_sure;
-        block_sums[2 * rank + 1] = ties_before + my_ties;
-      }
-      wait_for_all(meeting, blocks, ++turn);
-      uint32_t sure_ahead = 0, ties_ahead = 0;
-      for (int block = lane; block < rank; block += kWarp) {
-        sure_ahead += __ldcg(block_sums + 2 * block);
-        ties_ahead += __ldcg(block_sums + 2 * block + 1);
-      }
-      sure_before += __reduce_add_sync(kFullMask, sure_ahead);
-      ties_before += __reduce_add_sync(kFullMask, ties_ahead);
-    }
-  }
-  uint32_t left = ties - min(ties_before, ties);  // for this warp and those behind it
-  const bool drops_ties = left > 0 && left < my_ties;
-  const uint32_t warp_cut = left > 0 ? cut - 1 : cut;
-
-  // Visits a tile's tokens of a kind in order, with their number; returns how many there are.
-  const auto enumerate = [&](auto is_wanted, auto visit) {
+  // Calls visit(i, number) for the tile's tokens of a kind in order; returns how many there are.
+  template <class IsWanted, class Visit>
+  __device__ __forceinline__ uint32_t enumerate(IsWanted is_wanted, Visit visit) {
     uint32_t mine = 0;  // counts of the vectors, a byte each
 #pragma unroll
     for (int i = 0; i < kItems; ++i) mine += is_wanted(orders[i]) ? 1u << i / kVector * 8 : 0;
@@ -445,29 +350,174 @@ __global__ __launch_bounds__(kMaxThreads, 1) void select_kernel(const SelectTopk
       before += all >> v * 8 & 255;
     }
     return before;
+  }
+};
+
+// What needs no input: empty histograms, and open mailboxes.
+template <int kBlocks>
+__device__ __forceinline__ void set_up(Shared<kBlocks>& shared) {
+  const auto clear = [&](auto& bins) {
+    for (int i = threadIdx.x; i < sizeof(bins) / 16; i += blockDim.x)
+      reinterpret_cast<uint4*>(bins)[i] = {};
   };
+  clear(shared.high.bins);
+  clear(shared.middle.bins);
+  clear(shared.low.bins);
+  if constexpr (kBlocks > 1) {
+    const auto expect_mail = [&](auto& histogram) {
+      expect(histogram.sums_box, sizeof(histogram.sums_of));
+      expect(histogram.bins_box, sizeof(histogram.bins_of));
+    };
+    if (threadIdx.x == 0) {
+      expect_mail(shared.high);
+      expect_mail(shared.middle);
+      expect_mail(shared.low);
+    }
+  }
+  __syncthreads();
+  if constexpr (kBlocks > 1) cluster_arrive();
+}
+
+// Writes what is kept whatever its score, by thread `thread` of the team's `threads`. Returns where
+// the scored tokens go.
+template <class Index>
+__device__ __forceinline__ Index* write_unscored(const SelectTopkParams& p,
+                                                 const SelectTopkParams::Tiers& tiers, Index* out,
+                                                 int64_t thread, int64_t threads) {
+  const auto [n_window, n_sinks, n_scored, n_padding, n_empty, first_valid, first] = tiers;
+  for (int64_t i = thread; i < n_empty; i += threads) out[i] = Index(-1);
+  out += n_empty;
+  for (int64_t i = thread; i < n_padding; i += threads) out[i] = Index(i);
+  out += n_padding;
+  for (int64_t i = thread; i < n_sinks; i += threads) out[i] = Index(first_valid + i);
+  out += n_sinks;
+  for (int64_t i = thread; i < n_window; i += threads)
+    out[n_scored + i] = Index(p.context + p.window - n_window + i);
+  return out;
+}
+
+// The best `wanted` of a row: the scores above `cut`, and of the ties with it the first `ties`.
+struct Selection {
+  uint32_t threshold, cut, ties;
+  uint32_t above, equal;  // in the blocks before this one of a cluster: above and at the threshold
+
+  // Where all scores at the threshold are kept, none counts as a tie.
+  __device__ __forceinline__ bool has_ties() const { return ties > 0; }
+};
+
+// Up to three histograms, each of the digit after the one before.
+template <int kBlocks, class Tokens>
+__device__ __forceinline__ Selection find_threshold(Tokens& tokens, Shared<kBlocks>& shared,
+                                                    Member<kBlocks>& member, uint32_t wanted) {
+  const uint32_t rank = member.rank;
+  tokens.for_each_tile([&](int) {
+#pragma unroll
+    for (uint32_t order : tokens.orders)
+      atomicAdd(&shared.high.bins[order >> (32 - kHighBits)], 1u);
+  });
+  if constexpr (kBlocks > 1) cluster_wait();  // all blocks expect mail
+  member.add_up(shared.high.bins, 0);
+  Threshold found = find_threshold_bin<kBlocks>(shared.high, shared.found, rank, wanted);
+  uint32_t above = found.above;
+  uint32_t threshold = found.at << (32 - kHighBits);
+  if (found.wanted < found.count) {
+    tokens.for_each_tile([&](int) {
+#pragma unroll
+      for (uint32_t order : tokens.orders) {
+        const uint32_t rest = order - threshold;
+        if (rest < 1u << (32 - kHighBits)) atomicAdd(&shared.middle.bins[rest >> kLowBits], 1u);
+      }
+    });
+    member.add_up(shared.middle.bins, 1 << kHighBits);
+    found = find_threshold_bin<kBlocks>(shared.middle, shared.found, rank, found.wanted);
+    above += found.above;
+    threshold += found.at << kLowBits;
+    if (found.wanted < found.count) {
+      tokens.for_each_tile([&](int) {
+#pragma unroll
+        for (uint32_t order : tokens.orders) {
+          const uint32_t rest = order - threshold;
+          if (rest < 1u << kLowBits) atomicAdd(&shared.low.bins[rest], 1u);
+        }
+      });
+      member.add_up(shared.low.bins, (1 << kHighBits) + (1 << kMiddleBits));
+      found = find_threshold_bin<kBlocks>(shared.low, shared.found, rank, found.wanted);
+      above += found.above;
+      threshold += found.at;
+    }
+  }
+  const bool has_ties = found.wanted < found.count;
+  return {.threshold = threshold,
+          .cut = has_ties ? threshold : threshold - 1,
+          .ties = has_ties ? found.wanted : 0,
+          .above = above,
+          .equal = found.equal};
+}
+
+// Writes the kept tokens of this warp, whose first token is `begin`. `stage` has room for a tile.
+template <class Index, int kBlocks, class Tokens>
+__device__ __forceinline__ void write_scored(Tokens& tokens, const Selection& selection,
+                                             Shared<kBlocks>& shared, Member<kBlocks>& member,
+                                             uint16_t* stage, int64_t begin, Index* out) {
+  constexpr bool kIsGrid = kBlocks == kGrid;
+  const int lane = member.lane;
+  const bool has_ties = selection.has_ties();
+  const uint32_t threshold = selection.threshold, cut = selection.cut;
+  const auto is_tie = [&](uint32_t order) { return has_ties && order == threshold; };
+
+  // How many of the ties fall to this warp: as many as the warps and blocks before it leave.
+  uint32_t my_above = 0, my_ties = 0;
+  if (has_ties || kIsGrid) {
+    tokens.for_each_tile([&](int) {
+      if constexpr (kIsGrid) {
+#pragma unroll
+        for (uint32_t order : tokens.orders) my_above += order > cut;
+      }
+      if (has_ties) {
+#pragma unroll
+        for (uint32_t order : tokens.orders) my_ties += order == threshold;
+      }
+    });
+    my_ties = __reduce_add_sync(kFullMask, my_ties);
+  }
+  [[maybe_unused]] uint32_t above_before = 0;
+  uint32_t ties_before = selection.equal;
+  if constexpr (!kIsGrid) {
+    if (has_ties) ties_before += member.sum_of_warps_before(my_ties, shared.warp_sums[0]);
+  } else {
+    my_above = __reduce_add_sync(kFullMask, my_above);
+    above_before = member.sum_of_warps_before(my_above, shared.warp_sums[0]);
+    ties_before = member.sum_of_warps_before(my_ties, shared.warp_sums[1]);
+    if (member.blocks > 1) member.add_blocks_before(my_above, my_ties, above_before, ties_before);
+  }
+  // For this warp and those after it.
+  uint32_t left = selection.ties - min(ties_before, selection.ties);
+  const bool drops_ties = left > 0 && left < my_ties;
+  const uint32_t warp_cut = left > 0 ? cut - 1 : cut;
+
   const auto stage_tile = [&] {
     if (drops_ties)
-      left -= min(left, enumerate(is_tie, [&](int i, uint32_t number) {
-                    if (number >= left) orders[i] = 0;
-                  }));
+      left -= min(left, tokens.enumerate(is_tie, [&](int i, uint32_t number) {
+        if (number >= left) tokens.orders[i] = 0;
+      }));
     const auto in_tile = uint16_t(lane * kVector);
-    return enumerate([&](uint32_t order) { return order > warp_cut; },
-                     [&](int i, uint32_t number) {
-                       stage[number] =
-                           in_tile + uint16_t(i / kVector * kWarp * kVector + i % kVector);
-                     });
+    return tokens.enumerate([&](uint32_t order) { return order > warp_cut; },
+                            [&](int i, uint32_t number) {
+                              stage[number] =
+                                  in_tile + uint16_t(i / kVector * kWarp * kVector + i % kVector);
+                            });
   };
   const auto write_tile = [&](int tile, uint32_t kept, uint32_t to) {
     for (uint32_t i = lane; i < kept; i += kWarp) out[to + i] = Index(begin + tile + stage[i]);
   };
   if constexpr (!kIsGrid) {
     const uint32_t kept = stage_tile();
-    const uint32_t to = before_warp(kept, shared.warp_sums[1]);
-    write_tile(0, kept, above + (has_ties ? min(found.equal, ties) : found.equal) + to);
+    const uint32_t to = member.sum_of_warps_before(kept, shared.warp_sums[1]);
+    const uint32_t equal = has_ties ? min(selection.equal, selection.ties) : selection.equal;
+    write_tile(0, kept, selection.above + equal + to);
   } else {
-    uint32_t to = sure_before + min(ties_before, ties);
-    for_each_tile([&](int tile) {
+    uint32_t to = above_before + min(ties_before, selection.ties);
+    tokens.for_each_tile([&](int tile) {
       const uint32_t kept = stage_tile();
       __syncwarp();
       write_tile(tile, kept, to);
@@ -475,6 +525,55 @@ __global__ __launch_bounds__(kMaxThreads, 1) void select_kernel(const SelectTopk
       to += kept;
     });
   }
+}
+
+template <class Index, int kBlocks, int kItems, bool kResident>
+__global__ __launch_bounds__(kMaxThreads, 1) void select_kernel(const SelectTopkParams p,
+                                                                uint32_t team_blocks,
+                                                                int64_t per_warp) {
+  using RowTokens = Tokens<kItems, kResident>;
+  extern __shared__ __align__(16) char dynamic[];
+  auto& shared = *reinterpret_cast<Shared<kBlocks>*>(dynamic);
+  set_up(shared);
+  wait_for_kernels_ahead();
+
+  // ---- the row, and this warp's tokens of it; the team's first token is at a 16-byte boundary
+  Member<kBlocks> member(team_blocks);
+  auto* stage =
+      reinterpret_cast<uint16_t*>(dynamic + sizeof(shared)) + member.warp * RowTokens::kTile;
+  const uint32_t row = member.row, b = row / uint32_t(p.inner);
+  const float* scores =
+      p.scores + b * p.scores_stride_b + (row - b * uint32_t(p.inner)) * p.scores_stride_inner;
+  Index* out = static_cast<Index*>(p.out) + row * p.k;
+  const SelectTopkParams::Tiers tiers = p.tiers(b);
+  const int64_t first = tiers.first, candidates = p.context - first;
+  const int64_t aligned =
+      first - int64_t(reinterpret_cast<uintptr_t>(scores + first) / sizeof(float) % kVector);
+  const int64_t begin = aligned + int64_t(member.rank * member.warps + member.warp) * per_warp;
+  RowTokens tokens;
+  tokens.from = int(max<int64_t>(first - begin, 0));
+  tokens.end = int(max<int64_t>(min(per_warp, p.context - begin), 0));
+  tokens.scores = scores + begin;
+  tokens.lane = member.lane;
+  if constexpr (kResident) tokens.load(0);
+
+  // ---- what is kept whatever its score, and rows of which all or nothing is kept
+  const int64_t thread = int64_t(member.rank) * blockDim.x + threadIdx.x,
+                threads = int64_t(member.blocks) * blockDim.x;
+  out = write_unscored(p, tiers, out, thread, threads);
+  if (tiers.n_scored == candidates) {
+    for (int64_t i = thread; i < candidates; i += threads) out[i] = Index(first + i);
+    return;  // the whole team
+  }
+  if (tiers.n_scored == 0) return;
+
+  // ---- the threshold, then the tokens above it
+  if constexpr (kResident) tokens.convert(0);
+  if constexpr (kBlocks == kGrid)
+    member.scratch = reinterpret_cast<GridScratch*>(static_cast<char*>(p.workspace) +
+                                                    row * scratch_bytes(member.blocks));
+  const Selection selection = find_threshold(tokens, shared, member, uint32_t(tiers.n_scored));
+  write_scored(tokens, selection, shared, member, stage, begin, out);
 }
 
 // The blocks that share a row, and their threads. kResident: they hold it in registers.
@@ -488,7 +587,7 @@ struct Team {
   int64_t warps() const { return blocks * (threads / kWarp); }
   // Up to three of the tokens lie before the row, from a 16-byte boundary on.
   bool holds(int64_t context) const { return context + kVector - 1 <= warps() * kItems * kWarp; }
-  bool meets_in_memory() const { return kBlocks == kGrid && blocks > 1; }
+  bool is_grid() const { return kBlocks == kGrid && blocks > 1; }
 };
 
 // Calls fn with the smallest team that holds a row in registers, or else with one as large as the
@@ -519,8 +618,8 @@ cudaError_t launch(const SelectTopkParams& p, Team team, cudaStream_t stream) {
       int(sizeof(Shared<Team::kBlocks>)) + team.threads * Team::kItems * int(sizeof(uint16_t));
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (status == cudaSuccess && team.meets_in_memory())
-    status = cudaMemsetAsync(p.workspace, 0, rows * meeting_bytes(team.blocks), stream);
+  if (status == cudaSuccess && team.is_grid())
+    status = cudaMemsetAsync(p.workspace, 0, rows * scratch_bytes(team.blocks), stream);
   if (status != cudaSuccess) return status;
 
   cudaLaunchConfig_t config{};
@@ -530,7 +629,7 @@ cudaError_t launch(const SelectTopkParams& p, Team team, cudaStream_t stream) {
   config.stream = stream;
   cudaLaunchAttribute attributes[2];
   config.attrs = attributes;
-  if (team.meets_in_memory()) {
+  if (team.is_grid()) {
     config.numAttrs = 1;
     attributes[0].id = cudaLaunchAttributeCooperative;  // all blocks run at once
     attributes[0].val.cooperative = 1;
@@ -549,7 +648,7 @@ cudaError_t launch(const SelectTopkParams& p, Team team, cudaStream_t stream) {
 
 int64_t workspace_bytes(const SelectTopkParams& p) {
   return with_team(p, [&](auto team) {
-    return team.meets_in_memory() ? p.batch * p.inner * meeting_bytes(team.blocks) : 0;
+    return team.is_grid() ? p.batch * p.inner * scratch_bytes(team.blocks) : 0;
   });
 }
 

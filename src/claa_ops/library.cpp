@@ -6,11 +6,7 @@
 // SymInt, so one compiled graph serves every prompt length. torch.compile cannot trace an op that
 // writes to an argument and has another that is called `mode`: hence `pool_mode`.
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-
-#include <stdexcept>
-#include <string>
 
 #include "csrc/kernels.h"
 #include "src/claa_ops/ops.h"
@@ -34,29 +30,7 @@ STABLE_TORCH_LIBRARY_IMPL(claa, CLAA_DEVICE, m) {
   m.impl("rank_variance", TORCH_BOX(&claa::rank_variance));
 }
 
-#ifdef CLAA_CUDA
-
-namespace {
-
-// The architecture of the code in this library that runs on a device: 90 for sm_90.
-int64_t cuda_device_code(int64_t device) {
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  int sm = 0;
-  const cudaError_t status = claa::cuda::device_code(&sm);
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("_cuda_device_code: ") + cudaGetErrorString(status));
-  return sm;
-}
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(claa, m) { m.def("_cuda_device_code(int device) -> int"); }
-
-STABLE_TORCH_LIBRARY_IMPL(claa, CompositeExplicitAutograd, m) {
-  m.impl("_cuda_device_code", TORCH_BOX(&cuda_device_code));
-}
-
-#else
+#ifndef CLAA_CUDA
 
 STABLE_TORCH_LIBRARY(claa, m) {
   m.def(
@@ -89,9 +63,8 @@ STABLE_TORCH_LIBRARY(claa, m) {
 
 namespace {
 
-// The CPU instruction set in use (0 plain, 1 AVX2, 2 AVX-512, 3 with bfloat16
-// products), after limiting it to `limit`; a
-// negative limit only asks.
+// The CPU instruction set in use (0 plain, 1 AVX2, 2 AVX-512, 3 with bfloat16 products), after
+// limiting it to `limit`; a negative limit only asks.
 int64_t cpu_isa(int64_t limit) {
   if (limit >= 0) claa::cpu::limit_isa(static_cast<claa::cpu::Isa>(limit));
   return static_cast<int64_t>(claa::cpu::active_isa());

@@ -2,9 +2,9 @@
 //
 // Neither knows the batch nor the number of heads, so a row has the same bits in any batch.
 
-#include "csrc/cuda/hopper.cuh"
-#include "csrc/cuda/hopper_narrow.cuh"
-#include "csrc/cuda/hopper_wide.cuh"
+#include "csrc/cuda/hopper/scores.cuh"
+
+#include "csrc/cuda/hopper/launch.cuh"
 
 namespace claa::cuda::hopper {
 
