@@ -130,6 +130,8 @@ class Commands(TyperGroup):
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the command that the arguments name."""
+        if "" not in sys.path:  # a script's path lacks the folder of the user's module:Class
+            sys.path.append("")
         with input_errors():
             return super().main(*args, **options)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -39,9 +41,10 @@ class Seen(NamedTuple):
     tokens: int
     start: Tensor | None
 
-    def of_row(self, row: int) -> int:
-        """How many of them are a row's own."""
-        return self.tokens if self.start is None else self.tokens - int(self.start[row])
+    def of_rows(self, batch: int) -> list[int]:
+        """How many of them are each row's own."""
+        padding = [0] * batch if self.start is None else self.start.tolist()
+        return [self.tokens - each for each in padding]
 
 
 @dataclass
@@ -50,51 +53,59 @@ class Replayed(Prefilled):
 
     Attributes:
         seen: what the layers of each forward saw; there are two in a method with two passes.
-        full: ``[B]``: the tokens of each prompt.
-        model: the model.
+        full: the tokens of each prompt.
+        weights: of each layer, the multiply-adds of a token by its weights.
     """
 
     seen: list[list[Seen]]
-    full: Tensor
-    model: PreTrainedModel
+    full: list[int]
+    weights: list[int]
 
     def work_shares(self) -> list[float]:
         """For each prompt ``work_share``, were it alone.
 
         That of a single one has the drafts and answers that made a ranking; the others lack them.
         """
-        if len(self.full) == 1:
+        batch = len(self.full)
+        if batch == 1:
             return [self.work_share]
-        layers = len(self.cache.layers)
-        shares = []
-        for row, tokens in enumerate(self.full.tolist()):
-            work = sum(
-                count_work(self.model, [layer.of_row(row) for layer in forward]).linear
-                for forward in self.seen
-            )
-            shares.append(work / count_work(self.model, [tokens] * layers).linear)
-        return shares
+        work = [0] * batch
+        for forward in self.seen:
+            layers = zip(forward, self.weights, strict=False)  # a first pass ends early
+            # The layers before a selection see the same, and so do those after it.
+            for _, alike in itertools.groupby(
+                layers, key=lambda layer: (layer[0].tokens, id(layer[0].start))
+            ):
+                group = list(alike)
+                weights = sum(weight for _, weight in group)
+                for row, tokens in enumerate(group[0][0].of_rows(batch)):
+                    work[row] += tokens * weights
+        return [
+            done / (tokens * sum(self.weights))
+            for done, tokens in zip(work, self.full, strict=True)
+        ]
 
     def cache_bytes(self) -> list[int]:
         """For each prompt the bytes of its keys and values, before any decoding, were it alone."""
-        if len(self.full) == 1:
+        batch = len(self.full)
+        if batch == 1:
             return [self.cache.nbytes()]
-        total = [0] * len(self.full)
+        total = [0] * batch
         for layer, seen in zip(self.cache.layers, self.seen[-1], strict=True):
             of_an_entry = sum(
                 held.shape[1] * held.shape[3] * held.element_size()
                 for held in (layer.keys, layer.values)
             )
             held = Seen(layer.keys.shape[2], None if layer.is_sliding else layer.start)
-            for row in range(len(total)):
-                # A sliding window of a short prompt is not full.
-                total[row] += min(held.of_row(row), seen.of_row(row)) * of_an_entry
+            # A sliding window of a short prompt is not full.
+            entries = map(min, held.of_rows(batch), seen.of_rows(batch))
+            total = [before + own * of_an_entry for before, own in zip(total, entries, strict=True)]
         return total
 
     def kept(self) -> list[int]:
         """For each prompt how many of its tokens reached the last layer."""
         if self.positions is None:
-            return self.full.tolist()
+            return self.full
         return (self.positions >= 0).sum(dim=1).tolist()
 
 
@@ -174,11 +185,12 @@ class RecordedPrefill:
                 self.attention_mask,
                 prepared=self._prepare(method),
             )
-        return Replayed(**vars(prefilled), seen=seen, full=self._lengths(), model=self.model)
+        full = self._whole.of_rows(len(self.input_ids))
+        return Replayed(**vars(prefilled), seen=seen, full=full, weights=self._weights)
 
     def row(self, index: int) -> RecordedPrefill:
         """The record of one prompt of the batch, as if it had been prefilled alone."""
-        tokens = int(self._lengths()[index])
+        tokens = self._whole.of_rows(len(self.input_ids))[index]
         row = slice(index, index + 1)
         alone = copy.copy(self)
         alone.input_ids = self.input_ids[row, -tokens:]
@@ -194,11 +206,16 @@ class RecordedPrefill:
         alone._calls = [call.row(row, tokens) for call in self._calls]
         return alone
 
-    def _lengths(self) -> Tensor:
-        """How many tokens each prompt has, ``[B]``."""
-        batch, length = self.input_ids.shape
-        start = self.input_ids.new_zeros(batch) if self._start is None else self._start
-        return length - start
+    @property
+    def _whole(self) -> Seen:
+        """What full prefill sees in every layer."""
+        return Seen(self.input_ids.shape[1], self._start)
+
+    @functools.cached_property
+    def _weights(self) -> list[int]:
+        """Of each layer, the multiply-adds of a token by its weights."""
+        layers = range(len(self._calls))
+        return [count_work(self.model, [0] * layer + [1]).linear for layer in layers]
 
     def _prepare(self, method: Method) -> Preparation | None:
         """The answer of an oracle or a draft, once for all layers and budgets."""
