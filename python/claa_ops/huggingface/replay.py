@@ -24,7 +24,7 @@ from claa_ops.methods.pruning import Pruning
 from claa_ops.selection.method import Preparation
 from claa_ops.selection.state import PrefillState, begin
 
-_ROWS = 64  # of the queries, the last: a method that reads more is computed as a whole
+_ROWS = 64  # the last query rows, which are recorded; methods that read more are not replayed
 
 # Settings that a ranking made before the prefill does not depend on.
 _AFTER_A_RANKING = {"window", "chunk", *(setting.name for setting in fields(Pruning))} - {
@@ -34,13 +34,13 @@ _AFTER_A_RANKING = {"window", "chunk", *(setting.name for setting in fields(Prun
 
 
 class Seen(NamedTuple):
-    """Tokens of a padded batch: how many, and of each row, ``[B]``, how many are padding."""
+    """The tokens of a padded batch: how many, and how many of each row, ``[B]``, are padding."""
 
     tokens: int
     start: Tensor | None
 
     def of_row(self, row: int) -> int:
-        """How many of them are a row's own."""
+        """How many tokens a row has without padding."""
         return self.tokens if self.start is None else self.tokens - int(self.start[row])
 
 
@@ -49,8 +49,8 @@ class Replayed(Prefilled):
     """A prefill of a batch, and what each of its prompts would have cost alone.
 
     Attributes:
-        seen: what the layers of each forward saw; there are two in a method with two passes.
-        full: ``[B]``: the tokens of each prompt.
+        seen: what the layers of each forward saw; a method with two passes has two forwards.
+        full: ``[B]``: how many tokens each prompt has.
         model: the model.
     """
 
@@ -59,9 +59,9 @@ class Replayed(Prefilled):
     model: PreTrainedModel
 
     def work_shares(self) -> list[float]:
-        """For each prompt ``work_share``, were it alone.
+        """For each prompt, the ``work_share`` that it would have alone.
 
-        That of a single one has the drafts and answers that made a ranking; the others lack them.
+        Drafts and answers that made a ranking are counted for a single prompt, not in a batch.
         """
         if len(self.full) == 1:
             return [self.work_share]
@@ -76,23 +76,23 @@ class Replayed(Prefilled):
         return shares
 
     def cache_bytes(self) -> list[int]:
-        """For each prompt the bytes of its keys and values, before any decoding, were it alone."""
+        """For each prompt, the bytes of keys and values that it would have alone after prefill."""
         if len(self.full) == 1:
             return [self.cache.nbytes()]
         total = [0] * len(self.full)
         for layer, seen in zip(self.cache.layers, self.seen[-1], strict=True):
-            of_an_entry = sum(
+            entry_bytes = sum(
                 held.shape[1] * held.shape[3] * held.element_size()
                 for held in (layer.keys, layer.values)
             )
             held = Seen(layer.keys.shape[2], None if layer.is_sliding else layer.start)
             for row in range(len(total)):
                 # A sliding window of a short prompt is not full.
-                total[row] += min(held.of_row(row), seen.of_row(row)) * of_an_entry
+                total[row] += min(held.of_row(row), seen.of_row(row)) * entry_bytes
         return total
 
     def kept(self) -> list[int]:
-        """For each prompt how many of its tokens reached the last layer."""
+        """For each prompt, how many of its tokens reached the last layer."""
         if self.positions is None:
             return self.full.tolist()
         return (self.positions >= 0).sum(dim=1).tolist()
@@ -110,7 +110,7 @@ class RecordedPrefill:
         model: an attached model (:func:`claa_ops.prefill.attach`).
         input_ids: ``[B, N]``, int64.
         attention_mask: ``[B, N]``; left padding is 0.
-        layers: after which of them methods will select; None for any. Hidden states, ``B * N *
+        layers: the layers after which methods will select; None for any. Hidden states, ``B * N *
             hidden_size`` numbers a layer, are recorded for these alone.
 
     Attributes:
@@ -195,7 +195,7 @@ class RecordedPrefill:
         return alone
 
     def _lengths(self) -> Tensor:
-        """How many tokens each prompt has, ``[B]``."""
+        """``[B]``: how many tokens each prompt has."""
         batch, length = self.input_ids.shape
         start = self.input_ids.new_zeros(batch) if self._start is None else self._start
         return length - start
@@ -249,11 +249,11 @@ class RecordedPrefill:
 
     @contextlib.contextmanager
     def replay(self) -> Iterator[list[list[Seen]]]:
-        """Within, prefills of these prompts by the model replay what was recorded.
+        """A context in which the model's prefills of these prompts replay what was recorded.
 
-        That is any forward of the whole prompts, at the positions that their mask counts, with a
-        ClaaCache; all others, such as those of decoding or the second pass of a two-pass method,
-        are computed.
+        A forward is replayed if it is of the whole prompts, at the positions that their mask
+        counts, with a ClaaCache. All others, such as those of decoding or the second pass of a
+        two-pass method, are computed.
 
         Yields:
             What the layers of each prefill see, filled as they run: see :class:`Replayed`.
@@ -266,7 +266,7 @@ class RecordedPrefill:
             yield replay.seen
         finally:
             for block in blocks:
-                vars(block).pop("forward", None)  # so that the class's is seen again
+                vars(block).pop("forward", None)  # which uncovers that of the class
 
     def _keep_embedded(self, block: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         bound = inspect.signature(block.forward).bind(*args, **kwargs)
@@ -279,7 +279,7 @@ class RecordedPrefill:
         return hook
 
     def begins(self, arguments: dict[str, Any], cache: ClaaCache) -> bool:
-        """Whether a prefill whose first layer gets these arguments is that of the record."""
+        """Whether a prefill whose first layer gets these arguments can be replayed."""
         assert cache.state is not None  # a prefill has one
         given = _given(arguments)
         same = all(x.shape == y.shape for x, y in zip(given, self._given, strict=True))
@@ -291,7 +291,7 @@ class RecordedPrefill:
         )
 
     def hand_out(self, layer: int, cache: ClaaCache) -> Any:
-        """The output of a layer, whose keys, values and scores the cache gets."""
+        """The output of a layer, after its keys and values are in the cache and were observed."""
         held, call, state = cache.layers[layer], self._calls[layer], cache.state
         assert state is not None  # a prefill that the record begins has one
         cache.update(call.key, call.rest["value"], layer)
@@ -301,7 +301,7 @@ class RecordedPrefill:
             held.start = state.cache_start
         else:
             state.release()
-        # Where an output was not recorded nobody reads it, but it must have the form of one.
+        # An output that was not recorded is read by nobody, but it must have the form of one.
         return self._outputs.get(layer, self._outputs[len(self._calls) - 1])
 
     def require_output(self, layer: int) -> None:
@@ -362,7 +362,7 @@ class _Call:
     """What a layer's attention saw, as :meth:`PrefillState.observe` takes it.
 
     Attributes:
-        query: ``[B, H, rows, D]``, the last.
+        query: ``[B, H, rows, D]``, the last rows.
         key: ``[B, G, N, D]``.
         rest: its other arguments by name.
     """
@@ -388,7 +388,7 @@ class _RecordingState(PrefillState):
         self.calls: list[_Call] = []
 
     def observe(self, layer: int, query: Tensor, key: Tensor, **rest: Any) -> None:
-        """Note it."""
+        """Observe, and note the arguments."""
         super().observe(layer, query, key, **rest)
         # Copies: the views would keep those of the whole prompt alive.
         lse = None if rest["lse"] is None else rest["lse"][:, :, -_ROWS:].clone()
