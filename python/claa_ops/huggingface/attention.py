@@ -69,7 +69,7 @@ class AttachedAttention:
         """Register it with transformers under its name, for this process."""
         base = self.base()
         if is_registered(self.name) and _base_of(attention_function(self.name)) is base:
-            return  # a new function, although equal, would make torch.compile compile anew
+            return  # torch.compile would compile anew for a second one, although equal
         mask = _sdpa_mask if self.base_name == "sdpa" else mask_function(self.base_name)
         register_attention_function(self.name, _with_prefill(base, self.base_name), mask)
 

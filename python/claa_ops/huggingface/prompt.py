@@ -54,7 +54,7 @@ def first_valid(attention_mask: Tensor | None, batch: int, tokens: int) -> Tenso
 
 
 def check_mask(attention_mask: object) -> None:
-    """Raise TypeError unless it is a tensor: models also take a dict of one for each layer type."""
+    """Raise TypeError unless it is a tensor: models also take one for each type of layer."""
     if not isinstance(attention_mask, Tensor):
         raise TypeError(
             "ClaaCache: attention_mask must be a tensor [batch, tokens], "

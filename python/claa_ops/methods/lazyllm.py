@@ -20,8 +20,8 @@ class LazyLLM(Pruning):
 
     Args:
         keep: tokens that continue after the last selection layer: a rate of the prompt in (0, 1],
-            or a number; after the layer before it twice as many, then three times as many. Or a
-            tuple, as in :class:`Pruning`.
+            or a number. Twice as many continue after the layer before it, three times as many
+            after the one before that, and so on. Or a tuple, as in :class:`Pruning`.
         layer: the selection layer, or several, ascending. None for the last layers of the first,
             second and third quarter of the model.
         keep_kv: tokens that a layer's cache keeps, by that layer's own ranking; all by default.
@@ -87,6 +87,6 @@ class LazyLLM(Pruning):
 
 
 def _steps(last: Budget, stages: int) -> list[Budget]:
-    """The budget as the last of several: before it twice, three times as much, at most all."""
+    """Budgets of stages that end in ``last``: before it twice, three times it, at most all."""
     counts = [last.count * (stages - stage) for stage in range(stages)]
     return [Budget(min(count, last.per) if last.per else count, last.per) for count in counts]
