@@ -19,7 +19,7 @@ class Layer:
     """A lazy view of one layer, made by :meth:`PrefillState.observe`: it computes what is read.
 
     An engine that stores its keys in another form, in pages or packed, can hand a subclass of
-    this to :meth:`PrefillState.see`.
+    this to ``PrefillState.see``.
 
     Args:
         state: the prefill.
