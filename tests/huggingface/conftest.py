@@ -1,6 +1,8 @@
+"""Tests of the adapter, on tiny models."""
+
 import pytest
 
 
 @pytest.fixture(autouse=True)
 def every_test_has_a_single_thread(single_thread):
-    """The models of this folder are tiny."""
+    """Tiny models run fastest so."""

@@ -1,4 +1,4 @@
-"""The attention of a model's own answer, against the slow version."""
+"""A model's own answer and self-information, against their slow versions."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_long_answers_are_reduced_in_parts(model, monkeypatch):
     torch.testing.assert_close(answer_attention(model, ids, 9)[1], whole)
 
 
-def test_layers_with_windows_have_no_say_in_the_answers_attention():
+def test_layers_with_sliding_windows_are_left_out_of_the_answers_attention():
     ids, _ = prompt(LENGTH)
     _, ranking = answer_attention(build("gemma3_text"), ids, 3)
     assert ranking.isfinite().all() and (ranking > 0).all()

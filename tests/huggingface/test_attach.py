@@ -1,4 +1,4 @@
-"""attach() and ClaaCache used wrongly, or on unusual models."""
+"""`attach`: once, on copies, on unusual models, and what it refuses."""
 
 import copy
 import io
@@ -80,9 +80,10 @@ def test_threads_attach_a_model_once():
     expected = answer(build("llama"), ids, METHOD, max_new_tokens=3)
     for _ in range(5):
         model, answers = build("llama"), []
-        ask = lambda model=model, answers=answers: answers.append(  # noqa: E731
-            answer(model, ids, METHOD, max_new_tokens=3)
-        )
+
+        def ask(model=model, answers=answers):
+            answers.append(answer(model, ids, METHOD, max_new_tokens=3))
+
         threads = [threading.Thread(target=ask) for _ in range(4)]
         for thread in threads:
             thread.start()
@@ -296,7 +297,10 @@ def test_a_model_that_ignores_the_hooks_fails_the_self_test(monkeypatch):
 
 def test_a_model_that_keeping_everything_changes_fails_the_self_test(monkeypatch):
     model = build("llama")
-    broken = lambda module, query, key, value, mask, **kwargs: (query.transpose(1, 2) * 0, None)  # noqa: E731, E501
+
+    def broken(module, query, key, value, mask, **kwargs):
+        return query.transpose(1, 2) * 0, None
+
     monkeypatch.setattr(AttachedAttention, "base", lambda self: broken)
     message = "LlamaForCausalLM failed the self-test: keeping all tokens must not change it"
     with pytest.raises(ValueError, match=message):
@@ -403,7 +407,7 @@ def test_flash_attention_keeps_its_name_and_gets_no_position_ids(flash, model):
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
 
 
-def test_flash_attention_has_no_windows_behind_a_selection(flash):
+def test_flash_attention_has_no_windows_after_a_selection(flash):
     model = build("mistral")
     model.config._attn_implementation_internal = "flash_attention_2"
     message = "a sliding window after a selection must go by position.*got flash_attention_2"

@@ -1,4 +1,4 @@
-"""`with claa_ops.attached(...)`, `detach`, and answers that `model.generate` makes."""
+"""`with claa_ops.attached(...)`, `detach`, and answers sampled by `model.generate`."""
 
 import pickle
 import threading
@@ -40,7 +40,7 @@ def through_a_cache(model, ids, method=METHOD, **options):
     return attach(model).generate(ids, past_key_values=cache, **{**NEW, **options})
 
 
-def test_it_is_the_top_of_the_package():
+def test_it_is_at_the_top_of_the_package():
     assert claa_ops.attached is prefill.attached
     with pytest.raises(AttributeError, match="module 'claa_ops' has no attribute 'atached'"):
         _ = claa_ops.atached

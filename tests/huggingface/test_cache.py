@@ -1,4 +1,4 @@
-"""What the cache holds of the prompt: the model's own tensors, or copies that keep nothing else."""
+"""The memory of a cache: the model's own tensors, or copies that keep nothing else alive."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every method at every door: it works, or one sentence names what to call instead."""
+"""Every method at every entry point: it works, or one sentence says what to call instead."""
 
 import dataclasses
 
@@ -52,8 +52,8 @@ def model():
     return attach(build("llama", num_hidden_layers=LAYERS))
 
 
-def what_is_said(name, rows, door):
-    """The sentence with which this door refuses the method; None where it works."""
+def refusal(name, rows, door):
+    """The sentence with which this entry point refuses the method; None where it works."""
     if door in ("begin", "ClaaCache") and ALL[name].two_pass:
         kind = type(ALL[name]).__name__
         return (
@@ -82,7 +82,7 @@ def test_begin(name):
     def call(**ranking):
         return begin(method, num_layers=LAYERS, prompt_length=LENGTH, **ranking)
 
-    state = enter(call, what_is_said(name, 1, "begin"))
+    state = enter(call, refusal(name, 1, "begin"))
     assert state is None or state.method is method
     if method.needs_ranking and not method.two_pass:
         assert call(ranking=torch.rand(1, LENGTH)).ranking is not None
@@ -104,15 +104,15 @@ def test_caches(model, name, rows):
         assert model(feed, attention_mask=longer, past_key_values=static).logits.isfinite().all()
         return True
 
-    enter(call, what_is_said(name, rows, "ClaaCache"))
+    enter(call, refusal(name, rows, "ClaaCache"))
     assert not made or not ALL[name].two_pass  # refused before there is a cache
 
 
 @every_method
 @every_batch
-def test_run_generate_and_decode(model, name, rows):
+def test_prefill_generate_and_decode(model, name, rows):
     ids, mask = ROWS[rows]
-    sentence = what_is_said(name, rows, "prefill")
+    sentence = refusal(name, rows, "prefill")
     prefilled = enter(lambda: prefill(model, ids, ALL[name], mask), sentence)
     tokens = enter(
         lambda: generate(model, ids, ALL[name], attention_mask=mask, max_new_tokens=3), sentence
@@ -125,19 +125,19 @@ def test_run_generate_and_decode(model, name, rows):
 
 @every_method
 @every_batch
-def test_a_shared_prefill(model, name, rows):
+def test_a_recorded_prefill(model, name, rows):
     ids, mask = ROWS[rows]
-    shared, method = RecordedPrefill(model, ids, mask), ALL[name]
-    sentence = what_is_said(name, rows, "shared")
-    prefilled = enter(lambda: shared.run(method), sentence)
+    recorded, method = RecordedPrefill(model, ids, mask), ALL[name]
+    sentence = refusal(name, rows, "RecordedPrefill")
+    prefilled = enter(lambda: recorded.run(method), sentence)
     if sentence is None:
         assert torch.equal(prefilled.logits, prefill(model, ids, method, mask).logits)
         ranking = torch.rand(rows, LENGTH) if method.needs_ranking else None
-        assert shared.state(method, 1, ranking).layer == 1
+        assert recorded.state(method, 1, ranking).layer == 1
 
 
 @pytest.mark.parametrize("method", ["claa", METHODS["claa"], None])
-def test_what_is_no_method_is_refused(model, method):
+def test_what_is_not_a_method_is_refused(model, method):
     ids = ROWS[1][0]
     for door, call in (
         ("begin", lambda: begin(method, num_layers=LAYERS, prompt_length=LENGTH)),

@@ -1,4 +1,4 @@
-"""generate() with a ClaaCache: against the plain model, against CLAA by hand, against itself."""
+"""`model.generate` with a ClaaCache, against the plain model, CLAA by hand, and itself."""
 
 import copy
 
@@ -117,7 +117,7 @@ HALF_SLIDING = {"use_sliding_window": True, "sliding_window": SLIDING_WINDOW}
         ("qwen3", HALF_SLIDING, 2, CLAA(keep=24, layer=2, first_full=9)),
     ],
 )
-def test_sliding_windows_go_by_position_behind_a_selection(family, changes, first_sliding, method):
+def test_sliding_windows_go_by_position_after_a_selection(family, changes, first_sliding, method):
     model = attach(build(family, max_window_layers=first_sliding, **changes))
     settings = hand_loop.Settings(
         kept=method.keep,
@@ -196,7 +196,7 @@ def test_selected_tokens_keep_their_rotary_positions(model):
 
 
 class Staged(Method):
-    """Selects after two layers: what a method may do that none here does."""
+    """Selects after two layers, without `Pruning`."""
 
     def observe(self, state, layer):
         if layer.index in (0, 2):

@@ -1,4 +1,4 @@
-"""Loading: what is refused, and a conversion that is done once and never left half done."""
+"""Loading models: what is refused, and conversions, done once and never left half done."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""A user's own method in a model of transformers: all that it may read, and decide by row."""
+"""A user's own method in a model of transformers: what it may read, and decide by row."""
 
 from dataclasses import dataclass
 
@@ -52,7 +52,7 @@ def test_nothing_of_a_layer_is_held_after_the_prefill():
     model = attach(build("llama"))
     with torch.no_grad():
         state = prefill(model, prompt(60)[0], Pruning(keep=20, layer=1)).state
-    with pytest.raises(RuntimeError, match="observed: what layer 3 saw is held until its compress"):
+    with pytest.raises(RuntimeError, match="observed: must be read between .*, got layer 3 after"):
         _ = state.observed
 
 

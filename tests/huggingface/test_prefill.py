@@ -62,8 +62,8 @@ def test_a_prompt_no_longer_than_the_window_is_served(model, name, length):
     ids, _ = prompt(length)
     prefilled = prefill(model, ids, method)
     assert prefilled.logits.isfinite().all()
-    forced = name not in ("gemfilter", "speculative", "streaming")  # these force no window
-    if forced and length <= method.window:
+    keeps_window = name not in ("gemfilter", "speculative", "streaming")
+    if keeps_window and length <= method.window:
         assert prefilled.cache.lengths == [length] * LAYERS
 
 
@@ -129,7 +129,7 @@ def test_a_cache_refuses_a_method_of_two_passes(model, method):
         ClaaCache(model.config, method)
 
 
-def test_the_first_pass_runs_no_layer_behind_the_filter_and_keeps_no_cache(model):
+def test_the_first_pass_runs_no_layer_after_the_filter_and_keeps_no_cache(model):
     ids, mask = prompt(LENGTH, SHORT)
     method, calls, held, blocks = GemFilter(keep=30, layer=3), [], [], list(model.model.layers)
 
@@ -232,7 +232,7 @@ def test_a_second_pass_in_original_positions_needs_full_attention():
         ),
     ],
 )
-def test_what_a_method_does_not_serve_is_said(model, method, message):
+def test_what_a_method_does_not_serve_is_refused(model, method, message):
     ids, mask = prompt(LENGTH, SHORT)
     with pytest.raises(ValueError, match=message):
         prefill(model, ids, method, mask)

@@ -75,7 +75,7 @@ PROMPTS = {
 
 
 def refused(forward, name):
-    """A graph that is made once raises RuntimeError: it asserts what others look at."""
+    """A compiled graph raises RuntimeError: it asserts values that others look at."""
     arguments, message = PROMPTS[name]
     cache = ClaaCache(build("llama", num_hidden_layers=2).config, SHALLOW)
     with torch.no_grad(), pytest.raises((ValueError, RuntimeError), match=message):
@@ -94,7 +94,7 @@ def test_prompts_that_no_graph_is_made_for(shallow, name):
 
 
 def test_a_graph_made_for_good_prompts_refuses_bad_ones(shallow):
-    """What decides are values, and the graph looks at them as it runs."""
+    """Values decide, and the graph asserts them when it runs."""
     torch.compiler.reset()
     graphs = []
 

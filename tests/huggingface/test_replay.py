@@ -1,4 +1,4 @@
-"""One full prefill serves every method as prefilling anew would, to the bit."""
+"""One recorded prefill serves every method as prefilling anew would, to the bit."""
 
 import contextlib
 from dataclasses import replace
@@ -63,9 +63,9 @@ def assert_same_cache(cache, expected):
 def test_a_replayed_prefill_is_the_prefill(family, lengths, method):
     model = attach(build(family))
     ids, mask = prompt(*lengths)
-    shared = RecordedPrefill(model, ids, mask)
+    recorded = RecordedPrefill(model, ids, mask)
     expected, expected_cache = forward(model, ids, mask, method)
-    with shared.replay():
+    with recorded.replay():
         logits, cache = forward(model, ids, mask, method)
     assert torch.equal(logits, expected)
     assert_same_cache(cache, expected_cache)
@@ -134,7 +134,7 @@ def test_a_padded_batch_decodes_as_without_a_record(family, name):
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("name", BATCHED)
 def test_a_row_of_a_batch_is_the_prompt_alone(family, name):
-    """What it keeps and costs to the number, its logits as far as a batch rounds otherwise."""
+    """What it keeps and costs exactly, its logits but for the rounding of another batch size."""
     model, method = attach(build(family)), BATCHED[name]
     ids, mask = prompt(80, 61)
     batch = RecordedPrefill(model, ids, mask)
@@ -170,7 +170,7 @@ def test_the_layers_of_a_row_are_replayed():
     assert computed == [2, 3] * 2
 
 
-METHODS = {
+ALONE = {
     "claa": CLAA(keep=0.4, layer=1),
     "claa, staged": CLAA(keep=(0.7, 0.4), layer=(0, 2)),
     "fastkv": FastKV(keep=0.4, layer=1),
@@ -190,14 +190,14 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_run_is_run(name):
-    model, method = attach(build("llama")), METHODS[name]
+@pytest.mark.parametrize("name", ALONE)
+def test_a_run_is_a_prefill(name):
+    model, method = attach(build("llama")), ALONE[name]
     ids, _ = prompt(80)
     expected = prefill(model, ids, method)
-    shared = RecordedPrefill(model, ids)
+    recorded = RecordedPrefill(model, ids)
     for _ in range(2):  # nothing that a run does changes the record
-        prefilled = shared.run(method)
+        prefilled = recorded.run(method)
         assert torch.equal(prefilled.logits, expected.logits)
         assert torch.equal(prefilled.next_position, expected.next_position)
         assert prefilled.work_share == expected.work_share
@@ -211,7 +211,7 @@ def test_what_goes_before_a_prefill_is_done_once(monkeypatch):
     monkeypatch.setattr(Oracle, "prepare", lambda *given: answers.append(1) or prepare(*given))
     model = attach(build("llama"))
     ids, _ = prompt(80)
-    shared = RecordedPrefill(model, ids)
+    recorded = RecordedPrefill(model, ids)
     method = Oracle(keep=0.4, layer=1, max_new_tokens=3)
     for settings, number in [
         ({}, 1),
@@ -220,7 +220,7 @@ def test_what_goes_before_a_prefill_is_done_once(monkeypatch):
         ({"max_new_tokens": 4}, 3),
     ]:
         changed = replace(method, **settings)
-        prefilled = shared.run(changed)
+        prefilled = recorded.run(changed)
         assert len(answers) == number
         expected = prefill(
             model, ids, changed, prepared=prepare(changed, ModelReader(model), ids, None)
@@ -232,9 +232,9 @@ def test_what_goes_before_a_prefill_is_done_once(monkeypatch):
 def test_only_layers_that_were_recorded_can_select():
     model = attach(build("llama"))
     ids, mask = prompt(50)
-    shared = RecordedPrefill(model, ids, mask, layers=[1])
+    recorded = RecordedPrefill(model, ids, mask, layers=[1])
     expected, _ = forward(model, ids, mask, CLAA(keep=0.4, layer=1))
-    with shared.replay():
+    with recorded.replay():
         assert torch.equal(forward(model, ids, mask, CLAA(keep=0.4, layer=1))[0], expected)
         with pytest.raises(
             ValueError, match="one of the recorded layers 1, 3, got one after layer 2"
@@ -246,11 +246,11 @@ def test_only_layers_that_were_recorded_can_select():
 def test_other_positions_are_another_prompt():
     model = attach(build("llama"))
     ids, mask = prompt(50, 41)
-    shared = RecordedPrefill(model, ids, mask)
+    recorded = RecordedPrefill(model, ids, mask)
     computed = []
     model.model.layers[0].mlp.register_forward_hook(lambda *_: computed.append(1))
     caches = []
-    for context in (shared.replay(), contextlib.nullcontext()):
+    for context in (recorded.replay(), contextlib.nullcontext()):
         with context, torch.no_grad():
             cache = ClaaCache(model.config, FullKV())
             model(ids, attention_mask=mask, past_key_values=cache)  # counts the padding
@@ -272,11 +272,11 @@ def test_what_was_not_recorded_is_computed():
 def test_layers_are_not_computed_again(monkeypatch):
     model = attach(build("llama"))
     ids, mask = prompt(50)
-    shared = RecordedPrefill(model, ids)
+    recorded = RecordedPrefill(model, ids)
     computed = []
     for index, layer in enumerate(model.model.layers):
         layer.mlp.register_forward_hook(lambda *_, index=index: computed.append(index))
-    with shared.replay():
+    with recorded.replay():
         forward(model, ids, mask, CLAA(keep=0.4, layer=1))
         assert computed == [2, 3]
         forward(model, ids, mask, FullKV())
@@ -287,10 +287,10 @@ def test_layers_are_not_computed_again(monkeypatch):
 def test_the_state_has_the_ranking_of_a_layer(lengths):
     model = attach(build("llama"))
     ids, mask = prompt(*(length + 30 for length in lengths))
-    shared = RecordedPrefill(model, ids, mask)
+    recorded = RecordedPrefill(model, ids, mask)
     method = CLAA(keep=0.4, layer=0, window=5)
     for layer in (0, 1, 2):
         _, cache = forward(model, ids, mask, replace(method, layer=layer))
-        assert torch.equal(shared.state(method, layer).importance, cache.state.importance)
+        assert torch.equal(recorded.state(method, layer).importance, cache.state.importance)
     with pytest.raises(ValueError, match="must have the last 65 rows, .* got 64"):
-        shared.state(CLAA(window=65, layer=2), 1)
+        recorded.state(CLAA(window=65, layer=2), 1)

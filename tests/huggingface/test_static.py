@@ -1,4 +1,4 @@
-"""StaticClaaCache: decoding in buffers of fixed size, compiled."""
+"""StaticClaaCache: compiled decoding in buffers of fixed size."""
 
 import pytest
 import torch

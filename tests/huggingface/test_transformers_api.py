@@ -1,4 +1,4 @@
-"""One module knows transformers' inside: the others ask it."""
+"""One module knows transformers' internals: the others ask it."""
 
 import ast
 from pathlib import Path
@@ -30,7 +30,7 @@ INSIDE = {
 
 
 def touched(tree: ast.AST):
-    """What a module imports of transformers, and the names of transformers' inside in its code."""
+    """What a module imports from transformers, and which of its internal names it uses."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names if name.name.startswith("transformers."))

@@ -1,4 +1,4 @@
-"""The count of work is what a forward computes."""
+"""The multiply-adds that are counted are those that a forward computes."""
 
 import pytest
 import torch
@@ -92,7 +92,7 @@ def test_experts_count_as_far_as_they_are_used():
 
 
 def test_a_prefill_counts_experts_as_far_as_they_are_used():
-    """A draft without experts costs more of a model that uses few of its own than of all."""
+    """A draft costs a larger share of a model that uses few of its experts."""
     draft = build("llama")
     ids = torch.arange(40)[None]
     method = SpeculativePrefill(keep=0.5, draft=draft, look_ahead=1, chunk=None)

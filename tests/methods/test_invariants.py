@@ -1,4 +1,4 @@
-"""What holds for every method that prunes, whatever the prompt."""
+"""Laws of the methods: budgets, padding, seeds, sinks and the attention's logsumexp."""
 
 import dataclasses
 from unittest.mock import Mock
@@ -34,7 +34,7 @@ from claa_ops.ops.gather_tokens import gather_tokens
 from claa_ops.selection.budget import Budget
 
 LAYERS, HEADS, GROUPS, DIM = 6, 4, 2, 4
-SYSTEMS = [CLAA, FastKV, FastKVDeferral, LazyLLM, Oracle, Peak, Random, SinksRandom]
+PRUNING = [CLAA, FastKV, FastKVDeferral, LazyLLM, Oracle, Peak, Random, SinksRandom]
 
 
 @dataclasses.dataclass
@@ -78,7 +78,7 @@ def trace_over(method, query, key, ranking, start):
     return result
 
 
-PADDED = {  # what rates, and other numbers that follow the length, each method has
+PADDED = {  # each method with the rates a and b, and other numbers that depend on the length
     "snapkv": lambda a, b: SnapKV(keep=a, window=5),
     "streaming": lambda a, b: StreamingLLM(keep=a, num_sinks=3),
     "pyramidkv": lambda a, b: PyramidKV(keep=a, window=5),
@@ -152,16 +152,16 @@ def test_a_padded_row_keeps_what_it_keeps_alone(name, first, second, length, pad
 
 @settings(max_examples=30)
 @given(
-    st.sampled_from(SYSTEMS),
+    st.sampled_from(PRUNING),
     st.integers(10, 120),
     st.lists(st.floats(0.05, 1.0), min_size=1, max_size=3),
     st.integers(0, 5),
     st.integers(0, 60),
 )
-def test_what_goes_on_is_what_the_budgets_say(system, length, rates, first_full, padding):
+def test_what_continues_is_what_the_budgets_say(kind, length, rates, first_full, padding):
     rates = sorted(rates, reverse=True)
     layers = tuple(range(0, 2 * len(rates), 2))
-    method = system(keep=tuple(rates), layer=layers, first_full=first_full, window=4)
+    method = kind(keep=tuple(rates), layer=layers, first_full=first_full, window=4)
     method = dataclasses.replace(method, kernel_size=3, keep_kv=rates[-1])
     result = trace(method, length, min(padding, length - 1))
 
@@ -292,15 +292,15 @@ def test_the_logsumexp_of_the_attention_changes_nothing(name):
 
 
 def test_rankings_stand_in_importance_before_the_selection():
-    for system in (*SYSTEMS, ASL):
-        method = system(keep=20, layer=3, window=8, **({"last_n": 2} if system is ASL else {}))
+    for kind in (*PRUNING, ASL):
+        method = kind(keep=20, layer=3, window=8, **({"last_n": 2} if kind is ASL else {}))
         state = prefill.begin(
             dataclasses.replace(method, layer=2),
             num_layers=LAYERS,
             prompt_length=60,
             ranking=torch.rand(2, 60) if method.needs_ranking else None,
         )
-        rows = torch.randn(1 if system is ASL else 2, HEADS, 60, DIM)
+        rows = torch.randn(1 if kind is ASL else 2, HEADS, 60, DIM)
         for layer in range(3):
             state.observe(layer, rows, rows[:, :GROUPS])
         assert state.importance.shape == (rows.shape[0], 52)

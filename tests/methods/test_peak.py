@@ -1,4 +1,4 @@
-"""Peak: the statistic against plain PyTorch, what it carries over a selection, and its sinks."""
+"""Peak: its ranking against plain PyTorch, across selections, with sinks and padding."""
 
 import dataclasses
 from unittest.mock import Mock
@@ -24,7 +24,7 @@ def tensors():
 
 
 def attention(query, key):
-    """[B, H, W, n]: what the window pays each token of one layer."""
+    """[B, H, W, n]: the attention of the window to each token in one layer."""
     key = key.repeat_interleave(HEADS // GROUPS, dim=1)
     return (query[:, :, -WINDOW:] @ key.transpose(2, 3) / DIM**0.5).softmax(-1)
 

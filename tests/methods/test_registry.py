@@ -1,4 +1,4 @@
-"""Methods by name, their settings, and what is said when they are wrong."""
+"""The registry: names, docstrings, defaults by depth, and refusals of wrong settings."""
 
 import dataclasses
 import doctest
@@ -21,20 +21,23 @@ MODULES = [
 
 
 @pytest.mark.parametrize("module", [*MODULES, state], ids=lambda module: module.__name__)
-def test_examples_in_the_manual_pages(module):
-    assert doctest.testmod(module, optionflags=doctest.IGNORE_EXCEPTION_DETAIL).failed == 0
+def test_all_examples_in_the_docstrings_run(module):
+    result = doctest.testmod(module, optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
+    assert result.failed == 0
+    assert result.attempted == inspect.getsource(module).count(">>> ")
 
 
-def test_every_system_has_a_name_and_a_manual_page_with_source_and_example():
-    systems = {
+def test_every_method_has_a_name_and_a_docstring_with_source_and_example():
+    public = {
         value
         for value in vars(methods).values()
         if inspect.isclass(value) and issubclass(value, Method)
     }
-    systems -= {Method, methods.Pruning}
-    assert systems == set(METHODS.values()) and len(METHODS) == len(systems)
-    for system in systems - {methods.FullKV}:
-        assert "Source: " in system.__doc__ and ">>> " in system.__doc__, system
+    public -= {Method, methods.Pruning}
+    assert public == set(METHODS.values()) and len(METHODS) == len(public)
+    for method in public:
+        assert ">>> " in method.__doc__, method
+        assert "Source: " in method.__doc__ or method is methods.FullKV, method
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -49,18 +52,14 @@ def test_defaults_fit_models_of_any_depth(name, num_layers):
 
 def test_defaults_scale_with_the_depth():
     layers = {name: getattr(make_method(name, num_layers=32), "layer", None) for name in METHODS}
-    assert (layers["claa"], layers["fastkv"], layers["gemfilter"], layers["asl"]) == (
-        15,
-        15,
-        13,
-        10,
-    )
+    published = {"claa": 15, "fastkv": 15, "gemfilter": 13, "asl": 10}
+    assert {name: layers[name] for name in published} == published
     assert make_method("claa", num_layers=30).layer == 14
     assert make_method("asl", num_layers=28).layer == 9
-    for name in ("claa", "fastkv", "gemfilter", "asl"):
-        published = METHODS[name]()
-        assert make_method(name, num_layers=32) == published.at_depth(32)
-        assert published.selection_layers(32)[0] == layers[name]
+    for name, layer in published.items():
+        method = METHODS[name]()
+        assert make_method(name, num_layers=32) == method.at_depth(32)
+        assert method.selection_layers(32)[0] == layer
 
 
 def test_several_layers_scale_with_the_depth():
@@ -83,7 +82,7 @@ def test_several_layers_scale_with_the_depth():
     assert make_method("uniprefill", num_layers=32, layer=5).layer == 5
 
 
-def test_settings_are_passed_on_where_there_are_any():
+def test_settings_reach_the_methods_that_have_them():
     method = make_method("claa", num_layers=8, layer=(1, 3), keep=(0.5, 0.2), window=16)
     assert (method.layer, method.keep, method.window) == ((1, 3), (0.5, 0.2), 16)
     assert make_method("full", num_layers=8, layer=3, keep=0.1) == methods.FullKV()
@@ -198,7 +197,7 @@ def test_settings_are_passed_on_where_there_are_any():
         ("random", {"seed": -1}, "Random: seed must be an integer of at least 0, got -1"),
     ],
 )
-def test_what_is_wrong_is_said(name, settings, message):
+def test_wrong_settings_are_refused(name, settings, message):
     with pytest.raises(ValueError) as error:
         make_method(name, num_layers=8, **settings)
     assert str(error.value).startswith(message)
@@ -223,7 +222,8 @@ def test_numpys_numbers_are_the_numbers(name):
 
 def test_numpys_rates_keep_as_many_tokens_as_their_digits_say():
     for rate in np.arange(1, 100, dtype=np.float32) / 100:
-        assert methods.SnapKV(keep=rate)._keep == methods.SnapKV(keep=float(str(rate)))._keep
+        spelt = methods.SnapKV(keep=float(str(rate)))
+        assert methods.SnapKV(keep=rate).budget("keep") == spelt.budget("keep")
 
 
 def test_lists_are_tuples():

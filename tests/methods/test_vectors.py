@@ -1,4 +1,4 @@
-"""The methods' published numbers, other than CLAA's."""
+"""Published numbers of the methods other than CLAA."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a method of one's own may be, by examples that are not ours."""
+"""The method protocol, by methods that are not ours: what they may read, decide and need."""
 
 import threading
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def layers(batch: int = 1, tokens: int = TOKENS, seed: int = 0) -> list[tuple[Te
 
 
 def trace(method: Method, tensors: list[tuple[Tensor, Tensor]], **options):
-    """A prefill in which what continues is gathered; the state, and what each cache keeps."""
+    """A prefill that gathers what continues; returns the state, and what each cache keeps."""
     tokens = tensors[0][1].shape[2]
     state = begin(
         method, num_layers=LAYERS, prompt_length=tokens, first_pass=method.two_pass, **options
@@ -89,7 +89,7 @@ def test_a_ranking_is_one_function_of_what_a_layer_saw():
 
 @dataclass(frozen=True)
 class Everything(Pruning):
-    """Reads all that there is."""
+    """Reads everything that a layer can show."""
 
     reads_hidden = True
 
@@ -117,7 +117,7 @@ def test_a_method_sees_whatever_the_caller_shows():
 
 
 def reduced_over(count: int) -> list[Callable[[Tensor, str], Tensor]]:
-    """An all-reduce for each of several threads, which stand for the ranks of a model."""
+    """An all-reduce for each of several threads, which stand for tensor-parallel ranks."""
     given, barrier = [None] * count, threading.Barrier(count, timeout=60)
 
     def of(rank: int) -> Callable[[Tensor, str], Tensor]:
@@ -209,7 +209,7 @@ class Mass(Pruning):
 
 @dataclass(frozen=True)
 class WhereItIsSure(Mass):
-    """Each prompt selects at layer 0 if its best token has enough of the mass there, else at 2."""
+    """A prompt selects at layer 0 if its best token has enough of the mass there, else at 2."""
 
     layer: tuple[int, ...] = (0, 2)
     keep: tuple[float, ...] = (0.5, 0.5)

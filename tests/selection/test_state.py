@@ -15,7 +15,7 @@ LAYERS, HEADS, KV_HEADS, DIM, WIDTH = 4, 4, 2, 8, 24
 
 
 class Decoder(nn.Module):
-    """A decoder that its author wrote, with the four calls in its layer loop."""
+    """A user's own decoder, with the functional API in its layer loop."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,9 +182,8 @@ def test_window_rows_and_their_logsumexp_are_enough():
 
 def test_attention_settings_reach_the_scores():
     query, key = torch.randn(1, HEADS, 50, DIM), torch.randn(1, KV_HEADS, 50, DIM)
-    attention = {
-        "scale": 0.5, "sliding_window": 20, "softcap": 2.0, "sink_logits": torch.randn(HEADS)
-    }  # fmt: skip
+    attention = {"scale": 0.5, "sliding_window": 20, "softcap": 2.0}
+    attention["sink_logits"] = torch.randn(HEADS)
     state = prefill.begin(CLAA(keep=0.5, layer=0), num_layers=2, prompt_length=50)
     state.observe(0, query, key, **attention)
     scores = claa_ops.score_tokens(query[:, :, -8:], key, **attention)
@@ -253,7 +252,7 @@ def test_it_exports_for_all_lengths(keep, length, deferred):
         torch.testing.assert_close(program(hidden), model(hidden))
 
 
-# Misuse is answered with a sentence.
+# Misuse is refused in a sentence.
 
 
 def observed(layer: int = 0):
@@ -317,12 +316,12 @@ def test_what_a_layer_saw_is_not_held_longer_than_needed(end):
         "release": state.release,
     }[end]()
     assert held() is None
-    with pytest.raises(RuntimeError, match="observed: what layer 0 saw is held until its compress"):
+    with pytest.raises(RuntimeError, match="observed: must be read between .*, got layer 0 after"):
         _ = state.observed
 
 
 @pytest.mark.parametrize("name", ["value", "hidden"])
 def test_what_was_not_shown_is_asked_for(name):
     state, _ = observed()
-    with pytest.raises(RuntimeError, match=f"CLAA: {name} of layer 0 must be shown to observe"):
+    with pytest.raises(RuntimeError, match=f"CLAA: {name} of layer 0 must be passed to observe"):
         getattr(state.observed, name)

@@ -1,4 +1,4 @@
-"""What a model attends to while it answers: the ranking of the Answer-Informed Oracle."""
+"""What a model tells before a prefill: the attention of its own answer, and what it expected."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ _PART = 512  # tokens of a prompt whose logits are in memory at a time
 
 @dataclass(frozen=True)
 class ModelReader:
-    """A model as a method may ask it: see :class:`~claa_ops.selection.answer.Reader`."""
+    """A model that a method may ask: see :class:`~claa_ops.selection.answer.Reader`."""
 
     model: PreTrainedModel
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens it knows."""
+        """The size of its vocabulary."""
         return self.model.config.get_text_config().vocab_size
 
     def drafted_by(self, draft: PreTrainedModel | None) -> ModelReader:
-        """Another model in its place; itself if that is None."""
+        """The reader of a draft model; this reader itself if ``draft`` is None."""
         return self if draft is None else ModelReader(draft)
 
     def answer(
         self, input_ids: Tensor, max_new_tokens: int, attention_mask: Tensor | None
     ) -> Answer:
-        """Its greedy answer to a prompt ``[B, N]``, wherever that is."""
+        """Its greedy answer to a prompt ``[B, N]`` on any device."""
         device = self.model.device
         mask = None if attention_mask is None else attention_mask.to(device)
         return record_answer(self.model, input_ids.to(device), max_new_tokens, attention_mask=mask)
@@ -53,7 +53,7 @@ class ModelReader:
     def self_information(
         self, input_ids: Tensor, attention_mask: Tensor | None
     ) -> tuple[Tensor, Work]:
-        """How little it expected each token of a prompt ``[B, N]``, wherever that is."""
+        """How little it expected each token of a prompt ``[B, N]`` on any device."""
         device = self.model.device
         mask = None if attention_mask is None else attention_mask.to(device)
         return self_information(self.model, input_ids.to(device), attention_mask=mask)
@@ -132,7 +132,7 @@ def answer_attention(
     pooled: bool = False,
     kernel_size: int = 13,
 ) -> tuple[Tensor, Tensor]:
-    """The model's answer, and how much each token of the prompt was attended to for it.
+    """The model's answer, and how much attention it paid to each token of the prompt.
 
     Args:
         model, input_ids, max_new_tokens, eos_token_id, attention_mask: as
@@ -179,7 +179,7 @@ def self_information(
     Returns:
         ``[B, N]``, float32: the negative natural logarithm of the probability that the model gives
         the token after those before it; 0 for padding and for the first token, which nothing
-        predicts. And the work of that: one full prefill with all logits.
+        predicts. And the work of one full prefill with all logits.
 
     Raises:
         ValueError: the padding is not on the left, a token is not in the model's vocabulary, or
@@ -228,7 +228,7 @@ class _RecordingCache(ClaaCache):
     def begin_forward(
         self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
     ) -> None:
-        # Observed like a prefill, whatever forward it is.
+        # Every forward is observed as if it were a prefill.
         self.in_forward = self.prefilling = True
         self.state = _Recording(self)
 

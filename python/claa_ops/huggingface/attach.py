@@ -1,4 +1,4 @@
-"""Attach a Hugging Face decoder, for good or for a while: hooks that act on a ClaaCache."""
+"""Attach a Hugging Face decoder, for good or for a while, and detach it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from claa_ops.huggingface.transformers_api import (
 from claa_ops.selection.method import Method
 from claa_ops.selection.state import check_method
 
-# What transformers calls attention is known to the whole process, and the hooks to all threads.
+# Attention functions are registered for the whole process, and all threads share a model's hooks.
 _LOCK = threading.RLock()
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
-    """Prepare a decoder for :class:`ClaaCache`, once; without one it works as before.
+    """Prepare a decoder for :class:`ClaaCache`, once; without such a cache it works as before.
 
     Installs forward pre-hooks and an attention function that calls the model's own, so nothing of
     the model is copied or replaced; ``torch.compile``, ``pickle`` and ``torch.save`` may follow.
@@ -47,8 +47,8 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: its attention, the kind of a layer or its device map is not served, or it
             fails the self-test. The model is then as it was before.
 
-    Any number of threads may attach a model; whose attention was set to another since is attached
-    anew.
+    Any number of threads may attach a model. A model whose attention was changed after that is
+    attached anew.
 
     Example::
 
@@ -69,7 +69,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _attach(model: PreTrainedModel) -> bool:
-    """Whether the model was not attached before."""
+    """Attach the model; return whether it was not attached before."""
     decoder = decoder_of(model)
     before: AttachedAttention | None = getattr(decoder, "claa_attached", None)
     configured = attention_name(decoder)
@@ -77,7 +77,7 @@ def _attach(model: PreTrainedModel) -> bool:
         return False
     layers, attentions = layers_and_attentions(model, decoder)
     attention = AttachedAttention.of(configured, attentions[0])
-    attention.base()  # refuses one of another kind
+    attention.base()  # refuses what is not served
     test = SelfTest(model)
 
     handles = [] if before else install_hooks(model, decoder, layers, attentions)
@@ -103,7 +103,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Take everything off a model that :func:`attach` put on it.
 
     A cache that was filled before can no longer be decoded from. Other models stay attached, and
-    so does what transformers knows of the process, which no model without hooks reaches.
+    the attention functions stay registered with transformers, where no detached model uses them.
 
     Args:
         model: any decoder; one that is not attached is left as it is.
@@ -112,7 +112,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         The same model.
 
     Raises:
-        TypeError: this is no model of transformers.
+        TypeError: this is not a model of transformers.
 
     Example::
 
@@ -131,19 +131,19 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def attached(model: PreTrainedModel, method: Method) -> Iterator[PreTrainedModel]:
-    """Within, the model prefills every prompt with the method, and nobody passes a cache.
+    """A context in which the model prefills every prompt with the method; no cache is passed.
 
     Each ``model.generate``, each call of a pipeline and each forward that brings no cache of its
-    own begins a :class:`ClaaCache`; afterwards the model is as it was before. It holds for all
-    threads that use this model, such as the one that streams an answer.
+    own gets a new :class:`ClaaCache`; afterwards the model is as it was before. This holds for all
+    threads that use the model, such as the one that streams an answer.
 
     Args:
-        model: a decoder that :func:`attach` serves; it is attached if need be, for as long.
-        method: one that prefills once and asks nobody first. Others go to
+        model: a decoder that :func:`attach` serves; if need be it is attached for that time.
+        method: one that prefills once and needs no ranking beforehand. For others call
             :func:`claa_ops.prefill.generate`.
 
     Raises:
-        TypeError: as :func:`attach`, or the method is none.
+        TypeError: as :func:`attach`, or ``method`` is not a method.
         ValueError: as :func:`attach`, or the method does not fit the model, prefills twice or
             needs a ranking.
 

@@ -1,4 +1,4 @@
-"""The attention function of an attached model: the base attention, then the functional API."""
+"""The attention function of an attached model: the model's own, then the functional API."""
 
 from __future__ import annotations
 
@@ -25,14 +25,11 @@ from claa_ops.huggingface.transformers_api import (
 
 @dataclass(frozen=True)
 class AttachedAttention:
-    """The attention of an attached model: that of the model, then scoring and compression.
+    """The attention of an attached model: the model's own, then scoring and compression.
 
     Attributes:
-        base_name: what the model's own attention is called: sdpa, eager or a flash attention.
-        family: the module of the model's code, which has the eager attention of the family.
-
-    Raises:
-        ValueError: the attention is of another kind.
+        base_name: the name of the model's own attention: sdpa, eager or a flash attention.
+        family: the module that defines the model, and with it the eager attention of its family.
     """
 
     base_name: str
@@ -40,7 +37,7 @@ class AttachedAttention:
 
     @classmethod
     def of(cls, configured: str, attention: nn.Module) -> AttachedAttention:
-        """What a model is to compute whose configuration has this name."""
+        """The attention of a model whose configuration has the name ``configured``."""
         # A configuration taken from an attached model has the name that attach gave it.
         eager = configured.startswith("claa_eager")
         name = {"claa_sdpa": "sdpa"}.get(configured, "eager" if eager else configured)
@@ -48,17 +45,17 @@ class AttachedAttention:
 
     @property
     def name(self) -> str:
-        """The name to configure it by.
+        """The name under which it is registered and configured.
 
         Each family of models has its own eager attention. Transformers loads flash attention by
-        the name in the configuration, so that one has to keep its name; without a ClaaCache the
-        function that takes its place only calls it.
+        the name in the configuration, so flash attention has to keep its name; without a
+        ClaaCache the function that takes its place only calls it.
         """
         eager = f"claa_eager_{self.family.rpartition('.')[2]}"
         return {"sdpa": "claa_sdpa", "eager": eager}.get(self.base_name, self.base_name)
 
     def base(self) -> AttentionFunction:
-        """The attention function of the model."""
+        """The model's own attention function; ValueError if it is of another kind than those."""
         family = import_module(self.family)
         if self.base_name == "eager" and hasattr(family, "eager_attention_forward"):
             return family.eager_attention_forward
@@ -69,10 +66,10 @@ class AttachedAttention:
         )
 
     def register(self) -> None:
-        """Have transformers know it by its name, in this process."""
+        """Register it with transformers under its name, for this process."""
         base = self.base()
         if is_registered(self.name) and _base_of(attention_function(self.name)) is base:
-            return  # the same function: torch.compile would compile anew for its equal
+            return  # torch.compile would compile anew for a second one, although equal
         mask = _sdpa_mask if self.base_name == "sdpa" else mask_function(self.base_name)
         register_attention_function(self.name, _with_prefill(base, self.base_name), mask)
 
@@ -95,8 +92,9 @@ def check_attention(decoder: Any) -> None:
 def _sdpa_mask(**request: Any) -> Tensor | None:
     """SDPA's mask; none for a whole prompt or a single token without padding.
 
-    Transformers does so too, but not while a graph is compiled or captured (5.17, and later ones
-    with torch before 2.14): then it makes one of N x N, with which SDPA takes slower kernels.
+    Transformers does the same, but not while a graph is compiled or captured (5.17, and later
+    releases with torch before 2.14): then it makes an N x N mask, for which SDPA takes slower
+    kernels.
     """
     whole = request["q_length"] == 1 or request["q_length"] == request["kv_length"]
     special = request.get("attention_mask") is not None or request.get("local_size") is not None
@@ -149,14 +147,14 @@ def _base_of(attention: AttentionFunction) -> AttentionFunction | None:
 
 
 def unwrapped(attention: AttentionFunction) -> AttentionFunction:
-    """The attention under what :class:`AttachedAttention` has put on it, if anything."""
+    """The attention that :class:`AttachedAttention` wrapped; ``attention`` itself if it did not."""
     return _base_of(attention) or attention
 
 
 def _plain_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention: dict[str, Any]
 ) -> tuple[Tensor, Tensor] | None:
-    """Output and logsumexp of SDPA attention that is causal and nothing else, if this is."""
+    """Output and logsumexp, if this is an SDPA attention that is causal and nothing else."""
     special = ("dropout", "position_bias", "s_aux", "softcap")
     causal = attention.get("is_causal", getattr(module, "is_causal", True))
     if causal is False or any(attention.get(name) for name in special):
@@ -194,8 +192,8 @@ def _observe_and_compress(
         if held.keys.shape[1] != key.shape[1]:
             raise ValueError(
                 f"ClaaCache: attention must see the heads that the cache holds, got "
-                f"{key.shape[1]} and {held.keys.shape[1]} in layer {layer}, which makes one of the "
-                "other (as latent attention does)"
+                f"{key.shape[1]} and {held.keys.shape[1]} in layer {layer}, which makes the one "
+                "from the other (as latent attention does)"
             )
         held.keys, held.values = state.compress(layer, held.keys, held.values)
         held.start = state.cache_start

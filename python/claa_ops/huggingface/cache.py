@@ -1,4 +1,4 @@
-"""The cache that turns a prefill method on: it carries the request, and nothing else does."""
+"""The cache that turns a method on: it holds all the state of a request, the model none."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class ClaaCache(AttachedCache):
     """Key/value cache of one request, whose prompt is prefilled by a method.
 
     Pass it to an attached model: ``model.generate(ids, past_key_values=ClaaCache(...))``. Its
-    first forward is the prompt; that is scored, selected and compressed. Later forwards, tokens
-    one by one or whole turns of a conversation, are kept in full and attend to what is left of
-    the prompt. Prompts of different lengths are padded on the left. After a selection the first
+    first forward is the prompt, which is scored, selected from and compressed. Later forwards,
+    tokens one by one or whole turns of a conversation, are kept in full and attend to what is left
+    of the prompt. Prompts of different lengths are padded on the left. After a selection the first
     forward returns logits of the selected tokens only; the last one is always among them. Hidden
     states and attentions, if asked for, are likewise those of the tokens that a layer sees.
 
@@ -36,23 +36,23 @@ class ClaaCache(AttachedCache):
     than full and sliding-window attention. Sliding-window layers are not compressed: they hold
     their window, decided by the original positions of the tokens.
 
-    All of that is refused. What no forward can tell from a turn of a conversation is not: a part
-    of the prompt, and an unrelated prompt, that are given to the model by hand without a mask or
-    positions. ``generate`` compares the tokens with those that it has seen itself.
+    All of that is refused. Two things are not, because no forward can tell them from a turn of a
+    conversation: part of a prompt, and an unrelated prompt, if they are given to the model by hand
+    without a mask or positions. ``generate`` compares the tokens with those that it has seen.
 
     Args:
         config: the model's configuration.
         method: such as :class:`claa_ops.methods.CLAA`.
-        ranking: ``[B, N]``, float32, for methods that need one of the prompt.
+        ranking: ``[B, N]``, float32: a ranking of the prompt, for methods that need one.
         keep_scores: record the token scores of each ranked layer in ``state.scores``.
 
     Attributes:
         state: the :class:`PrefillState` of the prompt; None before the prefill.
 
     Raises:
-        TypeError: the method is none.
+        TypeError: ``method`` is not a method, or ``config`` not a configuration.
         ValueError: the method does not fit the model or prefills twice, or a layer is of a kind
-            not served; later, in a forward or in ``generate``, what is said above.
+            not served; later, in a forward or in ``generate``, for what is not served, as above.
 
     Example::
 
@@ -104,17 +104,17 @@ class ClaaCache(AttachedCache):
         self.in_forward = False
         # Of the prompt, [B]: the first token of each row that is not padding; None without any.
         self.start: Tensor | None = None
-        # What the last `generate` left, [B, T]: prompt and answer; None if not known.
+        # Prompt and answer of the last `generate`, [B, T]; None if unknown.
         self.tokens: Tensor | None = None
         self.holds_beams = False
         # The number of tokens seen is the length of an empty tensor: torch.compile keeps sizes
         # symbolic, but compiles anew for every value of an int that it finds on an object.
         self._seen = torch.empty(0, 0)
-        # What the model was given, where its decoder gets something made of that.
+        # Arguments of the model, of which its decoder gets only what the model made of them.
         self.given: dict[str, Any] = {}
-        # What came into the layer that runs, for a method that reads it.
+        # The input of the layer that is running, for a method that reads it.
         self.hidden: Tensor | None = None
-        # What the layers after a selection receive, made once for each type of layer.
+        # What the layers after a selection receive, gathered once for each type of layer.
         self.selected: dict[str, dict[str, Any]] = {}
 
     @property
@@ -150,7 +150,7 @@ class ClaaCache(AttachedCache):
         if seen == 0:
             self.start = first_valid(attention_mask, batch, new)
             if self.method.differs_by_row and batch > 1 and self.start is None:
-                # Transformers makes no mask then, and what a row lacks would have to be hidden.
+                # Transformers makes no mask then, and rows that keep less need one.
                 raise ValueError(
                     f"ClaaCache: {type(self.method).__name__} keeps more of one prompt than of "
                     f"another, so a batch must be padded or one prompt, got {batch} of one length"
@@ -227,7 +227,7 @@ class ClaaCache(AttachedCache):
             )
 
     def _has_seen(self, ids: Tensor) -> bool:
-        """Whether these may be a longer form of the tokens seen."""
+        """Whether these ids may continue the tokens that were seen."""
         if self.tokens is None:
             return True
         known = self.tokens[:, : self.get_seq_length()]
@@ -236,7 +236,7 @@ class ClaaCache(AttachedCache):
         return rest == 0 and torch.equal(begins, known)
 
     def end_generate(self, request: Request, output: Any) -> None:
-        """Remember the tokens, to know the next turn by them."""
+        """Remember the tokens, to recognise the next turn."""
         tokens = output if isinstance(output, Tensor) else output.sequences
         self.holds_beams = (request.setting("num_beams") or 1) > 1
         # Only the last new token was not fed.
@@ -259,8 +259,8 @@ class ClaaCache(AttachedCache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the mask for the layers of one type.
 
-        A layer that dropped entries takes the last columns of the mask, for as many tokens, less
-        those of its own padding: see :func:`visible_columns`.
+        A layer that dropped entries takes the last columns of the mask, one for each entry, and
+        hides its own padding: see :func:`visible_columns`.
         """
         seen, layer = self.get_seq_length(), self.layers[layer_idx]
         held = layer.get_seq_length() if layer.is_sliding else seen
@@ -312,11 +312,11 @@ class ClaaCache(AttachedCache):
 
 
 def visible_columns(mask: Tensor, entries: int, start: Tensor | None) -> Tensor:
-    """What later tokens see of a layer's entries.
+    """The mask of a layer's entries, for the tokens after them.
 
     Args:
-        mask: ``[B, ..., n]``, of as many entries or more. They are in ascending order, so a layer
-            that holds fewer takes the last columns.
+        mask: ``[B, ..., n]``, of as many entries or more. Entries are in ascending order, so a
+            layer that holds fewer takes the last columns.
         entries: how many the layer holds, new ones included.
         start: ``[B]``: the first entry of each row that is not padding; None without padding.
     """
@@ -325,7 +325,7 @@ def visible_columns(mask: Tensor, entries: int, start: Tensor | None) -> Tensor:
 
 
 def hide_before(mask: Tensor, start: Tensor) -> Tensor:
-    """The mask ``[B, ..., n]``, for adding or of truth, with what lies before ``[B]`` hidden."""
+    """The mask ``[B, ..., n]``, additive or boolean, with columns before ``start`` hidden."""
     first = start.view(-1, *[1] * (mask.dim() - 1))
     hidden = torch.arange(mask.shape[-1], device=mask.device) < first
     fill = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
@@ -333,7 +333,7 @@ def hide_before(mask: Tensor, start: Tensor) -> Tensor:
 
 
 class FullLayer(DynamicLayer):
-    """All entries. Those of the prompt are held as they come; appending to nothing would copy.
+    """All entries. Those of the prompt are held without a copy, unlike in transformers' layer.
 
     ``start``, ``[B]``, is the first entry of each row that is not padding; None without padding.
     """
@@ -394,8 +394,8 @@ class SlidingLayer(FullLayer):
     """The last ``sliding_window - 1`` entries, all that the next token can see.
 
     After a selection the entries are not neighbours, but their positions ascend, so no more
-    than these can lie in the window of the next token. ``positions`` says where they stood,
-    ``[B, entries]``; None in a layer that saw the whole prompt.
+    than these can lie in the window of the next token. ``positions``, ``[B, entries]``, are those
+    in the prompt; None in a layer that saw the whole prompt.
     """
 
     is_sliding = True
@@ -409,23 +409,23 @@ class SlidingLayer(FullLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append entries; return them with those before them, keep the last."""
+        """Append entries; return all of them, and keep the last."""
         key, value = super().update(key_states, value_states, *args, **kwargs)
         # Copies: views would keep the whole prompt's keys alive, and torch.compile would compile
-        # anew where the strides that they show happen to change.
+        # anew whenever their strides change.
         self.keys = key[:, :, 1 - self.sliding_window :].clone()
         self.values = value[:, :, 1 - self.sliding_window :].clone()
         return key, value
 
     def place(self, positions: Tensor, start: Tensor | None) -> None:
-        """Note where the selected tokens of the prompt stood, padding out of every window."""
+        """Note the positions of the selected tokens; that of padding is outside every window."""
         if start is not None:
             padding = torch.arange(positions.shape[1], device=start.device) < start[:, None]
             positions = positions.masked_fill(padding, -self.sliding_window)
         self.positions = positions[:, 1 - self.sliding_window :].clone()
 
     def visible(self, new: Tensor) -> Tensor:
-        """Append the positions of new tokens, ``[q]``; which entries they see, ``[B, q, k]``."""
+        """Append the positions of new tokens, ``[q]``; return what they see, ``[B, q, k]``."""
         assert self.positions is not None
         held = torch.cat([self.positions, new.expand(self.positions.shape[0], -1)], dim=1)
         self.positions = held[:, 1 - self.sliding_window :].clone()

@@ -24,7 +24,7 @@ def greedy(
 ) -> Iterator[Tensor]:
     """The tokens of :func:`decode` one by one, ``[B, 1]``, until all rows have ended.
 
-    Each but the first, which the logits ``[B, V]`` of the prompt give, takes a forward.
+    The first follows from the prompt's logits ``[B, V]``; every other one takes a forward.
     """
     end = torch.tensor(ends, dtype=torch.int64, device=logits.device)
     token = logits.argmax(dim=-1, keepdim=True)
@@ -49,7 +49,7 @@ def greedy(
 def end_tokens(
     model: PreTrainedModel, eos_token_id: int | Sequence[int] | None = None
 ) -> list[int]:
-    """The tokens that end an answer: the given ones, else those that the model is configured to."""
+    """The tokens that end an answer: the given ones, else those of the model's configuration."""
     if eos_token_id is None:
         config = model.generation_config
         eos_token_id = () if config is None or config.eos_token_id is None else config.eos_token_id

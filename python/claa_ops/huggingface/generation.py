@@ -22,7 +22,7 @@ class AttachedCache(Cache):
     """A cache that only an attached model may fill."""
 
     in_forward = False
-    kinds: tuple[tuple[str, int | None], ...]  # of each layer: its attention, and the window of it
+    kinds: tuple[tuple[str, int | None], ...]  # of each layer: kind of attention, and window
     prefilling = False  # whether this forward is that of the prompt
 
     def begin_forward(
@@ -47,7 +47,7 @@ class AttachedCache(Cache):
         return False
 
     def begin_generate(self, request: Request) -> None:
-        """Called by ``generate`` before it does anything: raise what no forward can see."""
+        """Called by ``generate`` before anything else: refuse what no forward can notice."""
 
     def end_generate(self, request: Request, output: Any) -> None:
         """Called by ``generate`` with what it returns."""
@@ -77,14 +77,14 @@ class Request:
         self.attention_mask: Tensor | None = self._arguments.get("attention_mask")
 
     def setting(self, name: str) -> Any:
-        """A setting of generation, from where ``generate`` takes it; None if it is nowhere."""
+        """A setting of generation, looked up where ``generate`` does; None if it is not set."""
         configs = self._arguments.get("generation_config"), self.model.generation_config
         values = self._arguments.get(name), *(getattr(config, name, None) for config in configs)
         return next((value for value in values if value is not None), None)
 
 
 def new_cache(model: Any, arguments: dict[str, Any]) -> AttachedCache | None:
-    """A cache for a call without one, inside `attached(model, method)`; None where none is due."""
+    """A cache for a call that brings none, inside ``attached(model, method)``; else None."""
     make = getattr(model, "claa_new_cache", None)
     used = arguments.get("use_cache") is not False and cache_of(arguments) is None
     return make() if make is not None and used else None
@@ -95,7 +95,7 @@ def _watch(generate: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(generate)
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # By its kind: its name has changed with the versions of transformers.
+        # Found by its type: the name of the argument differs between releases of transformers.
         cache = next((x for x in kwargs.values() if isinstance(x, AttachedCache)), None)
         if cache is None and (cache := new_cache(self, kwargs)) is not None:
             kwargs |= cache_argument(self, cache)
@@ -116,6 +116,6 @@ def _watch(generate: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # No forward sees whether its tokens are the whole prompt or a part that `generate` cut off, nor
-# what came before them. `generate` knows, and without such a cache it is as before. In the class,
-# not in each attached model: an attribute that refers to its model would keep it alive.
+# what came before them; `generate` does. Without an AttachedCache it works as before. The class is
+# patched and not each attached model: an attribute that refers to its model would keep it alive.
 GenerationMixin.generate = _watch(GenerationMixin.generate)  # type: ignore[method-assign]

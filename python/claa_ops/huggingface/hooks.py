@@ -29,7 +29,7 @@ from claa_ops.ops.gather_tokens import gather_tokens
 
 
 class FirstPassDone(Exception):
-    """Ends the first of two passes after its selection: no layer after it runs."""
+    """Raised to end the first of two passes after its selection, before any later layer."""
 
 
 def install_hooks(
@@ -38,7 +38,7 @@ def install_hooks(
     layers: list[nn.Module],
     attentions: list[nn.Module],
 ) -> list[RemovableHandle]:
-    """Hooks stay for good: torch.compile does not see those that come after it."""
+    """Install all hooks, once: torch.compile does not see those that are installed after it."""
     outer = [module for module in model.modules() if _holds(module, decoder)]
     before: list[tuple[nn.Module, Callable[..., Any]]] = [
         *((module, NoteArguments(parameters(module), module is model)) for module in outer),
@@ -72,9 +72,9 @@ def remove_hooks(model: PreTrainedModel) -> None:
 
 @dataclass(frozen=True)
 class _Hook:
-    """Before or after a module of an attached model."""
+    """A hook before or after a module of an attached model."""
 
-    names: list[str]  # of what the module's forward takes
+    names: list[str]  # of the parameters of the module's forward
 
     def _arguments(self, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
         return bind(self.names, args, kwargs)
@@ -82,15 +82,15 @@ class _Hook:
 
 @dataclass(frozen=True)
 class NoteArguments(_Hook):
-    """Before the model and what else is around the decoder: refuse labels, note the mask.
+    """Before the model and other modules around the decoder: refuse labels, note the mask.
 
-    Multimodal models make the masks of the layers themselves and hand the decoder those.
+    Multimodal models make the layers' masks themselves, and their decoders get only those.
     """
 
     is_model: bool
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
-        """Act on a ClaaCache, which inside `attached` is made here if there is none."""
+        """Act on a ClaaCache, which is made here inside ``attached`` if there is none."""
         arguments = self._arguments(args, kwargs)
         made = new_cache(module, arguments) if self.is_model else None
         if made is not None:
@@ -117,9 +117,9 @@ class NoteArguments(_Hook):
 
 @dataclass(frozen=True)
 class BeginForward(_Hook):
-    """Before the decoder: the cache learns what comes."""
+    """Before the decoder: check that the cache fits, and tell it what comes."""
 
-    kinds: tuple[tuple[str, int | None], ...]  # of each layer, as `cache_layers` has them
+    kinds: tuple[tuple[str, int | None], ...]  # of each layer, as `cache_layers` returns them
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
         """Act on a cache of an attached model."""
@@ -209,10 +209,10 @@ class ContinueWithSelected(_Hook):
 
 @dataclass(frozen=True)
 class PassCache(_Hook):
-    """Before an attention module: give it the cache, and of the mask what its layer holds.
+    """Before an attention module: give it the cache, and its layer's columns of the mask.
 
-    Some layers do not forward what they do not know. The mask is that of the layer that holds
-    most.
+    The cache is passed here because some layers do not pass on arguments that they do not know.
+    The mask was made for the layer that holds most.
     """
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
@@ -233,10 +233,10 @@ _OF_TOKENS = ("position_embeddings", "position_ids", "attention_mask")
 
 
 def _gather(arguments: Arguments, positions: Tensor, start: Tensor | None) -> Arguments:
-    """What goes with the tokens, for the selected positions; these keep their rotary angles.
+    """The arguments that go with the tokens, at the selected positions: rotary angles, masks.
 
     Args:
-        arguments: of a layer.
+        arguments: those of a layer.
         positions: ``[B, k]``, -1 for padding.
         start: ``[B]``: the first of these that is not padding; None without padding.
     """
@@ -250,7 +250,7 @@ def _gather(arguments: Arguments, positions: Tensor, start: Tensor | None) -> Ar
     embeddings = arguments["position_embeddings"]
     if not isinstance(embeddings, tuple) or any(x.dim() != 3 for x in embeddings):
         raise TypeError("position_embeddings must be cosines and sines [batch, tokens, D]")
-    # Some models transpose theirs, and rows are moved whole.
+    # Some models transpose theirs, and gather_tokens moves whole rows.
     rows = (gather_tokens(x.contiguous(), positions) for x in embeddings)
     selected: Arguments = {"position_embeddings": tuple(rows)}
     if start is not None:

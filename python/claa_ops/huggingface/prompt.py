@@ -1,4 +1,4 @@
-"""What a prompt must be: checked where it comes in, before the model runs."""
+"""Checks of prompts, masks and positions, before the model runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 def require(condition: Tensor, message: str) -> None:
     """Raise ValueError with the message unless the one element of ``condition`` is true.
 
-    A graph that is compiled, exported or captured cannot look at it, and asserts it as it runs:
-    there it is a RuntimeError with the message on the CPU, and a device-side assertion on a GPU.
+    A graph that is being compiled, exported or captured cannot look at it, and asserts it when it
+    runs: a failure is then a RuntimeError with the message on the CPU, and a device-side assertion
+    on a GPU.
     """
     if torch.compiler.is_compiling() or _capturing(condition):
         torch._assert_async(condition, message)
@@ -29,7 +30,7 @@ def first_valid(attention_mask: Tensor | None, batch: int, tokens: int) -> Tenso
     """``[B]``: the first token of each row that is not padding; None where there is no padding.
 
     Raises:
-        TypeError: the mask is no tensor.
+        TypeError: the mask is not a tensor.
         ValueError: the mask is not ``[B, N]``, or not 0s and then at least one 1 in each row.
     """
     if attention_mask is None:
@@ -53,7 +54,7 @@ def first_valid(attention_mask: Tensor | None, batch: int, tokens: int) -> Tenso
 
 
 def check_mask(attention_mask: object) -> None:
-    """Raise TypeError unless the mask is a tensor: models also take one for each kind of layer."""
+    """Raise TypeError unless it is a tensor: models also take one for each type of layer."""
     if not isinstance(attention_mask, Tensor):
         raise TypeError(
             "ClaaCache: attention_mask must be a tensor [batch, tokens], "
@@ -79,7 +80,7 @@ def check_same_padding(attention_mask: Tensor, start: Tensor | None) -> None:
 
 
 def check_positions(position_ids: Tensor, mask: Tensor | None, seen: int) -> None:
-    """Raise ValueError unless positions ascend, and those of a later turn are not a first one's.
+    """Raise ValueError unless positions ascend, from 0 or more, in a later turn from 1 or more.
 
     Args:
         position_ids: ``[B, n]`` or ``[1, n]``.
@@ -171,7 +172,7 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
 
 def _rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """Those of the model, or of each kind of its layers."""
+    """The rotary settings of the model, or of each kind of its layers."""
     found: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     kinds = [kind for kind in found.values() if isinstance(kind, dict)]
     return kinds or [found]

@@ -1,4 +1,4 @@
-"""What a model must be for the adapter; where it is not, the reason in one sentence."""
+"""What the adapter requires of a model, and why it refuses one, in one sentence."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _unserved_form(model: PreTrainedModel, decoder: nn.Module) -> str | None:
     if cache_name(taken) is None:
         return f"its layers ({block}) take no cache, got {', '.join(taken)}"
     if not attention_can_be_set(decoder):
-        return f"{type(decoder).__name__} computes attention by code of its own that nobody can set"
+        return f"{type(decoder).__name__} computes attention by code of its own that cannot be set"
     if len(layers) < 2:
         return "it has one layer, and a selection goes between two"
     return None

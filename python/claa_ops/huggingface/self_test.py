@@ -29,7 +29,7 @@ _EVERYTHING, _HALF = (
 class SelfTest:
     """Two short prompts, one of them padded, and one token after each.
 
-    Made before the model is attached: keeps the logits of the plain model.
+    Make it before the model is attached: it keeps the logits of the plain model.
 
     Raises:
         ValueError: the plain model cannot read the prompts.
@@ -57,7 +57,7 @@ class SelfTest:
         ids, mask = self.ids[:1, _PADDING:], self.mask[:1, _PADDING:]
         padded = self._prefill_and_step(self.ids, self.mask, _HALF, shortens=True)[:, :1]
         alone = self._prefill_and_step(ids, mask, _HALF)
-        # Other shapes are rounded otherwise: in half precision enough to choose other experts.
+        # Other shapes round differently: in half precision enough to choose other experts.
         loose = 1e-3 if torch.finfo(alone.dtype).bits >= 32 else 0.25
         _compare("a padded row must be as the row alone", padded, alone, loose)
 

@@ -1,4 +1,4 @@
-"""What a prefill left, in buffers of fixed size: for compiled decoding and for CUDA graphs."""
+"""A fixed-size cache of a prefilled prompt, for compiled decoding and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class StaticClaaCache(AttachedCache):
         max_new_tokens: how many more tokens there is room for.
 
     Raises:
-        TypeError: it is not a :class:`ClaaCache` that is to be copied.
-        ValueError: nothing has been prefilled, a layer has a sliding window, or there is to be
-            room for less than one token; later, more tokens come than there is room for.
+        TypeError: ``cache`` is not a :class:`ClaaCache`, or ``max_new_tokens`` not an integer.
+        ValueError: nothing has been prefilled, a layer has a sliding window, or
+            ``max_new_tokens`` is below 1; later, more tokens come than there is room for.
 
     Example::
 
@@ -103,9 +103,9 @@ class StaticClaaCache(AttachedCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _may_look(self, tensor: Tensor) -> bool:
-        """Whether a length may be read: a graph cannot, and a GPU is not waited for.
+        """Whether the host may read a length: not in a graph, and not where a GPU would stall.
 
-        Its own check of indices stops it.
+        On a GPU too many tokens fail its own bounds check.
         """
         return not tensor.is_cuda and not torch.compiler.is_compiling()
 
@@ -125,7 +125,7 @@ class StaticClaaCache(AttachedCache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the mask: that of the longest layer; others take its last columns.
 
-        It is exact for the reason that :meth:`ClaaCache.get_mask_sizes` gives.
+        That is exact for the reason that :meth:`ClaaCache.get_mask_sizes` gives.
         """
         return self._mask_sizes
 

@@ -1,7 +1,7 @@
-"""All that the adapter knows of transformers' inside: its names, its attention and its caches.
+"""All that the adapter knows of transformers' internals: names, attention and caches.
 
 Releases rename what they do not document: 5.24 calls ``cache`` what was ``past_key_values``. So
-signatures are looked at instead of assumed, and nothing else in the package reaches inside.
+signatures are inspected, not assumed, and no other module of the package touches internals.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def decoder_of(model: PreTrainedModel) -> Any:
     """The module that runs the layers, or what comes nearest to it.
 
     Raises:
-        TypeError: this is no model of transformers.
+        TypeError: this is not a model of transformers.
     """
     if not hasattr(model, "get_decoder"):
         raise TypeError(
@@ -130,7 +130,7 @@ def has_alibi(config: PreTrainedConfig, taken: Iterable[str]) -> bool:
 
 
 def placement(model: PreTrainedModel) -> str | None:
-    """What is in the way where the weights are; None if they are on one device."""
+    """What is wrong with where the weights are; None if they are on one device."""
     if (getattr(model, "tp_size", None) or 1) > 1:
         return f"not be tensor parallel, got {model.tp_size} ranks"
     devices = {parameter.device.type for parameter in model.parameters()}
@@ -156,7 +156,7 @@ def cache_layers(config: PreTrainedConfig) -> list[tuple[str, int | None]]:
 
 
 def vocabulary_size(config: PreTrainedConfig) -> int:
-    """How many tokens the text model knows."""
+    """The size of the text model's vocabulary."""
     return config.get_text_config(decoder=True).vocab_size
 
 
@@ -165,9 +165,9 @@ class Dimensions:
     """The sizes of a text model, as its configuration has them.
 
     Attributes:
-        hidden_size, vocab_size, heads, head_dim: what they are called elsewhere.
+        hidden_size, vocab_size, heads, head_dim: as in the configuration.
         windows: of each layer, the sliding window; None for full attention.
-        experts, experts_used: how many experts a layer has, and how many a token meets; None
+        experts, experts_used: how many experts a layer has, and how many a token goes to; None
             for dense layers.
     """
 

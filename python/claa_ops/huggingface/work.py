@@ -37,7 +37,7 @@ def count_work(model: PreTrainedModel, tokens: Sequence[int], logits: int = 1) -
 
 
 def _weights_per_token(block: nn.Module, sizes: Dimensions) -> int:
-    """Matrix entries that one token meets; stacked experts (3-d) count as far as they are used."""
+    """Matrix entries that one token uses; stacked experts (3-d) count as far as they are used."""
     experts, used = sizes.experts, sizes.experts_used
     shapes = [weight.shape for weight in block.parameters()]
     dense = sum(shape.numel() for shape in shapes if len(shape) == 2)

@@ -15,22 +15,23 @@ from claa_ops.selection.state import PrefillState
 
 @dataclass(frozen=True)
 class ASL(Pruning):
-    """Adaptive layer selection: select where the layers have come to agree on the ranking.
+    """Adaptive layer selection: select once successive layers agree on the ranking.
 
     From layer ``layer`` on, the variance of the tokens' ranks over the last ``last_n`` layers is
-    compared with what it was at ``layer``. When it falls below ``tau`` of that, this layer's own
-    scores, summed over all heads, select the tokens; if it never does, nothing is selected.
+    compared with what it was at ``layer``. At the first layer where it is below ``tau`` times that,
+    this layer's own scores, summed over all heads, select the tokens; if it never is, nothing is
+    selected.
 
     Args:
         keep, first_full, num_sinks: see :class:`Pruning`; ``keep`` is one budget.
-        layer: the first layer that is tested, the measure of the later ones; None for a third of
-            the model's depth.
+        layer: the first layer tested, with which the later ones are compared; None for a third
+            of the model's depth.
         keep_kv: tokens that a layer's cache keeps (SnapKV); ``keep`` if not given.
         last_n: how many layers must agree; at most ``layer + 1``. None for 8, or as many as
             there are up to ``layer``.
         tau: share of the first variance; None selects at ``layer`` itself, as FastKV does.
         passes: 1, or 2 to start anew on the selected token ids, as GemFilter does, with new
-            positions; the last layer's ranking selects then if the test never succeeds.
+            positions; then the last layer's ranking selects if the test never succeeds.
         full_before: leave the caches whole up to the selection layer.
         equal_cache: must be False, since the selection layer is not known beforehand.
         window, kernel_size, pool_mode: see :class:`Method`.
@@ -43,8 +44,8 @@ class ASL(Pruning):
 
     Source: ASL (arXiv 2601.07667) and its public code (TANIGUCHIREI/ASL, 9e1ec0c), defaults for
     a model of 32 layers. Its rows: ``ASL()``, ``ASL(passes=2)``, ``ASL(full_before=True)``.
-    Departures: ties rank by position, kept tokens are in ascending order, and the option of
-    caches of varying length, top-p, is not there.
+    Departures: ties rank by position, kept tokens are in ascending order, and the
+    top-p option, caches of varying length, is left out.
 
     Example:
         >>> method = ASL(keep=2048, layer=10, tau=0.3)
@@ -81,7 +82,7 @@ class ASL(Pruning):
         return num_layers // 3
 
     def check(self, num_layers: int) -> None:
-        """Raise ValueError if no layer comes after the first tested one, or too few before it."""
+        """Raise ValueError if no layer follows the first tested one, or too few precede it."""
         super().check(num_layers)
         self._require_enough_layers(self._first(num_layers))
 
@@ -92,20 +93,20 @@ class ASL(Pruning):
 
     @property
     def two_pass(self) -> bool:
-        """With two passes."""
+        """If ``passes`` is 2."""
         return self.passes == 2
 
     def selection_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Any from the first tested one on."""
+        """Any layer from the first tested one on."""
         first = self._first(num_layers)
         return (first,) if self.tau is None else tuple(range(first, num_layers))
 
     def stages(self, num_layers: int) -> dict[int, Budget]:
-        """One budget, wherever it is spent; it stands for the first tested layer."""
+        """The one budget, under the first tested layer, wherever it is spent."""
         return {self._first(num_layers): self._keeps[0]}
 
     def last_layer(self, state: PrefillState) -> int | None:
-        """The last of all: its ranking selects if the test never succeeds."""
+        """The model's last layer, whose ranking selects if the test never succeeds."""
         return state.num_layers - 1 if self._drops(state, self._first(state.num_layers)) else None
 
     def ranks(self, state: PrefillState, layer: int) -> bool:
@@ -113,7 +114,7 @@ class ASL(Pruning):
         return True
 
     def informs(self, state: PrefillState, layer: int) -> bool:
-        """The tested layers and those before with which they are compared, until one selects."""
+        """The tested layers, and those before that they are compared with, until one selects."""
         first = self._first(state.num_layers)
         compared = layer > first - (1 if self.tau is None else self._last_n(first))
         return compared and self._selected(state) is None
@@ -129,8 +130,9 @@ class ASL(Pruning):
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
         """The most important tokens, ``[B, k]``, and the window, where the test succeeds."""
         first = self._first(state.num_layers)
-        never = self.two_pass and layer == state.num_layers - 1 and self._selected(state) is None
-        if not self._drops(state, first) or not (never or self._selected(state) == layer):
+        selected = self._selected(state)
+        as_last = self.two_pass and layer == state.num_layers - 1 and selected is None
+        if not self._drops(state, first) or not (as_last or selected == layer):
             return None
         return self._best_at(state, first)
 

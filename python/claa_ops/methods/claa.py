@@ -18,20 +18,20 @@ from claa_ops.selection.state import PrefillState
 class CLAA(Pruning):
     """Cross-layer attention aggregation: rank tokens by several layers, keep the best.
 
-    The last ``window`` tokens of the prompt score all others by the attention they pay them. At
-    the selection layer the scores of ``last_n`` layers are aggregated, by their maximum over
-    layers and key/value heads, and only the best tokens continue to the later layers.
-    Independently, each layer's decode cache keeps, for each key/value head, the tokens which that
+    A token's score is the attention that it receives from the last ``window`` tokens of the
+    prompt. At the selection layer the scores of ``last_n`` layers are aggregated, by their maximum
+    over layers and key/value heads, and only the best tokens continue to the later layers.
+    Independently, each layer's decode cache keeps, for each key/value head, the tokens that the
     layer itself scores best.
 
     Args:
         keep, layer, keep_kv, num_sinks, equal_cache: see :class:`Pruning`.
-        first_full: the first layers, whose caches stay whole.
+        first_full: how many first layers keep their whole caches.
         last_n: how many layers are aggregated, the selection layer and those before it, but
             none before an earlier selection.
         zscore: standardise the scores of each layer and key/value head over the context tokens
-            before they are aggregated, so that a layer of large scores does not drown the others.
-        over_heads: ``"max"``, or ``"sum"`` to add the heads of each layer up before that.
+            before they are aggregated, so that a layer with large scores does not drown the others.
+        over_heads: ``"max"``, or ``"sum"`` to add up the heads of each layer before all of that.
         over_layers: ``"max"``, or ``"mean"``.
         window, kernel_size, pool_mode: see :class:`Method`.
 
@@ -40,11 +40,11 @@ class CLAA(Pruning):
 
     Source: CLAA (arXiv 2602.16054), defaults for a model of 32 layers, in the plain form of
     its public code (BradMcDanel/kv-exps) at bae45c8 with the deferral ``first_full`` of the
-    paper, where that code has 3. Its last form, 6b96ed8, is ``zscore=True``; its ranking script
+    paper, where that code has 3. Its latest form, 6b96ed8, is ``zscore=True``; its ranking script
     is ``zscore=True, over_heads="sum", kernel_size=13``; ``over_layers="mean"`` and staged
     selection are ours. Departures: scores stay in float32, kept tokens are in ascending order, a
     rate is an exact fraction (the public code truncates a product of floats) and never below the
-    window (where the public code fails), left padding is neither scored nor counted in the
+    window (where the public code fails), and left padding is neither scored nor counted in the
     statistics.
 
     Example:
@@ -69,7 +69,7 @@ class CLAA(Pruning):
         self.require(self.over_layers in ("max", "mean"), "over_layers", "'max' or 'mean'")
 
     def rank(self, layer: Layer, before: Tensor | None) -> Tensor:
-        """The scores of the layers so far, aggregated."""
+        """The scores of the layers that are aggregated, up to this one."""
         if not self.zscore and self.over_heads == self.over_layers == "max":
             return layer.reduce(layer.running_max(before), "max")
         scores = layer.scores
@@ -77,7 +77,7 @@ class CLAA(Pruning):
             scores = layer.reduce(scores.sum(dim=1, keepdim=True), "sum")
         if self.zscore:
             scores = standardise(scores, layer.start)
-        if self.over_layers == "mean":  # the sum: it ranks alike
+        if self.over_layers == "mean":  # their sum, which ranks alike
             scores = layer.reduce(scores.amax(dim=1), "max")
             return scores if before is None else before + scores
         if before is None:

@@ -1,4 +1,4 @@
-"""Controls, without which no comparison of methods says anything."""
+"""Control methods, without which no comparison of methods says anything."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Random(Pruning):
-    """Random tokens and the window, in the selection and in every cache: what ranking is worth.
+    """Random tokens and the window, in the selection and every cache: shows what ranking is worth.
 
     Args:
         keep, layer, keep_kv, first_full, num_sinks, equal_cache, window: see :class:`Pruning`;
-            ``kernel_size`` and ``pool_mode`` have no use.
-        seed: of the draw. The draw depends on nothing else: it counts tokens from the end of the
-            prompt, so that padding does not change it, and the rows of a batch share it. Give
-            each prompt of an evaluation its own.
+            ``kernel_size`` and ``pool_mode`` are unused.
+        seed: the seed of the draw, which depends on nothing else: it counts tokens from the end
+            of the prompt, so that padding does not change it, and the rows of a batch share it.
+            Give each prompt of an evaluation its own seed.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -50,7 +50,7 @@ class Random(Pruning):
         return replace(self, seed=zlib.crc32(f"{self.seed} {key}".encode()))
 
     def score(self, layer: Layer) -> Tensor:
-        """Random numbers: the same for each token in all layers, heads and rows."""
+        """Random numbers: one for each token, the same in all layers, heads and rows."""
         state, key = layer.state, layer.key
         numbers = state.notes.get("numbers")
         if numbers is None:
@@ -69,7 +69,7 @@ class SinksRandom(Random):
     """The first tokens of the prompt, random ones, and the window.
 
     Many heads attend to the first tokens whatever they say, and a model that loses them fails
-    for that reason alone. The difference to :class:`Random` is what they are worth.
+    for that reason alone. The difference from :class:`Random` is what these tokens are worth.
 
     Args:
         num_sinks: how many first tokens are kept; the other settings are those of :class:`Random`.
@@ -87,12 +87,12 @@ class SinksRandom(Random):
 class FastKVDeferral(FastKV):
     """FastKV that leaves the caches of the first layers whole, as CLAA does.
 
-    Without it a comparison of CLAA with FastKV measures mostly that deferral, and the 2.1 times
-    larger cache at 10 %: the score is the only difference left between this and ``CLAA``.
+    A comparison of CLAA with FastKV itself measures mostly that deferral, and a cache that is 2.1
+    times as large at 10 %; the score is the only difference between this and ``CLAA``.
 
     Args:
-        first_full: the first layers, whose caches stay whole; the other settings are those of
-            :class:`FastKV`.
+        first_full: how many first layers keep their whole caches; the other settings are those
+            of :class:`FastKV`.
 
     Source: the ablation ``n_agg=1`` of CLAA's public code, with FastKV's sum over heads.
 

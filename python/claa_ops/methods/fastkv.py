@@ -12,7 +12,7 @@ class FastKV(Pruning):
     """Token-selective propagation: the selection layer's own scores, summed over all heads.
 
     Every layer's cache keeps, for each key/value head, the tokens that the layer itself scores
-    best. Both of the public code's budget modes are there: numbers of tokens (``constant``), and
+    best. Both budget modes of the public code are served: numbers of tokens (``constant``), and
     rates (``proportional``).
 
     Args:

@@ -26,8 +26,8 @@ class GemFilter(Method):
     were the prompt: their positions are 0, 1, 2, ..., and decoding continues after them.
 
     Args:
-        keep: tokens of the second pass: a rate of the prompt in (0, 1], or a number. Nothing is
-            kept for certain, not even the last token.
+        keep: tokens of the second pass: a rate of the prompt in (0, 1], or a number. No token is
+            sure to be kept, not even the last.
         layer: the filter layer, from 0; the last layer of the first pass. None for
             :meth:`default_layer` of the model's depth.
         kernel_size, pool_mode: see :class:`Method`; ``window`` is 1, the last token.
@@ -38,8 +38,8 @@ class GemFilter(Method):
     Source: GemFilter (arXiv 2409.17422) and its public code
     (SalesforceAIResearch/GemFilter, 5f79b1a): 1024 tokens, layer 13 of 32, 19 of 40; as a rate,
     in the comparisons of FastKV and CLAA (layer 15 there). Departures: the sum over heads and
-    the pooling stay in float32; batches are served, padding is never chosen before a token; the
-    answer is no token longer than asked.
+    the pooling stay in float32; batches are served, and padding is never chosen before a token;
+    the answer is not a token longer than asked for.
 
     Example:
         >>> method = GemFilter(keep=0.1, layer=13)
@@ -79,7 +79,7 @@ class GemFilter(Method):
 
     @property
     def two_pass(self) -> bool:
-        """Yes."""
+        """True: the second pass reads the chosen tokens."""
         return True
 
     def last_layer(self, state: PrefillState) -> int | None:

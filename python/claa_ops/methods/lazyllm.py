@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LazyLLM(Pruning):
-    """Progressive pruning: the last token's attention decides, layer after layer, who continues.
+    """Progressive pruning: the last token's attention decides, layer after layer, what continues.
 
     At each selection layer a token is as important as the attention that it receives from the
     prompt's last token, averaged over all heads. Fewer and fewer tokens continue to the deeper
@@ -20,24 +20,24 @@ class LazyLLM(Pruning):
 
     Args:
         keep: tokens that continue after the last selection layer: a rate of the prompt in (0, 1],
-            or a number; after the layer before it twice as many, then three times as many. Or a
-            tuple, as in :class:`Pruning`.
+            or a number. Twice as many continue after the layer before it, three times as many
+            after the one before that, and so on. Or a tuple, as in :class:`Pruning`.
         layer: the selection layer, or several, ascending. None for the last layers of the first,
             second and third quarter of the model.
         keep_kv: tokens that a layer's cache keeps, by that layer's own ranking; all by default.
         first_full, num_sinks, equal_cache: see :class:`Pruning`.
-        window, kernel_size, pool_mode: see :class:`Method`; one query, and nothing is pooled.
+        window, kernel_size, pool_mode: see :class:`Method`; by default one query and no pooling.
 
     This is the prefill alone. The original keeps the hidden states of pruned tokens in an
     auxiliary cache, and each decoding step may take some of them up again; here a pruned token is
-    gone, and a decoding step attends to all of what is left.
+    gone, and every decoding step attends to all that is left.
 
     Raises:
         ValueError: a setting is out of its range.
 
-    Source: LazyLLM (arXiv 2407.14057), which has no public code: what ranks, that it is done
-    progressively, and that deeper layers keep fewer. Not stated there, and ours: which layers, and
-    how many tokens. Departures: no revival, as above; budgets are of the whole prompt, where the
+    Source: LazyLLM (arXiv 2407.14057), which has no public code: what ranks the tokens, and that
+    fewer and fewer continue to deeper layers. Not stated there, and ours: after which layers, and
+    how many. Departures: no revival, as above; budgets are of the whole prompt, where the
     original takes a percentile of the tokens that a layer sees.
 
     Example:
@@ -87,6 +87,6 @@ class LazyLLM(Pruning):
 
 
 def _steps(last: Budget, stages: int) -> list[Budget]:
-    """The budget as the last of several: before it twice, three times as much, at most all."""
+    """Budgets of stages that end in ``last``: before it twice, three times it, at most all."""
     counts = [last.count * (stages - stage) for stage in range(stages)]
     return [Budget(min(count, last.per) if last.per else count, last.per) for count in counts]

@@ -18,12 +18,12 @@ class Oracle(Pruning):
 
     Before the prefill the model answers with its full cache, and the attention of the answer to
     the prompt ranks the tokens; then that ranking alone decides, in the selection and, for all
-    heads alike, in every layer's cache. It saves nothing; it is what others can be compared with.
+    heads alike, in every layer's cache. It saves no work; it is what others are compared with.
     It is no strict upper bound: other rankings win now and then.
 
     Args:
         keep, layer, keep_kv, first_full, num_sinks, equal_cache, window: see :class:`Pruning`.
-        max_new_tokens: length at which the answer is cut off.
+        max_new_tokens: the length at which the answer is cut off.
         kernel_size: neighbouring tokens over which the ranking is averaged; 1 for none.
 
     Raises:
@@ -47,7 +47,7 @@ class Oracle(Pruning):
 
     @property
     def needs_ranking(self) -> bool:
-        """Yes."""
+        """True: the attention of the answer."""
         return True
 
     def prepare(
@@ -60,7 +60,7 @@ class Oracle(Pruning):
     def score(self, layer: Layer) -> Tensor:
         """The ranking of the tokens that this layer sees, without the window."""
         ranking = layer.state.ranking
-        assert ranking is not None  # a prefill that needs one does not begin without
+        assert ranking is not None  # begin refuses a prefill that lacks one
         if layer.state.positions is not None:
             ranking = gather_kept(ranking, layer.state.positions)
         return ranking[:, None, : layer.context].expand(-1, layer.key.shape[1], -1)

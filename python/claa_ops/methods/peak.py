@@ -16,10 +16,10 @@ from claa_ops.selection.state import PrefillState
 class Peak(Pruning):
     """The oracle's statistic, asked of the prompt's own last tokens instead of the answer.
 
-    A token is as important as the most attention that any head of any layer so far pays it from
-    any token of the window. Sums and means, over heads or over the window, drown the few heads
-    that look a fact up in the first layers; a peak does not. And a fact is a run of tokens, of
-    which these heads hit some: a wide pooling kernel keeps the whole run.
+    A token's importance is the most attention that it receives from any token of the window, in
+    any head of any layer so far. Sums and means, over heads or over the window, drown the few
+    heads that look a fact up in the first layers; a peak does not. And a fact is a run of tokens,
+    of which these heads hit some: a wide pooling kernel keeps the whole run.
 
     Args:
         keep, layer, keep_kv, first_full, equal_cache: see :class:`Pruning`. Each layer's cache is
@@ -29,7 +29,7 @@ class Peak(Pruning):
         window, kernel_size, pool_mode: see :class:`Method`. The window must reach back into the
             question, past what a chat template appends to it.
 
-    The ranking takes every layer up to the last selection. As in the oracle the softmax runs over
+    The ranking needs every layer up to the last selection. As in the oracle, the softmax is over
     all keys, without a causal mask inside the window, softcaps, sliding windows or sink logits.
 
     Raises:
@@ -66,7 +66,7 @@ class Peak(Pruning):
 
     @staticmethod
     def default_layer(num_layers: int) -> int:
-        """Layer 8 of 30, which is known to be good in one small model."""
+        """Layer 8 of 30, which is known to be good for one small model."""
         return num_layers * 4 // 15
 
     def _informs_drop(self, state: PrefillState, layer: int) -> bool:

@@ -24,17 +24,17 @@ class PromptDistill(Pruning):
             :meth:`default_layer` of the model's depth.
         keep_kv: tokens that a layer's cache keeps, by that layer's own ranking; all by default.
         first_full, num_sinks, equal_cache: see :class:`Pruning`.
-        kernel_size: see :class:`Method`; pooling is the average, ``window`` is the last token.
+        kernel_size: see :class:`Method`; pooling averages, and ``window`` is 1, the last token.
 
     Raises:
         ValueError: a setting is out of its range.
 
     Source: PromptDistill (arXiv 2503.23274) and its public code (declare-lab/PromptDistill,
-    68e7bb1): 1024 tokens after layer 13 of 32, and the last one besides; several stages are an
-    option there too. Departures: the sum over heads and the pooling stay in float32, padding is
-    not scored, kept tokens count the last one. Its cache truncation, off by default there, is not
-    served: that cuts the caches of the layers up to a selection to the selected tokens, which are
-    not known when those caches are filled. ``keep_kv`` is a ranking of each layer's own.
+    68e7bb1): 1024 tokens and the last one after layer 13 of 32; several stages are an option there
+    too. Departures: the sum over heads and the pooling stay in float32, padding is not scored, and
+    the last token counts as kept. Its cache truncation, off by default there, is not served: it
+    cuts the caches of the layers up to a selection to the selected tokens, which are not known
+    when those caches are filled. ``keep_kv`` goes by each layer's own ranking instead.
 
     Example:
         >>> method = PromptDistill(keep=1025, layer=13)

@@ -33,31 +33,31 @@ Keep = float | int
 class Pruning(Method):
     """A method that drops tokens after one or more layers and compresses each layer's cache.
 
-    A new ranking is a subclass with one function: ``rank``, of what a layer saw and of the
-    ranking before it, says which tokens continue; :meth:`Method.score`, of what a layer saw, says
-    which tokens each head's cache keeps, and is what ``rank`` sums over the heads if it is not
-    overridden, as in FastKV.
+    A new ranking is a subclass that overrides one function. ``rank``, given what a layer saw and
+    the ranking before it, says which tokens continue; :meth:`Method.score`, given what a layer
+    saw, says which tokens each head's cache keeps. A ``rank`` that is not overridden sums these
+    scores over the heads, as in FastKV.
 
     Args:
         keep: tokens that continue after the selection layer: a rate of the prompt in (0, 1], or a
-            number. The window counts. A tuple for staged selection, all of the whole prompt, none
-            larger than the one before it.
-        layer: the selection layer, from 0; it still sees every token. A tuple, ascending, of
-            the length of ``keep``, selects once after each of these layers. None for
+            number. The window is included. A tuple for staged selection: each is of the whole
+            prompt, and none is larger than the one before it.
+        layer: the selection layer, from 0; it still sees every token. An ascending tuple, as
+            long as ``keep``, selects once after each of these layers. None for
             :meth:`default_layer` of the model's depth.
-        keep_kv: tokens that a layer's cache keeps, likewise; the last ``keep`` if not given.
-        first_full: the first layers, whose caches stay whole.
-        num_sinks: first tokens of the prompt that are always kept; a number of tokens has room for
-            them and the window.
+        keep_kv: tokens that a layer's cache keeps, a rate or a number; the last ``keep`` if None.
+        first_full: how many first layers keep their whole caches.
+        num_sinks: how many first tokens of the prompt are always kept; a budget that is a number
+            must have room for them and the window.
         equal_cache: choose the capacity of the compressed caches so that the caches of all
             layers together hold ``keep_kv`` of the entries of full prefill, whole caches
-            included: what a method needs to be compared at equal bytes with one that has
+            included, so that the method can be compared at equal bytes with one that has
             ``first_full=0``.
         window, kernel_size, pool_mode: see :class:`Method`.
 
     Budgets are of the whole prompt at every layer, and never below the window: a prompt that is
     not longer than the window is kept whole. A prompt shorter than ``keep_kv`` is left alone and
-    nothing is selected. In a padded batch each row keeps what it keeps alone.
+    nothing is selected. In a padded batch each row keeps what it would keep alone.
 
     Raises:
         ValueError: a setting is out of its range; or, when a prefill begins, ``equal_cache``
@@ -122,22 +122,22 @@ class Pruning(Method):
             self.num_sinks == 0 or room, name, f"at least window + num_sinks = {least} tokens"
         )
 
-    # What a ranking is made of: the page of a method.
+    # What a new method overrides.
 
     def rank(self, layer: Layer, before: Tensor | None) -> Tensor:
         """The ranking ``[B, M]``, float32, after a layer that informs it.
 
-        What it says of padding, before ``layer.start``, does not matter.
+        Its values at padding, before ``layer.start``, do not matter.
 
         Args:
             layer: what the layer saw.
             before: ``[B, M]``, the ranking after the layers before it, which may be updated in
-                place; None if there is none of the tokens that this layer sees.
+                place; None if no layer before ranked the tokens that this one sees.
         """
         return layer.reduce(layer.scores.sum(dim=1), "sum")
 
     def informs(self, state: PrefillState, layer: int) -> bool:
-        """Whether this layer enters the ranking of a selection layer."""
+        """Whether the ranking at some selection layer depends on this layer."""
         return layer in self.stages(state.num_layers)
 
     @staticmethod
@@ -184,7 +184,7 @@ class Pruning(Method):
     # The decisions.
 
     def begin(self, state: PrefillState) -> None:
-        """Refuse equal caches where the whole ones leave the others too little."""
+        """Refuse ``equal_cache`` where the whole caches leave too little for the others."""
         sizes = state.sizes
         if not self.equal_cache or sizes.prompt <= self.window:
             return
@@ -252,28 +252,28 @@ class Pruning(Method):
         return not fits or (state.start is not None and self._only_longest_fits(state, layer))
 
     def _only_longest_fits(self, state: PrefillState, layer: int) -> bool:
-        """Whether a shorter row may see more than its cache may hold where the longest does not."""
+        """Whether a shorter row may need compression where the longest fits into its cache."""
         return self.equal_cache or self._uneven(state, self._keep_kv, layer)
 
     def _uneven(self, state: PrefillState, budget: Budget, layer: int) -> bool:
-        """Whether earlier stages leave rows of different lengths different shares of a budget.
+        """Whether a budget may drop tokens of a short row where it drops none of the longest.
 
-        Of a number that was kept, a rate of the prompt is less for a short row than for a long
-        one; and of two rates that are nearly the same, integers may be the same for one length
-        alone.
+        It may after a stage that kept a number of tokens, of which a rate of the prompt is a
+        smaller share in a short row; and after one with nearly the same rate, since rounding may
+        make the two equal for one length and not for another.
         """
         stages = self.stages(state.num_layers).items()
         before = [kept for stage, kept in stages if stage < layer]
         return bool(budget.per) and any(not kept.per or kept.exceeds(budget) for kept in before)
 
     def _tokens(self, sizes: Sizes[Size], stage: int) -> Size:
-        """How many continue after a selection layer: all of a prompt that is below the capacity."""
+        """How many continue after a selection layer: all if the prompt is below ``keep_kv``."""
         kept = self.stages(sizes.num_layers)[stage].tokens(sizes.prompt, self.window)
         capacity = self._keep_kv.tokens(sizes.prompt, self.window)
         return either(sizes.prompt < capacity, sizes.prompt, kept)
 
     def _drops(self, state: PrefillState, stage: int) -> bool:
-        """Whether the selection layer drops tokens, or may drop some of a row."""
+        """Whether the selection layer drops tokens of the longest row, or may of a shorter one."""
         if state.length <= self.window:
             return False
         budget = self.stages(state.num_layers)[stage]
@@ -281,7 +281,7 @@ class Pruning(Method):
         return state.length > self._tokens(state.sizes, stage) or uneven
 
     def _informs_drop(self, state: PrefillState, layer: int) -> bool:
-        """Whether this layer enters the ranking of a selection that drops tokens."""
+        """Whether the ranking of a selection that drops tokens depends on this layer."""
         return self.informs(state, layer) and self._drops(state, self._next_stage(state, layer))
 
     def _next_stage(self, state: PrefillState, layer: int) -> int:

@@ -20,24 +20,25 @@ from claa_ops.selection.state import PrefillState
 class PyramidInfer(Method):
     """Drop some tokens after every layer, from the first on.
 
-    The recent tokens, a share of the prompt, score those before them: the mean attention of all
-    heads, later queries weighing up to ``distance_weight`` times as much as the first. Of the
-    remaining context tokens ``rho + (1 - rho) (1 + cos(pi l / N)) / 2`` continue after layer l of
-    N; the recent ones always do. A layer's cache is what reached it.
+    The recent tokens, a share of the prompt, score those before them: the score is the mean
+    attention of all heads, in which later queries weigh up to ``distance_weight`` times as much as
+    the first. After layer l of N a share ``rho + (1 - rho) (1 + cos(pi l / N)) / 2`` of the
+    remaining context tokens continues; the recent ones always do. A layer's cache is what reached
+    it.
 
     Args:
         rho: the share that the last layers pass on, in (0, 1].
         recent: share of the prompt, in [0, 1), that scores and is never dropped.
         distance_weight: weight of the last query, that of the first being 1.
         num_sinks: first tokens that are never dropped.
-        least: the context is not shrunk below this.
+        least: a layer drops nothing if no more context tokens than this would continue.
         window, kernel_size, pool_mode: unused: nothing is pooled.
 
     Raises:
         ValueError: a setting is out of its range.
 
-    Scores are made one query at a time, so this is for comparisons, not for speed: the public code
-    needs the attention weights of all recent queries at once.
+    Scores are computed one query at a time, so this is for comparisons, not for speed: the public
+    code needs the attention weights of all recent queries at once.
 
     Source: PyramidInfer (arXiv 2405.12532), in the form of FastKV's public code
     (dongwonjo/FastKV, b978769), which calls ``rho, recent`` of ``0.7, 0.2``, ``0.3, 0.2`` and
@@ -64,7 +65,7 @@ class PyramidInfer(Method):
         self.require(is_count(self.least, 0), "least", "an integer of at least 0")
 
     def rows(self, state: PrefillState) -> int:
-        """The recent tokens, and the last one."""
+        """The recent tokens, the last one always among them."""
         return self._recent(state.prompt_length)
 
     def selection_layers(self, num_layers: int) -> Sequence[int]:

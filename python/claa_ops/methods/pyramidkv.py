@@ -16,12 +16,13 @@ class PyramidKV(SnapKV):
     """SnapKV with more room in the first layers and less in the last.
 
     The capacity falls linearly over the layers, and its average is that of SnapKV: from nearly
-    twice as many context tokens in the first layer to one in ``beta`` of the average in the last.
+    twice the average number of context tokens in the first layer to a ``beta``-th of it in the
+    last.
 
     Args:
         keep: tokens that a cache keeps on average: a rate of the prompt in (0, 1], or a number.
-            The window counts.
-        beta: how much less than the average the last layer keeps; 1 for SnapKV.
+            The window is included.
+        beta: how many times less than the average the last layer keeps; 1 for SnapKV.
         window, kernel_size, pool_mode: see :class:`Method`.
 
     Raises:

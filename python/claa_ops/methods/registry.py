@@ -1,4 +1,4 @@
-"""Methods by name: ours, those that other packages bring, and a user's own."""
+"""Methods by name: ours, those of other packages, and a user's own."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ M = TypeVar("M", bound=type[Method])
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Give a method of one's own a name, as a class decorator.
+    """A class decorator that gives a user's own method a name.
 
     The name then works wherever the names of ``METHODS`` do: in :func:`make_method` and in the
     commands, if the module that registers it is imported. A package that is installed names its
@@ -64,7 +64,7 @@ def register(name: str) -> Callable[[M], M]:
 
     Raises:
         ValueError: the name is taken, or could not be written on a command line.
-        TypeError: the class is no :class:`Method`.
+        TypeError: the class is not a :class:`Method`.
 
     Example:
         >>> from dataclasses import dataclass
@@ -78,7 +78,7 @@ def register(name: str) -> Callable[[M], M]:
         'KeyNorm'
     """
     if not name or any(character in ":=, \t\n" for character in name):
-        raise ValueError(f"register: name must be without spaces, ':', '=' and ',', got {name!r}")
+        raise ValueError(f"register: name must have no spaces, ':', '=' or ',', got {name!r}")
 
     def registered(method: M) -> M:
         known = METHODS.get(name)
@@ -99,7 +99,7 @@ def find_method(name: str) -> type[Method]:
 
     Raises:
         ValueError: there is none, or it cannot be imported.
-        TypeError: what has the name is no :class:`Method`.
+        TypeError: the name is that of something else than a :class:`Method`.
     """
     if name in METHODS:
         return METHODS[name]
@@ -149,7 +149,7 @@ def make_method(
 
     Args:
         name: as :func:`find_method` takes it.
-        num_layers: how many layers the model has; settings that follow the depth are filled in.
+        num_layers: how many layers the model has; settings that depend on the depth are filled in.
         layer: the selection layer; left out for methods without one.
         keep: the budget, a rate or a number of tokens; left out for methods without one.
         settings: any other setting of the method.

@@ -13,19 +13,19 @@ from claa_ops.selection.state import PrefillState
 
 @dataclass(frozen=True)
 class SelectiveContext(Method):
-    """Drop what a language model finds easy to guess; nothing asks what the question needs.
+    """Drop what a language model finds easy to guess, whatever the question needs.
 
-    A small model reads the prompt first. A token's self-information is ``-log p`` of it given the
-    tokens before it; those with the most go to the model, as if they were the prompt: their
-    positions are 0, 1, 2, ..., and decoding continues after them.
+    A small model reads the prompt first. A token's self-information is ``-log p``, where ``p`` is
+    its probability given the tokens before it. The tokens with the most go to the model, as if
+    they were the prompt: their positions are 0, 1, 2, ..., and decoding continues after them.
 
     Args:
         keep: what the model reads: a rate of the prompt in (0, 1], or a number of tokens, the
             window and the first token included.
         draft: any decoder with the tokenizer of the model; None for the model itself.
         shared_tokenizer: see :class:`SpeculativePrefill`.
-        window: last tokens that are always kept. It must reach back over the question, which the
-            original does not compress either.
+        window: how many last tokens are always kept. It must reach back over the question, which
+            the original does not compress either.
         kernel_size, pool_mode: unused: nothing is pooled.
 
     Raises:
@@ -59,12 +59,12 @@ class SelectiveContext(Method):
 
     @property
     def two_pass(self) -> bool:
-        """Yes; the first is the draft's."""
+        """True: the first pass is the draft's."""
         return True
 
     @property
     def needs_ranking(self) -> bool:
-        """Yes."""
+        """True: the self-information."""
         return True
 
     def prepare(
@@ -83,7 +83,7 @@ class SelectiveContext(Method):
     def choose(self, state: PrefillState) -> Tensor | None:
         """The first token, the least predictable ones and the window, ``[B, k]``."""
         ranking = state.ranking
-        assert ranking is not None  # a prefill that needs one does not begin without
+        assert ranking is not None  # begin refuses a prefill that lacks one
         if state.length <= self._tokens(state.sizes):
             return None
         scores = ranking[:, : state.length - self.window]

@@ -16,12 +16,12 @@ from claa_ops.selection.state import PrefillState
 class SnapKV(Method):
     """Compress the decode cache by the attention of the prompt's last tokens; prefill is full.
 
-    Each layer keeps, for each key/value head, the tokens to which the window pays most attention,
-    and the window. The first token comes no earlier than from the plain model.
+    Each layer keeps, for each key/value head, the window and the tokens to which it pays the most
+    attention. Time to first token is no shorter than that of the plain model.
 
     Args:
         keep: tokens that each cache keeps: a rate of the prompt in (0, 1], or a number. The
-            window counts.
+            window is included.
         window, kernel_size, pool_mode: see :class:`Method`.
 
     Raises:
@@ -29,7 +29,7 @@ class SnapKV(Method):
 
     Source: SnapKV (arXiv 2404.14469) and its public code (FasterDecoding/SnapKV, e216ddc), whose
     default configuration has a window of 32 and a kernel of 5; its LongBench runs pool by the
-    maximum over 7. Departures: the public code keeps other tokens for every query head and so
+    maximum over 7. Departures: the public code keeps different tokens for every query head and so
     stores each key/value head once per query head; here the heads of a group vote together, as in
     FastKV's and NVIDIA kvpress' ports, and the cache keeps the model's form. Scores stay in
     float32, kept tokens are in ascending order, padding is not scored.
@@ -42,7 +42,7 @@ class SnapKV(Method):
     window: int = field(default=32, kw_only=True)
     kernel_size: int = field(default=5, kw_only=True)
 
-    capacity_grows: ClassVar[bool] = True  # whether no shorter prompt may keep more than a longer
+    capacity_grows: ClassVar[bool] = True  # whether a longer prompt always keeps as many or more
 
     _keep: Budget = field(init=False, repr=False, compare=False)
 

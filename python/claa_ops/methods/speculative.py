@@ -18,7 +18,7 @@ from claa_ops.selection.state import PrefillState
 
 @dataclass(frozen=True)
 class SpeculativePrefill(Method):
-    """A small model reads the prompt first and says what of it the large one has to read.
+    """A small model reads the prompt first and says which parts the large one must read.
 
     The draft prefills the prompt and looks a few tokens ahead. Its attention to the prompt is
     pooled for each layer, head and query; the maximum over layers and heads and the mean over
@@ -27,18 +27,18 @@ class SpeculativePrefill(Method):
 
     Args:
         keep: what the model reads: a rate of the chunks in (0, 1], rounded up, or a number of
-            tokens. No token is kept for certain.
+            tokens. No token is sure to be kept.
         draft: any decoder with the tokenizer of the model; None for the model itself.
         look_ahead: forwards of the draft, the one over the prompt included.
         shared_tokenizer: the draft is known to have the model's tokenizer, although its vocabulary
             is of another size, as when both are padded.
         chunk: neighbouring tokens that are kept or dropped together; None for single tokens.
-        kernel_size: see :class:`Method`; ``window`` has no use, pooling is the average.
+        kernel_size: see :class:`Method`; pooling averages, and ``window`` is unused.
 
     Raises:
         ValueError: a setting is out of its range; or, in a prefill, the vocabularies of draft
-            and model differ in size, or a batch of several prompts is to be kept in chunks, of
-            which the last is shorter.
+            and model differ in size, or several prompts are to be kept in chunks: the last chunk
+            of each may be shorter.
 
     Source: Speculative Prefill (arXiv 2502.02789) and its public code
     (Jingyu6/speculative_prefill, c1d6bd3). CLAA's comparison runs ``chunk=None, kernel_size=7``.
@@ -69,17 +69,17 @@ class SpeculativePrefill(Method):
 
     @property
     def two_pass(self) -> bool:
-        """Yes; the first is the draft's."""
+        """True: the first pass is the draft's."""
         return True
 
     @property
     def keeps_positions(self) -> bool:
-        """Yes."""
+        """True: the model reads the kept tokens where they stood."""
         return True
 
     @property
     def needs_ranking(self) -> bool:
-        """Yes."""
+        """True: the draft's."""
         return True
 
     def prepare(
@@ -97,13 +97,13 @@ class SpeculativePrefill(Method):
 
     @property
     def serves_batches(self) -> bool:
-        """Not in chunks, of which the last is shorter."""
+        """Only without chunks, of which the last may be shorter."""
         return self.chunk is None
 
     def choose(self, state: PrefillState) -> Tensor | None:
         """The best chunks, or tokens, ``[B, k]``."""
         ranking = state.ranking
-        assert ranking is not None  # a prefill that needs one does not begin without
+        assert ranking is not None  # begin refuses a prefill that lacks one
         if self.chunk is None:
             if self._units(state.length, 1) >= state.length:
                 return None
@@ -124,19 +124,19 @@ class SpeculativePrefill(Method):
         return (first + tokens[torch.isin(tokens // self.chunk, best)])[None]
 
     def _units(self, units: Size, size: int) -> Size:
-        """How many of the units, of ``size`` tokens each, the budget pays; at least one."""
+        """How many of the units, of ``size`` tokens each, the budget covers; at least one."""
         if self._keep.per:
             return -(-units * self._keep.count // self._keep.per)
         return smaller(units, units * 0 + -(-self._keep.count // size))
 
     def rank_prompt(self, answer: Answer) -> Tensor:
-        """``[B, N]``: each head's attention pooled, its peak over layers and heads, the mean."""
+        """``[B, N]``: pooled attention, the maximum over layers and heads, then the mean."""
         batch, queries = answer.votes.shape
         running = answer.votes.new_zeros(batch * queries, answer.keys[0].shape[2])
         start = answer.start
         for query, key, scale in zip(answer.queries, answer.keys, answer.scales, strict=True):
             heads, groups = query.shape[1], key.shape[1]
-            # A group of its own for each key/value head: the peak of one head is its attention.
+            # A batch row for each key/value head: the peak over a single head is its attention.
             attention = peak_attention(
                 query.reshape(batch * groups, 1, -1, query.shape[3]),
                 key.reshape(batch * groups, 1, *key.shape[2:]),

@@ -18,7 +18,7 @@ class StreamingLLM(Method):
     Args:
         keep: tokens that each cache keeps, the sinks included: a rate of the prompt in (0, 1], or
             a number.
-        num_sinks: how many first tokens, to which many heads attend whatever they are.
+        num_sinks: how many first tokens stay: many heads attend to them whatever they say.
         window, kernel_size, pool_mode: unused: nothing is scored.
 
     Raises:
@@ -46,7 +46,7 @@ class StreamingLLM(Method):
         object.__setattr__(self, "_keep", budget)
 
     def ranks(self, state: PrefillState, layer: int) -> bool:
-        """None: what is kept does not depend on what a layer saw."""
+        """No layer: what is kept does not depend on what a layer saw."""
         return False
 
     def compress(self, state: PrefillState, layer: Layer) -> Tensor | None:

@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UniPrefill(Method):
-    """Drop blocks of tokens at several layers, as many as the attention has no mass for.
+    """Drop blocks of tokens at several layers, all that hold little of the attention.
 
     At each selection layer the attention of the last ``window`` tokens, averaged over them and
-    over all heads, is added up over blocks of neighbouring tokens. The best blocks continue, the
-    fewest that hold more than ``top_p`` of it, and the first and last tokens. A layer's cache is
-    what reached it. Each row of a batch keeps its own number.
+    over all heads, is added up over blocks of neighbouring tokens. The fewest blocks that hold more
+    than ``top_p`` of it continue, and so do the first and the last tokens. A layer's cache is what
+    reached it. Each row of a batch keeps a number of its own.
 
     Args:
         top_p: the share of the attention, in (0, 1], that the kept blocks hold.
         layer: the selection layer, or several, ascending. None for 7, 11, 15, 19, 23 and 27 of 32.
         block: tokens of a block; blocks are formed anew of the tokens that a layer sees.
-        num_sinks: first tokens that are never dropped.
-        window: last tokens, whose attention counts and which are never dropped.
+        num_sinks: how many first tokens are never dropped.
+        window: how many last tokens are never dropped; theirs is the attention that counts.
         kernel_size, pool_mode: unused: nothing is pooled.
 
     Raises:
@@ -63,7 +63,7 @@ class UniPrefill(Method):
 
     @property
     def differs_by_row(self) -> bool:
-        """Yes."""
+        """True: the attention of each prompt decides how many."""
         return True
 
     def selection_layers(self, num_layers: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Methods inside a model: the functional API, and the Hugging Face adapter over it."""
+"""The public face of prefill: the functional API, and the Hugging Face adapter on top of it."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""What a method may see of a prefill, and decide: torch only, and nothing of any model."""
+"""What a method may see of a prefill and decide about it: torch alone, and no model library."""
 
 from claa_ops.selection.answer import Answer, Reader
 from claa_ops.selection.budget import Budget, Sizes

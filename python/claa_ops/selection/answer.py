@@ -1,4 +1,4 @@
-"""What a model attended to while it answered, and who can be asked for an answer."""
+"""A model's own answer to a prompt, which some methods rank by, and whom they ask for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from claa_ops.ops.peak_attention import peak_attention
 from claa_ops.ops.pool_heads import pool_heads
 from claa_ops.selection.work import Work
 
-_ROWS = 128  # queries at a time, so that what is held of [T, N] stays small
+_ROWS = 128  # query rows reduced at a time: [B, T, N] is never in memory
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Answer:
 
     Attributes:
         tokens: ``[B, T]``, int64, as :func:`claa_ops.prefill.decode` returns them.
-        queries: of each layer with full attention, ``[B, H, T, D]``, after the rotary embedding:
-            those of the last prompt token and of all new tokens but the last.
-        keys: of each such layer, ``[B, G, N, D]``: of the prompt.
-        scales: of each such layer: the factor on their products; None for ``D ** -0.5``.
+        queries: for each layer with full attention, ``[B, H, T, D]``, after the rotary embedding:
+            the queries of the last prompt token and of all new tokens but the last.
+        keys: for each such layer, ``[B, G, N, D]``: the keys of the prompt.
+        scales: for each such layer, the factor on their products; None for ``D ** -0.5``.
         votes: ``[B, T]``, float32: 1 for the queries up to the end of the row's answer, else 0.
         start: ``[B]``: the first token of each row that is not padding; None without padding.
-        work: the multiply-adds that prompt and answer took.
+        work: the multiply-adds of the prompt and the answer.
     """
 
     tokens: Tensor
@@ -38,9 +38,9 @@ class Answer:
     work: Work
 
     def peak(self) -> Tensor:
-        """``[B, N]``, float32: the peak over layers and heads, averaged over the queries.
+        """``[B, N]``, float32: the maximum over layers and heads, averaged over the queries.
 
-        The softmax of each query runs over the prompt alone.
+        The softmax of each query is over the prompt alone.
         """
         total: Tensor | float = 0.0
         for first in range(0, self.votes.shape[1], _ROWS):
@@ -60,20 +60,20 @@ class Reader(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens it knows."""
+        """The size of its vocabulary."""
 
     def drafted_by(self, draft: Any | None) -> Reader:
-        """Another model in its place; itself if that is None."""
+        """The reader of a draft model; this reader itself if ``draft`` is None."""
 
     def answer(
         self, input_ids: Tensor, max_new_tokens: int, attention_mask: Tensor | None
     ) -> Answer:
-        """Its greedy answer to a prompt ``[B, N]``, padded on the left, on the prompt's device."""
+        """Its greedy answer to a prompt ``[B, N]``, padded on the left, on any device."""
 
     def self_information(
         self, input_ids: Tensor, attention_mask: Tensor | None
     ) -> tuple[Tensor, Work]:
-        """How little it expected each token of such a prompt, ``[B, N]``, and what that took."""
+        """How little it expected each token of such a prompt, ``[B, N]``, and the work it took."""
 
 
 def pool(ranking: Tensor, kernel_size: int) -> Tensor:

@@ -16,11 +16,11 @@ Size = TypeVar("Size", int, Tensor)
 
 @dataclass(frozen=True)
 class Sizes(Generic[Size]):
-    """Numbers of tokens that budgets are of: those of a batch, or those of each of its rows.
+    """The lengths that budgets are taken of: of a padded batch, or of each of its rows.
 
     Attributes:
-        prompt: N, of the prompt; for rows ``[B]``, int64, without padding.
-        seen: n, what the current layer sees of it, likewise.
+        prompt: N, the length of the prompt; for rows ``[B]``, int64, without padding.
+        seen: n, how many of these tokens the current layer sees, likewise.
         num_layers: how many layers the model has.
     """
 
@@ -33,11 +33,11 @@ class Sizes(Generic[Size]):
 class Budget:
     """How many tokens to keep: ``count`` of them, or ``count`` out of every ``per``.
 
-    Of a length, or of the lengths ``[B]`` of the rows of a batch.
+    Lengths are integers, or tensors ``[B]`` with the length of each row of a batch.
 
     A rate is held as two integers, the fraction that its decimal spells. The published code
-    truncates ``int(length * rate)``; with a symbolic length, as in ``torch.export``, only integer
-    arithmetic stays symbolic, and it has no rounding: 0.3 of 10 tokens is 3.
+    truncates ``int(length * rate)``; integer arithmetic has no rounding error (0.29 of 100 tokens
+    is 29), and it alone stays symbolic where a length is, as in ``torch.export``.
     """
 
     count: int
@@ -45,14 +45,14 @@ class Budget:
 
     @classmethod
     def of(cls, keep: object) -> Budget | None:
-        """The budget that a rate in (0, 1] or a number of tokens states; None if it is neither."""
+        """A rate in (0, 1] or a number of tokens as a budget; None if ``keep`` is neither."""
         if isinstance(keep, float) and 0 < keep <= 1:
             rate = Fraction(str(float(keep)))
             return cls(rate.numerator, rate.denominator)
         return cls(keep) if isinstance(keep, int) and is_count(keep, 1) else None
 
     def tokens(self, length: Size, least: int) -> Size:
-        """The number of tokens; never fewer than ``least``, or ``length`` if that is shorter."""
+        """How many tokens to keep: at least ``least``, or ``length`` if that is shorter."""
         if isinstance(length, Tensor):
             wanted = length * self.count // self.per if self.per else length.new_tensor(self.count)
             return torch.where(length <= least, length, wanted.clamp_min(least))
@@ -61,12 +61,12 @@ class Budget:
         return max(least, length * self.count // self.per if self.per else self.count)
 
     def within(self, other: Budget) -> Budget:
-        """This rate as a rate of what the other one leaves, at most all of it."""
+        """This rate as a rate of the tokens that ``other``, also a rate, leaves; at most 1."""
         rate = min(Fraction(1), Fraction(self.count * other.per, self.per * other.count))
         return Budget(rate.numerator, rate.denominator)
 
     def exceeds(self, other: Budget) -> bool:
-        """Whether this keeps more than the other of any prompt: two rates, or two numbers."""
+        """Whether this keeps more than ``other``; False between a rate and a number."""
         if bool(self.per) != bool(other.per):
             return False
         return self.count * (other.per or 1) > other.count * (self.per or 1)
@@ -75,8 +75,8 @@ class Budget:
 def equal_share(total: Size, lengths: Sequence[Size]) -> Size:
     """The largest capacity with which layers of these lengths hold at most ``total`` entries.
 
-    Short layers hold all of their tokens, and leave the rest of their share to the others. The
-    lengths descend.
+    Layers shorter than their share hold all of their tokens and leave the rest of it to the
+    others. ``lengths`` must descend.
     """
     share, left = total * 0, total
     for done, length in enumerate(reversed(lengths)):
@@ -86,19 +86,19 @@ def equal_share(total: Size, lengths: Sequence[Size]) -> Size:
 
 
 def either(condition: Any, a: Size, b: Size) -> Size:
-    """The first where the condition holds, else the second; of the numbers of each row."""
+    """``a`` where the condition holds, else ``b``; row by row if they are tensors."""
     if isinstance(a, Tensor):
         return torch.where(condition, a, b)
     return a if condition else b
 
 
 def smaller(a: Size, b: Size) -> Size:
-    """The minimum; of the numbers of each row."""
+    """The minimum; row by row if they are tensors."""
     return torch.minimum(a, b) if isinstance(a, Tensor) else min(a, b)
 
 
 def larger(a: Size, b: Size) -> Size:
-    """The maximum; of the numbers of each row."""
+    """The maximum; row by row if they are tensors."""
     return torch.maximum(a, b) if isinstance(a, Tensor) else max(a, b)
 
 
@@ -108,7 +108,7 @@ def is_count(value: object, least: int) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether the value is a number, and not True or False."""
+    """Whether the value is a number other than True and False."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -1,4 +1,4 @@
-"""What one layer of a prefill saw: whatever a ranking may be a function of."""
+"""What one layer of a prefill saw, for methods to rank tokens by."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 
 class Layer:
-    """A view of one layer, made by :meth:`PrefillState.observe`; nothing is computed unasked.
+    """A lazy view of one layer, made by :meth:`PrefillState.observe`: it computes what is read.
 
-    An engine that keeps its keys in another form, in pages or packed, can hand a method a
-    subclass of this.
+    An engine that stores its keys in another form, in pages or packed, can hand a subclass of
+    this to ``PrefillState.see``.
 
     Args:
         state: the prefill.
         index: the layer, from 0.
-        query: ``[B, H, n, D]`` or the last rows of it, after the rotary embedding.
+        query: ``[B, H, n, D]`` or its last rows, after the rotary embedding.
         key: ``[B, G, n, D]``, likewise.
-        value: ``[B, G, n, Dv]``, if the caller shows them.
-        hidden: ``[B, n, C]``, the layer's input, if the caller shows it.
-        lse: ``[B, H, n]`` or the last rows of it, float32: the attention's logsumexp, if known.
-        attention: ``scale, sliding_window, softcap, sink_logits``, what the layer's attention
-            uses, as :func:`claa_ops.score_window` takes them.
+        value: ``[B, G, n, Dv]``, if the caller passes it.
+        hidden: ``[B, n, C]``, the layer's input, if the caller passes it.
+        lse: ``[B, H, n]`` or its last rows, float32: the attention's logsumexp, if known.
+        attention: ``scale, sliding_window, softcap, sink_logits`` of the layer's attention, as
+            :func:`claa_ops.score_window` takes them.
 
     Attributes:
         state: the prefill.
@@ -54,7 +54,7 @@ class Layer:
     ) -> None:
         self.state = state
         self.index = index
-        self.key = key.detach()  # a ranking has no gradient; what it is made of may
+        self.key = key.detach()  # a ranking has no gradient, even if its inputs do
         self.start = state.start
         self.attention = attention
         self._query, self._value, self._hidden, self._lse = query, value, hidden, lse
@@ -63,7 +63,7 @@ class Layer:
 
     @property
     def rows(self) -> int:
-        """W: how many queries, the last ones, the method reads."""
+        """W: how many of the last query rows the method reads."""
         return self.state.method.rows(self.state)
 
     @property
@@ -73,7 +73,7 @@ class Layer:
 
     @property
     def query(self) -> Tensor:
-        """``[B, H, W, D]``: the last W queries; fewer if the layer sees fewer tokens."""
+        """``[B, H, W, D]``: the last W query rows; fewer if the layer sees fewer tokens."""
         rows = self.rows
         if self._query.shape[2] < min(rows, self.key.shape[2]):
             raise ValueError(
@@ -84,7 +84,7 @@ class Layer:
 
     @property
     def lse(self) -> Tensor | None:
-        """``[B, H, W]``, float32: the logsumexp of the last W queries; None if it is not known."""
+        """``[B, H, W]``, float32: the logsumexp of the last W query rows; None if unknown."""
         return None if self._lse is None else self._lse[:, :, -self.rows :].detach()
 
     @property
@@ -94,13 +94,13 @@ class Layer:
 
     @property
     def hidden(self) -> Tensor:
-        """``[B, n, C]``: the layer's input, for a method that says ``reads_hidden``."""
+        """``[B, n, C]``: the layer's input, for methods with ``reads_hidden``."""
         return self._shown("hidden", self._hidden)
 
     def _shown(self, name: str, tensor: Tensor | None) -> Tensor:
         if tensor is None:
             raise RuntimeError(
-                f"{type(self.state.method).__name__}: {name} of layer {self.index} must be shown "
+                f"{type(self.state.method).__name__}: {name} of layer {self.index} must be passed "
                 f"to observe, got none"
             )
         return tensor.detach()
@@ -120,16 +120,17 @@ class Layer:
         return self._window_scores
 
     def running_max(self, running: Tensor | None) -> Tensor:
-        """The maximum of a ranking of earlier layers and ``window_scores``, over their heads.
+        """The maximum of ``running`` and of this layer's ``window_scores`` over the heads.
 
         Args:
-            running: ``[B, M]``, float32, which may be updated in place; None for no earlier one.
+            running: ``[B, M]``, float32: the maximum over earlier layers, which may be updated in
+                place; None if there is none.
 
         Returns:
-            ``[B, M]``, float32. Where the scores are not known yet this computes them as well, in
-            the same pass over the keys (:func:`claa_ops.score_layer`).
+            ``[B, M]``, float32. If ``window_scores`` was not read before, this computes it in the
+            same pass over the keys (:func:`claa_ops.score_layer`).
         """
-        if running is None:  # scores are not negative
+        if running is None:  # scores are never negative, so 0 is below all of them
             shape = self.key.shape[0], self.context
             running = torch.zeros(shape, dtype=torch.float32, device=self.key.device)
         if self._window_scores is not None:
@@ -138,10 +139,10 @@ class Layer:
         return running
 
     def reduce(self, scores: Tensor, how: Literal["max", "sum"]) -> Tensor:
-        """Scores in which heads have been merged, merged with those of the other heads.
+        """Merge scores that were reduced over this device's heads with those of other devices.
 
-        A tensor-parallel model has its heads on several devices; ``begin`` takes the function
-        that reduces over them. Without one these are all heads.
+        A tensor-parallel model has its heads on several devices; :func:`begin` takes the function
+        that reduces over them. Without one all heads are here, and the scores stay as they are.
         """
         reduce = self.state.reduce
         return scores if reduce is None else reduce(scores, how)

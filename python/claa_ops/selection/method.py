@@ -1,4 +1,4 @@
-"""What a method decides about a prompt."""
+"""The base class of methods: what a method decides about a prompt."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ class Preparation(NamedTuple):
     """What a method found out about a prompt before its prefill."""
 
     ranking: Tensor  # [B, N], float32: how important each token is
-    work: Work  # what that took
+    work: Work  # the multiply-adds of finding out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """Settings, and the decisions of one prefill: which tokens are ranked, kept and dropped.
+    """Settings, and the decisions of a prefill: which tokens are ranked, kept and dropped.
 
-    The decisions below are those that keep everything; a method overrides the ones that it makes
-    otherwise. In each layer there are three: :meth:`observe` takes in what the layer saw,
-    :meth:`compress` says what its cache keeps, :meth:`select` which tokens the next layers see.
-    Most methods need none of them, but only :meth:`score` or ``rank`` of
-    :class:`claa_ops.methods.Pruning`.
+    By default a method keeps everything, and it overrides the decisions in which it differs. Each
+    layer asks for three: :meth:`observe` takes in what the layer saw, :meth:`compress` says what
+    its cache keeps, and :meth:`select` says which tokens the next layers see. Most methods
+    override none of these: they subclass :class:`claa_ops.methods.Pruning` and override
+    :meth:`score` or ``rank``.
 
-    A method is immutable and holds nothing of a request: what it has learned so far stands on the
+    A method is immutable and holds nothing of a request. What it has learned so far is on the
     :class:`~claa_ops.prefill.PrefillState`, which it may read, and whose ``importance`` and
-    ``notes`` it may write. So one method serves any number of requests.
+    ``notes`` it may write; so one method serves any number of requests.
 
     Args:
-        window: the last tokens of the prompt, whose attention ranks the others.
+        window: how many of the prompt's last tokens rank the others by their attention.
         kernel_size: odd number of neighbouring tokens over which scores are pooled.
         pool_mode: ``"avg"`` or ``"max"``.
 
@@ -62,16 +62,16 @@ class Method:
         self.require(is_count(self.window, 1), "window", "a positive integer")
         odd = is_count(self.kernel_size, 1) and self.kernel_size % 2 == 1
         self.require(odd, "kernel_size", "a positive odd integer")
-        # Every score is pooled over so many: far more would run for ever.
+        # Every score is pooled over this many tokens: far more would run forever.
         self.require(self.kernel_size < 2**16, "kernel_size", "below 65,536")
         self.require(self.pool_mode in ("avg", "max"), "pool_mode", "'avg' or 'max'")
 
-    # What can be known of it without a prompt.
+    # What is known without a prompt.
 
     def at_depth(self, num_layers: int) -> Self:
-        """The same method with the settings that follow the depth of the model filled in.
+        """The same method with the settings that depend on the model's depth filled in.
 
-        A prefill does not need this: it follows the same rule. A report does.
+        A prefill applies the same rule by itself; this is for reports, which name the layers.
 
         Raises:
             ValueError: a model of ``num_layers`` layers cannot be served.
@@ -88,21 +88,21 @@ class Method:
 
     @property
     def serves_batches(self) -> bool:
-        """Whether one prefill may have several prompts."""
+        """Whether one prefill may serve several prompts."""
         return True
 
     @property
     def differs_by_row(self) -> bool:
-        """Whether it may keep more of one prompt than of another that is as long."""
+        """Whether it may keep more of one prompt than of another of the same length."""
         return False
 
     @property
     def reads_hidden(self) -> bool:
-        """Whether it reads ``layer.hidden``, which an adapter then holds on to."""
+        """Whether it reads ``layer.hidden``, which an adapter holds only for such methods."""
         return False
 
     def for_prompt(self, key: str) -> Self:
-        """The method for one prompt of an evaluation: a random one draws anew for each key."""
+        """The method for one prompt of an evaluation: a random method draws anew for each key."""
         return self
 
     # Before the prefill.
@@ -125,12 +125,12 @@ class Method:
     def prepare(
         self, reader: Reader, input_ids: Tensor, attention_mask: Tensor | None
     ) -> Preparation | None:
-        """Rank the prompt by other means than its prefill; None if the method does not.
+        """Rank the prompt before its prefill, by asking a model; None if the method does not.
 
         Args:
             reader: the model, which can be asked for an answer.
             input_ids: ``[B, N]``, int64.
-            attention_mask: ``[B, N]``, 0 where there is padding; None without.
+            attention_mask: ``[B, N]``, 0 where there is padding; None without padding.
         """
         return None
 
@@ -148,14 +148,14 @@ class Method:
     # In each layer.
 
     def rows(self, state: PrefillState) -> int:
-        """How many queries, the last ones, the method reads."""
+        """How many of the last query rows the method reads."""
         return self.window
 
     def score(self, layer: Layer) -> Tensor:
         """Scores ``[B, G, M]``, float32, of the context tokens for each key/value head.
 
-        They rank the tokens for the layer's own cache, and are what a plot shows. Asked for once,
-        and only if a decision depends on it.
+        They rank the tokens for the layer's own cache, and are what a plot shows. Called at most
+        once for each layer, and only if a decision or a plot needs them.
         """
         return layer.window_scores
 
@@ -164,17 +164,17 @@ class Method:
         return True
 
     def observe(self, state: PrefillState, layer: Layer) -> None:
-        """Take in what a layer saw, such as in ``state.importance``."""
+        """Take in what a layer saw, for instance by updating ``state.importance``."""
 
     def compress(self, state: PrefillState, layer: Layer) -> Tensor | None:
-        """Tokens that this layer's cache keeps, ``[B, G, k]`` or ``[B, k]``; None for all."""
+        """The tokens that this layer's cache keeps, ``[B, G, k]`` or ``[B, k]``; None for all."""
         return None
 
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
-        """Tokens, ``[B, k]``, that continue to the layers after this one; None for all."""
+        """The tokens that continue to the layers after this one, ``[B, k]``; None for all."""
         return None
 
-    # For what a method keeps.
+    # Help for overriding the decisions.
 
     def keep_best(
         self,
@@ -186,21 +186,21 @@ class Method:
         num_sinks: int = 0,
         grows: bool = True,
     ) -> Tensor:
-        """The best of the tokens that a layer sees, as :func:`claa_ops.select_topk` has them.
+        """The best of the tokens that a layer sees, chosen by :func:`claa_ops.select_topk`.
 
         Args:
             state: the prefill.
             scores: ``[B, ..., M]``, float32.
-            tokens: how many to keep, as a function of the numbers of tokens that there are; or
-                ``[B]``, int64, where that follows from what was seen of each prompt. The host
-                then reads the largest (``differs_by_row``).
+            tokens: how many to keep, as a function of the lengths in :class:`Sizes`; or ``[B]``,
+                int64, where that depends on what was seen of each prompt (``differs_by_row``).
+                The host then reads the largest.
             window, num_sinks: see :func:`claa_ops.select_topk`.
-            grows: whether no shorter prompt ever keeps more. If not, the host has to read how
-                much the rows of a padded batch keep.
+            grows: whether a longer prompt always keeps at least as many. If not, the host has to
+                read how many the rows of a padded batch keep.
 
         Returns:
-            ``[B, ..., k]``, int64. A row of a padded batch keeps what it keeps alone, and -1
-            stands before it.
+            ``[B, ..., k]``, int64. A row of a padded batch keeps what it would keep alone, after
+            -1 where other rows keep more.
         """
         if isinstance(tokens, Tensor):
             counts, most = tokens, int(tokens.max())
@@ -214,7 +214,7 @@ class Method:
             scores, kept, window=window, num_sinks=num_sinks, start=state.start, counts=counts
         )
 
-    # For the settings of a method.
+    # Help for checking settings.
 
     def budget(self, name: str) -> Budget:
         """The named setting, a rate in (0, 1] or a number of tokens, as a budget."""

@@ -1,4 +1,4 @@
-"""What padding on the left does not count in."""
+"""Statistics that ignore left padding."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def gather_kept(x: Tensor, index: Tensor) -> Tensor:
-    """Entries of ``[B, ..., n]`` at the kept tokens ``[B, k]``; 0 where that is -1, padding."""
+    """``x[..., n]`` of each row at its kept tokens ``[B, k]``; 0 at padding, where they are -1."""
     at = index.view(index.shape[0], *[1] * (x.dim() - 2), -1).expand(*x.shape[:-1], -1)
     return x.gather(-1, at.clamp_min(0)).masked_fill(at < 0, 0)
 
 
 def mask_padding(scores: Tensor, start: Tensor | None, fill: float) -> Tensor:
-    """Scores ``[B, ..., M]`` with ``fill`` before ``start`` ``[B]``, the first valid tokens."""
+    """Scores ``[B, ..., M]`` with ``fill`` at padding, before ``start`` ``[B]``."""
     if start is None:
         return scores
     position = torch.arange(scores.shape[-1], device=scores.device)
@@ -21,7 +21,7 @@ def mask_padding(scores: Tensor, start: Tensor | None, fill: float) -> Tensor:
 
 
 def standardise(scores: Tensor, start: Tensor | None) -> Tensor:
-    """Scores ``[B, G, M]`` less their mean, over their deviation; both of the valid tokens."""
+    """Scores ``[B, G, M]`` less their mean, over their standard deviation, without padding."""
     context = scores.shape[-1]
     if start is None:
         valid, count = torch.ones_like(scores), scores.new_full((1, 1, 1), context)

@@ -1,4 +1,4 @@
-"""The functional API: one prefill of one request, four calls in a model's layer loop."""
+"""The functional API: the state of one prefill, and the calls of a model's layer loop."""
 
 from __future__ import annotations
 
@@ -48,29 +48,29 @@ def begin(
         num_layers: how many layers the model has.
         prompt_length: N, the length of the (padded) prompts.
         start: ``[B]``, int64 or int32: the first token of each row that is not left padding.
-        ranking: ``[B, N]``, float32: what :meth:`Method.prepare` found out about the prompt, for
+        ranking: ``[B, N]``, float32: what :meth:`Method.prepare` returned for the prompt, for
             methods that need it.
-        keep_scores: record ``state.scores`` for plots, which scores all layers that the method
-            ranks.
-        first_pass: this is the first of the two passes of a method that prefills twice: it ends
-            with the selection, and what it keeps in caches is nothing.
+        keep_scores: record ``state.scores`` for plots, for which every layer is scored that the
+            method ranks by.
+        first_pass: this is the first pass of a method that prefills twice: it ends with the
+            selection and keeps nothing in its caches.
         reduce: for a model whose heads are on several devices: ``reduce(scores, how)`` returns the
-            maximum or the sum, ``how``, of the scores of all devices, the same on each. Then each
-            device observes its own heads, and all select the same tokens.
+            maximum or the sum (``how`` is ``"max"`` or ``"sum"``) of the scores of all devices, the
+            same on each. Then each device observes its own heads, and all select the same tokens.
 
     Under ``torch.export`` make the length of the prompt ``torch.export.Dim.AUTO``: what is kept
     depends on comparisons with it, such as ``n > max(window, n // 10)``, which become conditions
     of the program. A named ``Dim`` asks export to prove them for its whole range, which it cannot
-    do for all: it needs ``prefer_deferred_runtime_asserts_over_guards=True`` and a minimum.
+    do for all of them: it needs ``prefer_deferred_runtime_asserts_over_guards=True`` and a minimum.
 
     Returns:
         The state of this prefill. It belongs to this request alone; drop it when the prefill is
         over, or keep it to read what was selected.
 
     Raises:
-        TypeError: the method is none, or another argument is of another type.
+        TypeError: ``method`` is not a :class:`Method`, or another argument has the wrong type.
         ValueError: ``prompt_length`` is below 1, the method does not fit the model, prefills
-            twice, or needs a ranking and got none; or ``start`` or ``ranking`` is of another
+            twice, or needs a ranking and got none; or ``start`` or ``ranking`` has the wrong
             shape or dtype.
 
     Example:
@@ -105,22 +105,22 @@ def begin(
 
 
 def check_count(caller: str, name: str, value: Any) -> None:
-    """Raise unless the value, one of ours or of numpy's, is an integer of at least 1."""
+    """Raise unless the value is an integer, Python's or numpy's, of at least 1."""
     if not isinstance(value, (Integral, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{caller}: {name} must be an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{caller}: {name} must be at least 1, got {value}")
 
 
-def check_method(door: str, method: Method, first_pass: bool) -> None:
-    """Raise if it is no method, or prefills twice and this is not the first of the two passes."""
+def check_method(caller: str, method: Method, first_pass: bool) -> None:
+    """Raise if it is not a method, or if it prefills twice and this is not its first pass."""
     if not isinstance(method, Method):
         raise TypeError(
-            f"{door}: method must be a claa_ops.methods.Method, such as CLAA(), got {method!r}"
+            f"{caller}: method must be a claa_ops.methods.Method, such as CLAA(), got {method!r}"
         )
     if method.two_pass and not first_pass:
         raise ValueError(
-            f"{door}: the method must prefill once, got {type(method).__name__}, which prefills "
+            f"{caller}: the method must prefill once, got {type(method).__name__}, which prefills "
             "twice: call claa_ops.prefill.generate(model, input_ids, method) or .prefill instead"
         )
 
@@ -129,15 +129,16 @@ class PrefillState:
     """What one prefill has seen and selected so far; made by :func:`begin`.
 
     Attributes:
-        method: what decides.
+        method: the method.
         num_layers: how many layers the model has.
         prompt_length: N, the length of the prompts, padding included.
         layer: the layer that was observed last, -1 before the first.
         length: n, how many tokens the current layer sees: N until some are selected.
         start: ``[B]`` or None: the first of these n that is not left padding.
-        positions: ``[B, n]``, int64, ascending: where these n stood in the prompt, -1 for
-            padding that stood nowhere; None while they are the whole prompt.
-        ranking: ``[B, N]``, float32: a ranking of the prompt that was there before; or None.
+        positions: ``[B, n]``, int64, ascending: the places of these n in the prompt, -1 for
+            padding that has none; None while they are the whole prompt.
+        ranking: ``[B, N]``, float32: the ranking with which the prefill began, or None.
+        row_lengths: ``[B]``, int64: how many tokens each prompt has; None while all rows are alike.
         reduce: what merges the scores of heads on several devices; None if all heads are here.
         notes: whatever else the method has to remember.
         lengths: for each observed layer, how many tokens it saw.
@@ -183,7 +184,7 @@ class PrefillState:
 
     @property
     def row_sizes(self) -> Sizes[Tensor] | None:
-        """The same of each row, ``[B]``, without padding; None if there is none."""
+        """The same for each row, ``[B]``, without padding; None if no row has any."""
         if self.start is None or self.row_lengths is None:
             return None
         return Sizes(self.row_lengths, self.length - self.start, self.num_layers)
@@ -192,8 +193,8 @@ class PrefillState:
     def importance(self) -> Tensor | None:
         """``[B, M]``, float32: the method's ranking so far; None before there is one.
 
-        The next layer may update it in place. After a selection it is still that of the tokens
-        from which was selected.
+        The next layer may update it in place. After a selection it still ranks the tokens that
+        were selected from.
         """
         return self._importance
 
@@ -203,7 +204,7 @@ class PrefillState:
 
     @property
     def running(self) -> Tensor | None:
-        """``importance`` if it is of the tokens that the current layer sees, else None."""
+        """``importance`` if it ranks the tokens that the current layer sees, else None."""
         return self._running
 
     @property
@@ -211,7 +212,7 @@ class PrefillState:
         """What the current layer saw, from :meth:`observe` to the end of :meth:`compress`."""
         if self._observed is None:
             raise RuntimeError(
-                f"observed: what layer {self.layer} saw is held until its compress, got none"
+                f"observed: must be read between observe and compress, got layer {self.layer} after"
             )
         return self._observed
 
@@ -229,22 +230,22 @@ class PrefillState:
         softcap: float = 0.0,
         sink_logits: Tensor | None = None,
     ) -> None:
-        """Show the method what a layer saw; it computes what it needs of that.
+        """Show the method what a layer saw, of which it computes what it needs.
 
         Args:
             layer: the layer, from 0; layers come in ascending order.
-            query: ``[B, H, n, D]``, after the rotary embedding. Only the last ``window`` rows
-                are read (``method.rows``), and it may hold just these.
+            query: ``[B, H, n, D]``, after the rotary embedding. Only the last rows are read,
+                ``method.rows(state)`` of them, and it may hold just these.
             key: ``[B, G, n, D]``, likewise.
-            value: ``[B, G, n, Dv]``, and hidden: ``[B, n, C]``, the layer's input, for methods
-                that read them; none of ours does.
-            lse: ``[B, H, n]`` or the last rows of it, float32: the attention's logsumexp.
-            scale, sliding_window, softcap, sink_logits: what the layer's attention uses, as in
+            value: ``[B, G, n, Dv]``, for methods that read it; none of ours does.
+            hidden: ``[B, n, C]``, the layer's input, likewise.
+            lse: ``[B, H, n]`` or its last rows, float32: the attention's logsumexp.
+            scale, sliding_window, softcap, sink_logits: those of the layer's attention, as in
                 :func:`claa_ops.score_window`.
 
         Raises:
             RuntimeError: layers do not ascend.
-            ValueError: the layer is out of range, ``key`` does not have n rows, or ``query``
+            ValueError: the layer is out of range, ``key`` does not have n rows, or ``query`` has
                 fewer than the method reads.
         """
         self.see(
@@ -264,7 +265,7 @@ class PrefillState:
         )
 
     def see(self, layer: Layer) -> None:
-        """:meth:`observe`, of a view of the layer that the caller made."""
+        """Like :meth:`observe`, with a view of the layer that the caller has made."""
         self._advance(layer.index, "observe")
         if self.ranking is not None and self.ranking.shape[0] != layer.key.shape[0]:
             raise ValueError(
@@ -283,7 +284,7 @@ class PrefillState:
             self.scores[layer.index] = layer.scores.amax(dim=1)
 
     def release(self) -> None:
-        """Let go of what the layer saw, where :meth:`compress` is not called; select may follow."""
+        """Drop what the layer saw, if :meth:`compress` is not called; select may follow."""
         self._observed = None
 
     def compress(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,8 +297,8 @@ class PrefillState:
 
         Returns:
             The kept rows, ``[B, G, k, D]`` and ``[B, G, k, Dv]``; the arguments themselves if
-            the layer keeps all. Heads may keep different tokens; each head's are in ascending
-            order. Where rows are padded, those before ``cache_start`` are padding.
+            the layer keeps all. Heads may keep different tokens, each in ascending order. In a
+            padded batch, entries before ``cache_start`` are padding.
 
         Raises:
             RuntimeError: the layer was not observed just before.
@@ -317,9 +318,9 @@ class PrefillState:
         Returns:
             ``[B, k]``, int64, ascending, into the n tokens of this layer; None if all do.
             The caller gathers hidden states, position embeddings and ids with
-            :func:`claa_ops.gather_tokens`, which gives zeros where the index is -1: there a row
-            of a padded batch keeps less than others. Attention must not see what lies before
-            the new ``start``.
+            :func:`claa_ops.gather_tokens`, which gives zeros where the index is -1, in rows that
+            keep fewer tokens than others. Attention must not see anything before the new
+            ``start``.
 
         Raises:
             RuntimeError: the layer was not observed just before, or selects a second time.
@@ -329,7 +330,7 @@ class PrefillState:
         return self._keep(self.method.select(self, layer))
 
     def choose(self) -> Tensor | None:
-        """Before any layer: the tokens of a second pass, ``[B, k]``, if they are known by now."""
+        """Before any layer: the tokens of a second pass, ``[B, k]``, if they are already known."""
         return self._keep(self.method.choose(self))
 
     def _keep(self, index: Tensor | None) -> Tensor | None:
@@ -351,7 +352,7 @@ class PrefillState:
         return index
 
     def _padding(self, index: Tensor | None) -> Tensor | None:
-        """``[B]``: how many of the tokens at ``[B, k]`` or ``[B, G, k]`` are padding, the first."""
+        """``[B]``: how many tokens at ``[B, k]`` or ``[B, G, k]``, the first, are padding."""
         start = self.start
         if index is None:
             return start
@@ -359,7 +360,7 @@ class PrefillState:
             start = index.new_zeros(index.shape[0])
         if start is None:
             return None
-        head = index if index.dim() == 2 else index[:, 0]  # all heads keep as many
+        head = index if index.dim() == 2 else index[:, 0]  # all heads keep the same number
         return (head < start[:, None]).sum(dim=1)
 
     def _advance(self, layer: int, call: str) -> None:

@@ -1,4 +1,4 @@
-"""The unit of every statement about cost: multiply-adds."""
+"""Multiply-adds, the unit of every statement about cost."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class Work:
     """Multiply-adds of one forward or more, for one prompt.
 
     Attributes:
-        linear: by the weights of the layers.
+        linear: with the weights of the layers.
         attention: of queries with keys, and of probabilities with values.
-        head: by the weights of the head.
+        head: with the weights of the language-model head.
     """
 
     linear: int = 0
@@ -21,7 +21,7 @@ class Work:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Their sum."""
         return self.linear + self.attention + self.head
 
     def __add__(self, other: Work) -> Work:
