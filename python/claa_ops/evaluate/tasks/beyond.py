@@ -79,7 +79,7 @@ _YOUNG = {
     "puppy": "dog", "tadpole": "frog",
 }  # fmt: skip
 # What a fact says of a parcel, what another says of the same in other words, and both in pairs.
-_BRIDGES = (
+BRIDGES = (
     ("went to the capital of {}", "What goes to {} is kept in the house called {}.", _CAPITALS),
     ("came in the {} month of the year", "What comes in {} is kept in the house called {}.",
      _MONTHS),
@@ -91,7 +91,7 @@ _BRIDGES = (
 def _bridge(source: Source) -> Draft:
     """Two facts that name what they share in different words."""
     draw = source.draw
-    says, other, pairs = draw.choice(_BRIDGES)
+    says, other, pairs = draw.choice(BRIDGES)
     shared = draw.sample(sorted(pairs), _CHAINS)
     owners, houses = different(person, draw, _CHAINS), different(place, draw, _CHAINS)
     series = [

@@ -20,6 +20,8 @@ _LONGEST = 400  # characters of a piece of filler; a file without full stops is 
 _AROUND = 300  # characters on both sides of an insertion that may share tokens with it
 _NEAR = 40  # characters more or less that an opening may have than the shortest of its tokens
 _SKIPPED = 4  # sentences that an opening may skip
+_SAMPLE = 16  # units that tell how many tokens one has
+_OPENING_UNITS = 3  # as many tokens an opening may have
 _FEWER = 3  # units that may make room for an opening
 
 
@@ -79,7 +81,11 @@ def drafted_examples(
     pieces = [
         piece
         for sentence in filler_sentences(filler)
-        for piece in textwrap.wrap(sentence, _LONGEST, break_on_hyphens=False)
+        for piece in (
+            [sentence]
+            if len(sentence) <= _LONGEST
+            else textwrap.wrap(sentence, _LONGEST, break_on_hyphens=False)
+        )
     ]
     for length in lengths:
         with left_out(f"{task}, {length:,} tokens", on_problem):
@@ -154,9 +160,10 @@ def fit(draft: Draft, count: TokenCounter, length: int) -> str:
         raise InputError(
             f"a prompt of this task must have at least {least:,} tokens, got a length of {length:,}"
         )
-    units, used = _most_units(tokens, draft.body.least, least, length)
-    # Where no opening has the tokens that are missing, one may have them and those of a unit more.
     has_openings = draft.body.before(1, 0) != ""
+    enough = _OPENING_UNITS if has_openings else 0
+    units, used = _most_units(tokens, draft.body.least, least, length, enough)
+    # Where no opening has the tokens that are missing, one may have them and those of a unit more.
     for fewer in range(min(_FEWER, units - draft.body.least) + 1) if has_openings else ():
         shorter = draft.prompt(units - fewer)
         missing = length - (tokens(units - fewer) if fewer else used)
@@ -169,25 +176,30 @@ def fit(draft: Draft, count: TokenCounter, length: int) -> str:
 
 
 def _most_units(
-    tokens: Callable[[int], int], least: int, used: int, length: int
+    tokens: Callable[[int], int], least: int, used: int, length: int, enough: int
 ) -> tuple[int, int]:
-    """The most units whose prompt is not longer, and its tokens; `used` are those of the least."""
+    """The most units whose prompt is not longer, or some that lack no more than ``enough``.
+
+    `used` are the tokens of the least units; returns the units and their tokens.
+    """
     low, low_used = least, used
     high: int | None = None
-    rate = 20.0  # tokens of a unit
+    rate = 0.0  # tokens of a unit
     while high is None or high - low > 1:
-        guess = low + max(1, round((length - low_used) / rate))
-        if high is None:
-            guess = max(guess, low + 2)
+        if rate == 0:
+            guess = low + _SAMPLE
         else:
+            guess = low + max(1, round((length - low_used) / rate - enough / 2))
+        if high is not None:
             guess = min(guess, high - 1)
         found = tokens(guess)
-        if found > low_used:
-            rate = (found - low_used) / (guess - low)
-        if found <= length:
-            low, low_used = guess, found
-        else:
+        rate = max((found - low_used) / (guess - low), 1.0)
+        if found > length:
             high = guess
+        else:
+            low, low_used = guess, found
+            if length - low_used <= enough * rate:
+                break
     return low, low_used
 
 
