@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from claa_ops.evaluate.grid.suite import SUITES
+from claa_ops.evaluate.grid.settings import Settings
 from claa_ops.evaluate.tasks import GROUPS, TASKS, TaskSettings, check_task, examples
 from claa_ops.evaluate.tasks.beyond import SHORT
 from claa_ops.evaluate.tasks.needle import filler_sentences
@@ -202,8 +202,17 @@ def test_a_group_is_all_of_its_tasks():
         assert check_task(group) == (group, None, None)
         found = make(group, tiny_tokenizer(), lengths=[6000], prompts=1, on_problem=lambda _: None)
         assert [*dict.fromkeys(example.task for example in found)] == GROUPS[group]
-        assert SUITES[group].tasks == (group,)
     assert len(GROUPS["ruler"]) == 12 and set(MADE) < set(TASKS)
     for bad in ("ruler/vt", "beyond:x.jsonl", "ruler-vt:x.jsonl"):
         with pytest.raises(InputError, match="needs its records|takes no records"):
             check_task(bad)
+
+
+@pytest.mark.parametrize("suite", ["ruler", "beyond"])
+def test_a_suite_has_its_tasks_and_lengths(suite, checkpoint):
+    plan = Settings(models=[checkpoint], suite=suite).plan()
+    assert plan.tasks == [suite]
+    assert plan.settings.lengths == (4096, 16_384) and plan.settings.prompts == 20
+    chosen = Settings(models=[checkpoint], suite=suite, lengths="700", prompts=3, methods=["claa"])
+    plan = chosen.plan()
+    assert (plan.methods, plan.settings.lengths, plan.settings.prompts) == (["claa"], [700], 3)
