@@ -163,8 +163,10 @@ def fit(draft: Draft, count: TokenCounter, length: int) -> str:
     has_openings = draft.body.before(1, 0) != ""
     enough = _OPENING_UNITS if has_openings else 0
     units, used = _most_units(tokens, draft.body.least, least, length, enough)
+    if not has_openings:
+        return draft.prompt(units)
     # Where no opening has the tokens that are missing, one may have them and those of a unit more.
-    for fewer in range(min(_FEWER, units - draft.body.least) + 1) if has_openings else ():
+    for fewer in range(min(_FEWER, units - draft.body.least) + 1):
         shorter = draft.prompt(units - fewer)
         missing = length - (tokens(units - fewer) if fewer else used)
         if missing == 0:
@@ -172,7 +174,7 @@ def fit(draft: Draft, count: TokenCounter, length: int) -> str:
         for opening in _openings(draft, shorter, count, missing):
             if tokens(units - fewer, opening) == length:
                 return draft.prompt(units - fewer, opening)
-    return draft.prompt(units)
+    return draft.prompt(_most_units(tokens, units, used, length, 0)[0])
 
 
 def _most_units(
@@ -180,7 +182,7 @@ def _most_units(
 ) -> tuple[int, int]:
     """The most units whose prompt is not longer, or some that lack no more than ``enough``.
 
-    `used` are the tokens of the least units; returns the units and their tokens.
+    ``used`` are the tokens of the least units; returns the units and their tokens.
     """
     low, low_used = least, used
     high: int | None = None

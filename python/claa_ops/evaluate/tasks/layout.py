@@ -135,8 +135,20 @@ class Prose:
         return self.unit(text) + self.joint
 
 
+class Whole:
+    """A body whose units all count, so that none is cut."""
+
+    def before(self, characters: int, skip: int) -> str:
+        """No text."""
+        return ""
+
+    def opening(self, text: str) -> str:
+        """The text, which is never asked for."""
+        return text
+
+
 @dataclass(frozen=True)
-class Lines:
+class Lines(Whole):
     """Lines that are all of one kind, one of which is asked for."""
 
     others: Iterator[str]
@@ -153,14 +165,6 @@ class Lines:
         for depth, fact in sorted(self.planted, reverse=True):
             parts.insert(round(depth * units), fact)
         return self.joint.join(parts)
-
-    def before(self, characters: int, skip: int) -> str:
-        """None: half a line would be a line of another kind."""
-        return ""
-
-    def opening(self, text: str) -> str:
-        """The text itself."""
-        return text
 
 
 def scatter(draw: random.Random, facts: Iterable[str]) -> list[tuple[float, str]]:

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from claa_ops.evaluate.tasks.layout import Draft, Source
-from claa_ops.evaluate.tasks.words import different, letters, place, without_end
+from claa_ops.evaluate.tasks.layout import Draft, Source, Whole
+from claa_ops.evaluate.tasks.words import coinage, different, letters, without_end
 
 _COMMON = 10
 _COMMON_TOKENS, _FREQUENT_TOKENS = 120, 50
@@ -65,7 +65,7 @@ def frequent_words(source: Source) -> Draft:
 
 
 @dataclass(frozen=True)
-class _List:
+class _List(Whole):
     """A numbered list in which some words come often and the others, its units, seldom."""
 
     common: Sequence[str]
@@ -84,17 +84,9 @@ class _List:
         random.Random(self.seed).shuffle(words)
         return _numbered(words)
 
-    def before(self, characters: int, skip: int) -> str:
-        """None: every entry counts."""
-        return ""
-
-    def opening(self, text: str) -> str:
-        """The text itself."""
-        return text
-
 
 @dataclass(frozen=True)
-class _Coded:
+class _Coded(Whole):
     """A text of code words; the unit is a word, before its frequencies are made whole."""
 
     vocabulary: Sequence[str]
@@ -112,14 +104,6 @@ class _Coded:
         random.Random(self.seed).shuffle(words)
         return " ".join(words)
 
-    def before(self, characters: int, skip: int) -> str:
-        """None: every word counts."""
-        return ""
-
-    def opening(self, text: str) -> str:
-        """The text itself."""
-        return text
-
 
 def _numbered(words: Sequence[str]) -> str:
     return " ".join(f"{index}. {word}" for index, word in enumerate(words, start=1))
@@ -127,10 +111,10 @@ def _numbered(words: Sequence[str]) -> str:
 
 def _words(draw: random.Random, filler: Sequence[str]) -> Iterator[str]:
     """Words of the filler in random order, then invented ones, all different."""
-    known = sorted({word for text in filler for word in re.findall(r"\b[a-z]{4,9}\b", text)})
-    draw.shuffle(known)
-    invented = (name.lower() for name in without_end(place, draw))
-    return itertools.chain(known, (name for name in invented if name not in known))
+    known = {word for text in filler for word in re.findall(r"\b[a-z]{4,9}\b", text)}
+    real = sorted(known)
+    draw.shuffle(real)
+    return itertools.chain(real, (word for word in without_end(coinage, draw) if word not in known))
 
 
 def _overlap(word: str, others: Sequence[str]) -> bool:

@@ -57,6 +57,17 @@ def place(draw: random.Random) -> str:
     return (draw.choice(_BEGIN) + draw.choice(_MIDDLE) + draw.choice(_END)).capitalize()
 
 
+def coinage(draw: random.Random) -> str:
+    """A long word that nobody uses, one of three million."""
+    return (
+        draw.choice(_BEGIN)
+        + draw.choice(_MIDDLE)
+        + draw.choice(_BEGIN)
+        + draw.choice(_MIDDLE)
+        + draw.choice(_END)
+    )
+
+
 def number(digits: int) -> Callable[[random.Random], str]:
     """Numbers of that many digits, so that none is part of another."""
     return lambda draw: str(draw.randrange(10 ** (digits - 1), 10**digits))
