@@ -47,22 +47,24 @@ _OPTIONS = {
     ),
     "tasks": typer.Option(
         "--task",
-        help="needle (needle-number, needle-sentence and needle-four-keys), or records: "
+        help="needle (needle-number, needle-sentence and needle-four-keys); ruler or beyond, all "
+        "tasks of these suites, or one, such as ruler-vt or beyond-chain-3; or records: "
         "ruler:PATH, longbench:PATH, infinitebench:PATH with a .jsonl file, a folder or .zip "
         "of them, or hf://datasets/OWNER/NAME/FILE, and ruler/vt:PATH to name the task. "
         "Repeat it. Default: needle.",
     ),
     "suite": typer.Option(
         help="claa-paper: the rates and needles of the paper, with all methods and two fair "
-        "controls; give its records with --task, and --draft for speculative. Other options "
-        "still count."
+        "controls; give its records with --task, and --draft for speculative. ruler: RULER's "
+        "tasks, made here. beyond: chains, code, tables, agents and what else RULER lacks. Other "
+        "options still count."
     ),
-    "lengths": typer.Option(help="Tokens of needle prompts, such as 1000,2000. [1000]"),
+    "lengths": typer.Option(help="Tokens of the prompts made here, such as 1000,2000. [1000]"),
     "depths": typer.Option(help="How many depths of the needle, or which: 0%,50%,100%. [5]"),
     "prompts": typer.Option(
         min=1,
-        help="Needle prompts for each kind, length and depth. [2: in all 30, of 3 kinds, 1 "
-        "length and 5 depths]",
+        help="Prompts made here for each task and length, and of needles for each depth. [2: "
+        "in all 30 needles, of 3 kinds, 1 length and 5 depths]",
     ),
     "max_length": typer.Option(
         min=1,

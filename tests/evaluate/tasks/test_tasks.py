@@ -360,7 +360,7 @@ def test_folders_and_limits(tmp_path):
     [
         ("needles", "unknown task 'needles': .* did you mean 'needle'"),
         ("longbnch:x", "unknown task 'longbnch': .* did you mean 'longbench'"),
-        ("ruler", "the task ruler needs its records: ruler:FILE"),
+        ("longbench", "the task longbench needs its records: longbench:FILE"),
         ("needle:x.jsonl", "the task needle takes no records"),
         ("ruler:hf://datasets/owner", "records on the hub are hf://datasets/OWNER/NAME/FILE, got"),
     ],

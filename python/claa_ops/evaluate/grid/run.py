@@ -24,6 +24,7 @@ from claa_ops.evaluate.grid.table import Row, as_json, as_markdown, as_table, su
 from claa_ops.evaluate.inputs import make_folder
 from claa_ops.evaluate.spec import MethodSpec, give_draft
 from claa_ops.evaluate.tasks import TaskSettings, examples, has_needles
+from claa_ops.evaluate.tasks.prompt import PromptCounter
 from claa_ops.huggingface.models import InputError, load_model, resolve_device
 from claa_ops.info import machine, versions
 from claa_ops.methods import FullKV
@@ -194,7 +195,7 @@ class _Run:
             examples(
                 plan.tasks,
                 _fitting(plan, model, name, self._problems.append),
-                lambda text: len(tokenizer(text, add_special_tokens=False).input_ids),
+                PromptCounter(tokenizer, plan.chat),
                 self._problems.append,
             )
         )

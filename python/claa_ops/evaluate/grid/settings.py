@@ -158,7 +158,7 @@ class Settings:
                 needed = "it needs a draft, a smaller model with the same tokenizer"
                 chosen["left_out"] = [f"{method}: {needed}" for method in suite.drafted]
             prompts |= {"lengths": suite.lengths, "depths": suite.depths, "prompts": suite.prompts}
-            tasks = ["needle", *tasks]
+            tasks = [*suite.tasks, *tasks]
         if self.methods:
             chosen["methods"] = self.methods
         if self.keep is not None:

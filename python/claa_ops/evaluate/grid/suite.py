@@ -1,4 +1,4 @@
-"""Published evaluations, ready to be repeated."""
+"""Evaluations by name: those that others have published, and ours."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from claa_ops.huggingface.models import InputError
 
 @dataclass(frozen=True)
 class Suite:
-    """Methods, budgets and needles of a published evaluation; its records come from files.
+    """Methods, budgets and prompts of an evaluation; records come from files.
 
     Attributes:
         methods: those that any model can run.
         drafted: those that need a draft as well.
         keeps: their rates.
-        lengths, depths, prompts: of its needles.
+        lengths, depths, prompts: of the prompts made here; depths are those of needles.
+        tasks: those made here.
     """
 
     methods: Sequence[str]
@@ -27,7 +28,10 @@ class Suite:
     lengths: Sequence[int]
     depths: Sequence[float]
     prompts: int
+    tasks: Sequence[str] = ("needle",)
 
+
+_OURS = ("claa", "fastkv", "peak", "random", "oracle")
 
 # CLAA (arXiv 2602.16054): LongBench, RULER and needles of 16k to 64k tokens at ten depths, keep
 # 10, 20 and 40 %, selection after the last layer of the first half. Its table has GemFilter,
@@ -66,7 +70,27 @@ SUITES = {
         lengths=(16_000, 32_000, 48_000, 64_000),
         depths=tuple(depth / 9 for depth in range(10)),
         prompts=1,
-    )
+    ),
+    # RULER's tasks (arXiv 2404.06654) and those that it lacks, made here; the methods that drop
+    # tokens early, between the worst ranking and the best.
+    "ruler": Suite(
+        methods=_OURS,
+        drafted=(),
+        keeps=(0.1, 0.2),
+        lengths=(4096, 16_384),
+        depths=(0.5,),
+        prompts=20,
+        tasks=("ruler",),
+    ),
+    "beyond": Suite(
+        methods=_OURS,
+        drafted=(),
+        keeps=(0.1, 0.2),
+        lengths=(4096, 16_384),
+        depths=(0.5,),
+        prompts=20,
+        tasks=("beyond",),
+    ),
 }
 
 

@@ -15,6 +15,7 @@ from claa_ops.evaluate.oracle.settings import Settings
 from claa_ops.evaluate.parse import parse_budget, parse_layers
 from claa_ops.evaluate.spec import MethodSpec
 from claa_ops.evaluate.tasks import Example, TaskSettings, examples, has_needles
+from claa_ops.evaluate.tasks.prompt import PromptCounter
 from claa_ops.huggingface.models import InputError, load_model
 from claa_ops.methods import Method
 from claa_ops.prefill import attach
@@ -112,11 +113,8 @@ def _examples(
         filler=settings.filler,
         limit=settings.limit,
     )
-
-    def count_tokens(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False).input_ids)
-
-    return list(examples(settings.tasks or (), of_tasks, count_tokens, on_problem))
+    counter = PromptCounter(tokenizer, settings.chat)
+    return list(examples(settings.tasks or (), of_tasks, counter, on_problem))
 
 
 def _make_method(

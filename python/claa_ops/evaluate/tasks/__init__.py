@@ -7,14 +7,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from claa_ops.evaluate.tasks.beyond import BEYOND, SHORT
 from claa_ops.evaluate.tasks.example import Example
-from claa_ops.evaluate.tasks.needle import KINDS, CountTokens, needle_examples
+from claa_ops.evaluate.tasks.fit import TokenCounter, drafted_examples
+from claa_ops.evaluate.tasks.needle import KINDS, needle_examples
 from claa_ops.evaluate.tasks.records import BENCHMARKS, check_records, record_examples
+from claa_ops.evaluate.tasks.ruler import RULER
 from claa_ops.huggingface.models import InputError
 
 __all__ = ["Example", "TaskSettings", "check_task", "examples", "has_needles"]
 
-TASKS = ("needle", *(f"needle-{kind}" for kind in KINDS), *BENCHMARKS)
+# All tasks that are made here, by a name for each group of them.
+GROUPS = {
+    "needle": [f"needle-{kind}" for kind in KINDS],
+    "ruler": list(RULER),
+    "beyond": list(BEYOND),
+}
+_MADE = [task for group in GROUPS.values() for task in group]
+TASKS = tuple(dict.fromkeys([*GROUPS, *_MADE, *BENCHMARKS]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +32,9 @@ class TaskSettings:
     """Which prompts of the tasks.
 
     Attributes:
-        lengths, depths, prompts, seed, filler: of the needle tasks, see `needle_examples`.
+        lengths, prompts, seed, filler: of the tasks that are made here, see `needle_examples` and
+            `drafted_examples`.
+        depths: of the needle tasks.
         limit: records taken of each file; None for all.
     """
 
@@ -48,7 +60,7 @@ def check_task(task: str) -> tuple[str, str | None, str | None]:
         raise InputError(
             f"unknown task {name!r}: expected {', '.join(TASKS)}; did you mean {near!r}?"
         )
-    if name in BENCHMARKS and not source:
+    if name in BENCHMARKS and not source and (subtask or name not in GROUPS):
         raise InputError(
             f"the task {name} needs its records: {name}:FILE, {name}:FOLDER or "
             f"{name}:hf://datasets/OWNER/NAME/FILE"
@@ -61,14 +73,14 @@ def check_task(task: str) -> tuple[str, str | None, str | None]:
 
 
 def has_needles(tasks: Sequence[str]) -> bool:
-    """Whether one of the tasks is made of needles, which have lengths, and not of records."""
+    """Whether one of the tasks is made here, with the lengths asked for, and not of records."""
     return any(check_task(task)[2] is None for task in tasks)
 
 
 def examples(
     tasks: Sequence[str],
     settings: TaskSettings,
-    count_tokens: CountTokens,
+    count: TokenCounter,
     on_problem: Callable[[str], None],
 ) -> Iterator[Example]:
     """Yield the prompts of all tasks, in order; tell ``on_problem`` of what is left out.
@@ -81,7 +93,7 @@ def examples(
     """
     places: dict[tuple[str, str], str] = {}
     for task in tasks:
-        for example in _task_examples(task, settings, count_tokens, on_problem):
+        for example in _task_examples(task, settings, count, on_problem):
             if places.get((example.task, example.name), example.where) != example.where:
                 example = replace(example, name=example.where)
             if (example.task, example.name) not in places:
@@ -92,7 +104,7 @@ def examples(
 def _task_examples(
     task: str,
     settings: TaskSettings,
-    count_tokens: CountTokens,
+    count: TokenCounter,
     on_problem: Callable[[str], None],
 ) -> Iterator[Example]:
     name, subtask, source = check_task(task)
@@ -101,10 +113,20 @@ def _task_examples(
             name, subtask, source, limit=settings.limit, on_problem=on_problem
         )
         return
-    for kind in KINDS if name == "needle" else (name.removeprefix("needle-"),):
+    for made in GROUPS.get(name, [name]):
+        yield from _made_examples(made, settings, count, on_problem)
+
+
+def _made_examples(
+    task: str,
+    settings: TaskSettings,
+    count: TokenCounter,
+    on_problem: Callable[[str], None],
+) -> Iterator[Example]:
+    if task in GROUPS["needle"]:
         yield from needle_examples(
-            kind,
-            count_tokens,
+            task.removeprefix("needle-"),
+            count,
             lengths=settings.lengths,
             depths=settings.depths,
             prompts=settings.prompts,
@@ -112,3 +134,15 @@ def _task_examples(
             filler=settings.filler,
             on_problem=on_problem,
         )
+        return
+    short = task.startswith("beyond-short")
+    yield from drafted_examples(
+        task,
+        (RULER | BEYOND)[task],
+        count,
+        lengths=SHORT if short else settings.lengths,
+        prompts=-(-settings.prompts // len(SHORT)) if short else settings.prompts,
+        seed=settings.seed,
+        filler=settings.filler,
+        on_problem=on_problem,
+    )

@@ -27,8 +27,11 @@ class Example:
         answers: the texts that the grade looks for.
         max_new_tokens: the length at which an answer is cut off.
         stop: texts that end an answer.
-        fact: the part of the prompt that decides the answer, where it is known.
+        fact: the part of the prompt that decides the answer, where it is known and one.
+        facts: where in the prompt all parts stand that decide the answer: for each the first
+            character and the one after its last. Of a second question, in the first one's prompt.
         place: where it stands: the prompt's length in tokens and the fact's depth in [0, 1].
+        then: a second question about the prompt, asked after the first one's answer.
         may_cut: whether a prompt too long for the model is cut in the middle; else it is refused.
         source: file and line of a record; empty for a prompt that was made here.
     """
@@ -44,7 +47,9 @@ class Example:
     max_new_tokens: int = 0
     stop: tuple[str, ...] = ()
     fact: str | None = None
+    facts: tuple[tuple[int, int], ...] = ()
     place: Mapping[str, float] = field(default_factory=dict)
+    then: Example | None = None
     may_cut: bool = False
     source: str = ""
 

@@ -61,8 +61,8 @@ def needle_examples(
         depths: the share of the filler before the fact.
         prompts: for each length and depth.
         seed: decides the facts and where the filler begins.
-        filler: a folder of .txt files; CPython's own manual if not given. Text that is shorter
-            than a prompt is repeated.
+        filler: a .txt file or a folder of them; CPython's own manual if not given. Text that is
+            shorter than a prompt is repeated.
         on_problem: told of a length that leaves no room for any text; the others are yielded.
 
     Raises:
@@ -155,18 +155,19 @@ def manual_prose() -> Iterator[str]:
 
 
 def filler_sentences(folder: Path | None) -> list[str]:
-    """The sentences of all .txt files of a folder, by name; those of CPython's manual for None."""
+    """The sentences of a .txt file, or of all of a folder, by name; for None CPython's manual."""
     if folder is None:
         texts = list(manual_prose())
     else:
         try:
-            texts = [_text(file) for file in sorted(folder.glob("*.txt"))]
+            files = [folder] if folder.is_file() else sorted(folder.glob("*.txt"))
+            texts = [_text(file) for file in files if file.suffix == ".txt"]
         except OSError as error:
             raise InputError(f"cannot read the filler in {folder}: {error}") from error
     joined = (" ".join(text.split()) for text in texts)
     sentences = [part for text in joined for part in re.split(r"(?<=[.!?]) ", text) if part]
     if not sentences:
-        raise InputError(f"the filler {folder} must be a folder with text in .txt files")
+        raise InputError(f"the filler {folder} must be a folder with text in .txt files, or one")
     return sentences
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,10 +15,11 @@ from claa_ops.huggingface.models import InputError
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids [1, N] and, where a fact is known to decide the answer, its tokens' range."""
+    """Token ids [1, N] and, where it is known what decides the answer, the ranges of its tokens."""
 
     ids: Tensor
     fact: range | None = None
+    facts: tuple[range, ...] = ()
 
 
 def encode_prompt(
@@ -26,16 +28,19 @@ def encode_prompt(
     *,
     chat: bool | None = None,
     fact: str | None = None,
+    facts: Sequence[tuple[int, int]] = (),
     answer_prefix: str = "",
 ) -> Prompt:
     """Tokenise `text`, as a user's turn if `chat` (None: if the tokenizer has a chat template).
 
-    The answer is made to begin with `answer_prefix`, the last thing in the prompt.
+    The answer is made to begin with `answer_prefix`, the last thing in the prompt. Each of `facts`
+    is a part of `text`: its first character, and the one after its last.
 
     Raises:
         InputError: the text is not Unicode, or the chat template is missing, fails or leaves the
-            text out.
+            text out, or changes one that has facts.
     """
+    user_text = text
     require_text("the prompt", text + answer_prefix)
     if chat and not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template: use chat=False")
@@ -53,7 +58,40 @@ def encode_prompt(
         first = encoding.char_to_token(begin)
         last = encoding.char_to_token(begin + len(fact) - 1)
         place = range(first, last + 1)
-    return Prompt(encoding.input_ids, place)
+    ranges = []
+    if facts:
+        kept = user_text.strip()  # templates may trim a text
+        if kept not in text:
+            raise InputError(
+                "the chat template changes the prompt, which has facts: use chat=False"
+            )
+        shift = text.index(kept) - user_text.index(kept)
+        for begin, end in facts:
+            first = encoding.char_to_token(begin + shift)
+            ranges.append(range(first, encoding.char_to_token(end + shift - 1) + 1))
+    return Prompt(encoding.input_ids, place, tuple(ranges))
+
+
+@dataclass(frozen=True)
+class PromptCounter:
+    """How many tokens texts have by a tokenizer, alone and as prompts.
+
+    Attributes:
+        tokenizer: of the model that will read them.
+        chat: whether the chat template applies; None: if the tokenizer has one.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    chat: bool | None = None
+
+    def __call__(self, text: str) -> int:
+        """Tokens of a text alone, without special tokens."""
+        return len(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def finished(self, prompt: str, answer_prefix: str) -> int:
+        """Tokens that the model gets for a prompt: with template, prefix and special tokens."""
+        encoded = encode_prompt(self.tokenizer, prompt, chat=self.chat, answer_prefix=answer_prefix)
+        return encoded.ids.shape[1]
 
 
 def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
