@@ -126,7 +126,7 @@ def test_a_fact_in_the_window_cannot_be_recalled(model, tokenizer):
 
 
 def test_each_prompt_has_a_random_ranking_of_its_own(model, tokenizer):
-    (first, second), _ = rank(model, tokenizer, example(), example())
+    (first, second), _ = rank(model, tokenizer, example(), replace(example(), name="two"))
     assert not torch.equal(first.rankings["random"], second.rankings["random"])
     assert torch.equal(first.rankings["claa"], second.rankings["claa"])
 
@@ -409,7 +409,7 @@ def test_records_are_prompts_and_bad_ones_are_named(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--method", "clas"], "unknown method 'clas': expected full, "),
+        (["--method", "clas"], "unknown method 'clas': did you mean 'claa'?"),
         (
             ["--prompt", PROMPT, "--method", "claa:zscores=true"],
             "claa: a setting must be one of window, ",
