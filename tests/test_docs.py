@@ -17,7 +17,7 @@ from support.tiny_models import build, prompt
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs/index.md", *sorted((ROOT / "docs/guide").glob("*.md"))]
-TEXTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/README.md")]
+TEXTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("[!.]*/README.md")]
 PUBLIC = ["claa_ops", "claa_ops.methods", "claa_ops.prefill", "claa_ops.selection"]
 CHECKPOINT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

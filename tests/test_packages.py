@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "python" / "claa_ops"
 
 # Each knows those above it in this list. `prefill` is the public face of two of them.
 LEVELS = ["ops", "selection", "methods", "huggingface", "evaluate", "cli"]
-FACES = {"reference": "ops", "prefill": "huggingface", "lm_eval": "evaluate", "info": "evaluate"}
+FACES = {"reference": "ops", "prefill": "huggingface", "lm_eval": "evaluate", "info": "huggingface"}
 # What everything may use: where the libraries are, and what an extra brings.
 COMMON = {"_build_info", "_extras", "_library"}
 # The command line starts what it is asked for; the package itself is what users import.

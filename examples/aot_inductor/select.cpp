@@ -43,7 +43,7 @@ int main(int argc, char** argv) try {
   const std::vector<at::Tensor> expected = tensors(folder + "/expected.pt");
   const std::vector<at::Tensor> outputs = selection.run(inputs);
   bool same = outputs.size() == expected.size();
-  for (size_t i = 0; same && i < outputs.size(); ++i) same = at::equal(outputs[i], expected[i]);
+  for (size_t i = 0; same && i < outputs.size(); ++i) same = outputs[i].equal(expected[i]);
   std::cout << outputs[0].size(1) << " of " << inputs[0].size(1) << " tokens kept, "
             << (same ? "the same bits as in Python" : "other numbers than in Python") << '\n';
   return same ? 0 : 1;

@@ -200,7 +200,7 @@ class Staged(Method):
 
     def observe(self, state, layer):
         if layer.index in (0, 2):
-            state.importance = layer.scores.amax(dim=1)
+            state.update_ranking(layer.scores.amax(dim=1))
 
     def select(self, state, layer):
         if layer not in (0, 2):

@@ -123,7 +123,8 @@ class ASL(Pruning):
         """Rank the tokens, and test whether the last layers agree."""
         if not self._informs_drop(state, layer.index):
             return
-        ranking = state.importance = self.rank(layer, state.running)
+        ranking = self.rank(layer, state.running)
+        state.update_ranking(ranking)
         if self._agree(state, layer.index, ranking):
             state.notes["selected"] = layer.index
 

@@ -103,7 +103,7 @@ class GemFilter(Method):
     def observe(self, state: PrefillState, layer: Layer) -> None:
         """The scores of the filter layer are the ranking."""
         if layer.index == self.last_layer(state):
-            state.importance = layer.scores[:, 0]
+            state.update_ranking(layer.scores[:, 0])
 
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
         """After the filter layer, the best tokens."""

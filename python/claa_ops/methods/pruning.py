@@ -205,7 +205,7 @@ class Pruning(Method):
     def observe(self, state: PrefillState, layer: Layer) -> None:
         """Bring the ranking up to date, if a selection that drops tokens will read it."""
         if self._informs_drop(state, layer.index):
-            state.importance = self.rank(layer, state.running)
+            state.update_ranking(self.rank(layer, state.running))
 
     def compress(self, state: PrefillState, layer: Layer) -> Tensor | None:
         """The tokens with this layer's best scores, ``[B, G, k]``, and the window."""

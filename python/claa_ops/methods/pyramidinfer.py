@@ -106,7 +106,7 @@ class PyramidInfer(Method):
     def observe(self, state: PrefillState, layer: Layer) -> None:
         """The scores of one layer are the ranking."""
         if self._drops(state, layer.index):
-            state.importance = layer.scores[:, 0]
+            state.update_ranking(layer.scores[:, 0])
 
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
         """The best of the context tokens, and the recent ones, ``[B, k]``."""

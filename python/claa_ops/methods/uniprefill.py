@@ -101,7 +101,7 @@ class UniPrefill(Method):
         """The scores of a selection layer are the ranking; short prompts need none."""
         long = state.length > self.num_sinks + self.window
         if long and layer.index in self.selection_layers(state.num_layers):
-            state.importance = layer.scores[:, 0]
+            state.update_ranking(layer.scores[:, 0])
 
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
         """The tokens of the best blocks, the first and the last ones, ``[B, k]``."""

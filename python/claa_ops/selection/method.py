@@ -39,8 +39,8 @@ class Method:
     :meth:`score` or ``rank``.
 
     A method is immutable and holds nothing of a request. What it has learned so far is on the
-    :class:`~claa_ops.prefill.PrefillState`, which it may read, and whose ``importance`` and
-    ``notes`` it may write; so one method serves any number of requests.
+    :class:`~claa_ops.prefill.PrefillState`, which it may read, whose ranking it updates
+    and whose ``notes`` it may write; so one method serves any number of requests.
 
     Args:
         window: how many of the prompt's last tokens rank the others by their attention.
@@ -164,7 +164,7 @@ class Method:
         return True
 
     def observe(self, state: PrefillState, layer: Layer) -> None:
-        """Take in what a layer saw, for instance by updating ``state.importance``."""
+        """Take in what a layer saw, for instance by ``state.update_ranking``."""
 
     def compress(self, state: PrefillState, layer: Layer) -> Tensor | None:
         """The tokens that this layer's cache keeps, ``[B, G, k]`` or ``[B, k]``; None for all."""

@@ -139,6 +139,10 @@ class PrefillState:
             padding that has none; None while they are the whole prompt.
         ranking: ``[B, N]``, float32: the ranking with which the prefill began, or None.
         row_lengths: ``[B]``, int64: how many tokens each prompt has; None while all rows are alike.
+        importance: ``[B, M]``, float32: the method's ranking so far; None before there is one. The
+            next layer may update it in place. After a selection it still ranks the tokens that
+            were selected from.
+        running: ``importance`` if it ranks the tokens that the current layer sees, else None.
         reduce: what merges the scores of heads on several devices; None if all heads are here.
         notes: whatever else the method has to remember.
         lengths: for each observed layer, how many tokens it saw.
@@ -168,8 +172,8 @@ class PrefillState:
         self.positions: Tensor | None = None
         self.ranking = ranking
         self.reduce = reduce
-        self._importance: Tensor | None = None
-        self._running: Tensor | None = None
+        self.importance: Tensor | None = None
+        self.running: Tensor | None = None
         self.notes: dict[str, Any] = {}
         self.lengths: list[int] = []
         self.scores: dict[int, Tensor] = {}
@@ -189,23 +193,10 @@ class PrefillState:
             return None
         return Sizes(self.row_lengths, self.length - self.start, self.num_layers)
 
-    @property
-    def importance(self) -> Tensor | None:
-        """``[B, M]``, float32: the method's ranking so far; None before there is one.
-
-        The next layer may update it in place. After a selection it still ranks the tokens that
-        were selected from.
-        """
-        return self._importance
-
-    @importance.setter
-    def importance(self, ranking: Tensor) -> None:
-        self._importance = self._running = ranking
-
-    @property
-    def running(self) -> Tensor | None:
-        """``importance`` if it ranks the tokens that the current layer sees, else None."""
-        return self._running
+    def update_ranking(self, ranking: Tensor) -> None:
+        """Called by the method: its ranking ``[B, M]`` after the current layer."""
+        # Not a property's setter, which torch 2.11 leaves out of a compiled graph.
+        self.importance = self.running = ranking
 
     @property
     def observed(self) -> Layer:
@@ -337,7 +328,7 @@ class PrefillState:
         """Continue with the tokens at ``index`` of the current ones."""
         if index is None:
             return None
-        self._running = None
+        self.running = None
         self.start = self._padding(index)
         if self.start is not None and self.row_lengths is None:
             self.row_lengths = torch.full_like(self.start, self.prompt_length)
