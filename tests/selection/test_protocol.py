@@ -259,16 +259,12 @@ class PagedLayer(Layer):
     """Keys in pages, which are put together when they are read."""
 
     def __init__(self, state, index, query, pages: list[Tensor]):
-        super().__init__(state, index, query, torch.empty(pages[0].shape[0], 0, 0, 0), scale=None)
+        super().__init__(state, index, query, pages[0])
         self.pages = pages
 
     @property
     def key(self):
         return torch.cat(self.pages, dim=2)
-
-    @key.setter
-    def key(self, empty):
-        pass
 
 
 @pytest.mark.parametrize("name", ["claa", "peak", "fastkv"])

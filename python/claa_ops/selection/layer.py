@@ -29,15 +29,14 @@ class Layer:
         value: ``[B, G, n, Dv]``, if the caller passes it.
         hidden: ``[B, n, C]``, the layer's input, if the caller passes it.
         lse: ``[B, H, n]`` or its last rows, float32: the attention's logsumexp, if known.
-        attention: ``scale, sliding_window, softcap, sink_logits`` of the layer's attention, as
+        scale, sliding_window, softcap, sink_logits: of the layer's attention, as
             :func:`claa_ops.score_window` takes them.
 
     Attributes:
         state: the prefill.
         index: the layer, from 0.
-        key: ``[B, G, n, D]``.
         start: ``[B]`` or None: the first of the n tokens of each row that is not padding.
-        attention: as above.
+        attention: ``scale``, ``sliding_window``, ``softcap`` and ``sink_logits`` by their names.
     """
 
     def __init__(
@@ -50,13 +49,21 @@ class Layer:
         value: Tensor | None = None,
         hidden: Tensor | None = None,
         lse: Tensor | None = None,
-        **attention: Any,
+        scale: float | None = None,
+        sliding_window: int = 0,
+        softcap: float = 0.0,
+        sink_logits: Tensor | None = None,
     ) -> None:
         self.state = state
         self.index = index
-        self.key = key.detach()  # a ranking has no gradient, even if its inputs do
         self.start = state.start
-        self.attention = attention
+        self.attention: dict[str, Any] = {
+            "scale": scale,
+            "sliding_window": sliding_window,
+            "softcap": softcap,
+            "sink_logits": None if sink_logits is None else sink_logits.detach(),
+        }
+        self._key = key.detach()  # a ranking has no gradient, even if its inputs do
         self._query, self._value, self._hidden, self._lse = query, value, hidden, lse
         self._window_scores: Tensor | None = None
         self._scores: Tensor | None = None
@@ -70,6 +77,11 @@ class Layer:
     def context(self) -> int:
         """M: how many tokens come before the last W; 0 if there are none."""
         return max(0, self.key.shape[2] - self.rows)
+
+    @property
+    def key(self) -> Tensor:
+        """``[B, G, n, D]``."""
+        return self._key
 
     @property
     def query(self) -> Tensor:

@@ -251,7 +251,7 @@ class PrefillState:
                 scale=scale,
                 sliding_window=sliding_window,
                 softcap=softcap,
-                sink_logits=None if sink_logits is None else sink_logits.detach(),
+                sink_logits=sink_logits,
             )
         )
 
