@@ -18,7 +18,7 @@ LEVELS = [
     "python/claa_ops/ops/{}.py",
     "tests/ops/test_{}.py",
 ]
-FOLDERS = ["csrc", "src", "python", "tests", "bench", "examples"]
+FOLDERS = ["csrc", "src", "python", "tests", "bench", "examples", "studies"]
 FUNCTIONS_OF = {
     ending: cpp_functions for ending in (".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp")
 }
