@@ -295,14 +295,18 @@ def test_what_a_terminal_cannot_show_is_escaped(checkpoint):
 
 
 STARTED = [sys.executable, "-c", "from claa_ops.cli import app; app()"]
+# Output is held back until it is much or the end, as where a user has not asked otherwise.
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
-@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["generate", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["info"], ["info", "--json"], ["generate", "--help"], ["--version"]]
+)
 def test_a_full_disk_is_one_line(arguments):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [*STARTED, *arguments], stdout=full, stderr=subprocess.PIPE, text=True
+            [*STARTED, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, env=BUFFERED
         )
     assert done.returncode == 2
     message = "cannot read or write standard output or a file: No space left on device"
@@ -312,7 +316,8 @@ def test_a_full_disk_is_one_line(arguments):
 def test_a_reader_who_has_enough_ends_the_command_quietly():
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([*STARTED, "info"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    command = [*STARTED, "info"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=BUFFERED)
     os.close(writer)
     assert done.returncode == 1 and done.stderr == ""
 

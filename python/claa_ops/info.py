@@ -77,7 +77,7 @@ def _processor() -> str:
 
 def print_version() -> None:
     """Print the version of claa_ops."""
-    print(f"claa-ops {version}")
+    print(f"claa-ops {version}", flush=True)
 
 
 def print_facts(as_json: bool = False) -> None:

@@ -135,6 +135,12 @@ class Commands(TyperGroup):
         with input_errors():
             return super().main(*args, **options)
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run it to the end of what it prints: at exit nobody would take the system's refusal."""
+        result = super().invoke(ctx)
+        sys.stdout.flush()
+        return result
+
 
 @contextlib.contextmanager
 def input_errors() -> Iterator[None]:
