@@ -322,6 +322,12 @@ def test_a_reader_who_has_enough_ends_the_command_quietly():
     assert done.returncode == 1 and done.stderr == ""
 
 
+def test_standard_output_that_is_closed_is_no_error():
+    command = " ".join(map(shlex.quote, [*STARTED, "info"]))
+    done = subprocess.run(f"{command} >&-", shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+
+
 def test_no_prompt_at_a_terminal_is_refused(checkpoint):
     ours, terminal = os.openpty()
     command = [*STARTED, "generate", "--model", checkpoint]

@@ -138,7 +138,8 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run it to the end of what it prints: at exit nobody would take the system's refusal."""
         result = super().invoke(ctx)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it was closed before the command began
+            sys.stdout.flush()
         return result
 
 
