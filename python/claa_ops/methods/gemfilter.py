@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -11,9 +10,6 @@ from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method
 from claa_ops.selection.padding import mask_padding
 from claa_ops.selection.state import PrefillState
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -63,14 +59,6 @@ class GemFilter(Method):
     def default_layer(num_layers: int) -> int:
         """Layer 13 of 32."""
         return num_layers * 13 // 32
-
-    def selection_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The filter layer."""
-        return (self.default_layer(num_layers) if self.layer is None else self.layer,)
-
-    def at_depth(self, num_layers: int) -> Self:
-        """The same method with its filter layer filled in; ValueError if there is none."""
-        return replace(super().at_depth(num_layers), layer=self.selection_layers(num_layers)[0])
 
     def check(self, num_layers: int) -> None:
         """Raise ValueError if the model has no such layer."""

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 from claa_ops.methods.pruning import Keep, Pruning
 from claa_ops.selection.budget import Budget
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -65,25 +62,17 @@ class LazyLLM(Pruning):
         steps = _steps(budget, len(self.layer))
         return [step.count / step.per if step.per else step.count for step in steps]
 
-    def selection_layers(self, num_layers: int) -> tuple[int, ...]:
+    @staticmethod
+    def default_layer(num_layers: int) -> tuple[int, ...]:
         """7, 15 and 23 of 32; fewer if the model has too few."""
-        if self.layer is not None:
-            return super().selection_layers(num_layers)
         return tuple(sorted({max(0, num_layers * quarter // 4 - 1) for quarter in (1, 2, 3)}))
 
     def stages(self, num_layers: int) -> dict[int, Budget]:
         """The selection layers, ascending, and how many tokens continue after each."""
         if self.layer is not None:
             return super().stages(num_layers)
-        layers = self.selection_layers(num_layers)
+        layers = self.default_layer(num_layers)
         return dict(zip(layers, self._steps[-len(layers) :], strict=True))
-
-    def at_depth(self, num_layers: int) -> Self:
-        """The same method with its selection layers filled in; ValueError if there are none."""
-        self.check(num_layers)
-        return (
-            replace(self, layer=self.selection_layers(num_layers)) if self.layer is None else self
-        )
 
 
 def _steps(last: Budget, stages: int) -> list[Budget]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -22,9 +22,6 @@ from claa_ops.selection.budget import (
 from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method
 from claa_ops.selection.state import PrefillState
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 Keep = float | int
 
@@ -141,7 +138,7 @@ class Pruning(Method):
         return layer in self.stages(state.num_layers)
 
     @staticmethod
-    def default_layer(num_layers: int) -> int:
+    def default_layer(num_layers: int) -> int | tuple[int, ...]:
         """Where to select in a model of this depth: the last of the first half, 15 of 32."""
         return max(0, num_layers // 2 - 1)
 
@@ -150,18 +147,6 @@ class Pruning(Method):
     def stages(self, num_layers: int) -> dict[int, Budget]:
         """The selection layers, ascending, and how many tokens continue after each."""
         return dict(zip(self.selection_layers(num_layers), self._keeps, strict=True))
-
-    def selection_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The layers after which tokens may be dropped, ascending."""
-        layer = self.default_layer(num_layers) if self.layer is None else self.layer
-        return layer if isinstance(layer, tuple) else (layer,)
-
-    def at_depth(self, num_layers: int) -> Self:
-        """The same method with its selection layer filled in; ValueError if there is none."""
-        method = super().at_depth(num_layers)
-        if self.layer is not None:
-            return method
-        return replace(method, layer=self.default_layer(num_layers))
 
     def check(self, num_layers: int) -> None:
         """Raise ValueError if no layer comes after the last selection layer."""

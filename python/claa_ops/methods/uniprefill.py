@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,9 +9,6 @@ from claa_ops.selection.budget import is_count, is_number
 from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method
 from claa_ops.selection.state import PrefillState
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -66,16 +62,10 @@ class UniPrefill(Method):
         """True: the attention of each prompt decides how many."""
         return True
 
-    def selection_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The layers after which blocks are dropped."""
-        if self.layer is None:
-            return tuple(sorted({max(0, num_layers * part // 8 - 1) for part in range(2, 8)}))
-        return self.layer if isinstance(self.layer, tuple) else (self.layer,)
-
-    def at_depth(self, num_layers: int) -> Self:
-        """The same method with its selection layers filled in; ValueError if there are none."""
-        layers = self.layer if self.layer is not None else self.selection_layers(num_layers)
-        return replace(super().at_depth(num_layers), layer=layers)
+    @staticmethod
+    def default_layer(num_layers: int) -> tuple[int, ...]:
+        """7, 11, 15, 19, 23 and 27 of 32; fewer if the model has too few."""
+        return tuple(sorted({max(0, num_layers * part // 8 - 1) for part in range(2, 8)}))
 
     def check(self, num_layers: int) -> None:
         """Raise ValueError if no layer comes after the last selection layer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -77,14 +77,23 @@ class Method:
             ValueError: a model of ``num_layers`` layers cannot be served.
         """
         self.check(num_layers)
-        return self
+        if getattr(self, "layer", ()) is not None:
+            return self
+        return replace(self, layer=self.default_layer(num_layers))  # type: ignore[call-arg]
 
     def check(self, num_layers: int) -> None:
         """Raise ValueError if a model of ``num_layers`` layers cannot be served."""
 
+    @staticmethod
+    def default_layer(num_layers: int) -> int | tuple[int, ...]:
+        """What the setting ``layer``, if a method has one, stands for where it is None."""
+        return ()
+
     def selection_layers(self, num_layers: int) -> Sequence[int]:
         """The layers after which tokens may be dropped, ascending."""
-        return ()
+        layer: int | tuple[int, ...] | None = getattr(self, "layer", ())
+        layer = self.default_layer(num_layers) if layer is None else layer
+        return layer if isinstance(layer, tuple) else (layer,)
 
     @property
     def serves_batches(self) -> bool:
