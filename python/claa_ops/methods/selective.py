@@ -1,18 +1,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
+from claa_ops.methods.drafted import Drafted
 from claa_ops.selection.answer import Reader
-from claa_ops.selection.budget import Budget, Size, Sizes
-from claa_ops.selection.method import Method, Preparation
+from claa_ops.selection.budget import Size, Sizes
+from claa_ops.selection.method import Preparation
 from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
-class SelectiveContext(Method):
+class SelectiveContext(Drafted):
     """Drop what a language model finds easy to guess, whatever the question needs.
 
     A small model reads the prompt first. A token's self-information is ``-log p``, where ``p`` is
@@ -45,39 +45,13 @@ class SelectiveContext(Method):
     """
 
     keep: float | int = 0.65
-    draft: Any | None = field(default=None, repr=False)
-    shared_tokenizer: bool = False
     window: int = field(default=32, kw_only=True)
-
-    _keep: Budget = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        shared = isinstance(self.shared_tokenizer, bool)
-        self.require(shared, "shared_tokenizer", "True or False")
-        object.__setattr__(self, "_keep", self.budget("keep"))
-
-    @property
-    def two_pass(self) -> bool:
-        """True: the first pass is the draft's."""
-        return True
-
-    @property
-    def needs_ranking(self) -> bool:
-        """True: the self-information."""
-        return True
 
     def prepare(
         self, reader: Reader, input_ids: Tensor, attention_mask: Tensor | None
     ) -> Preparation:
         """Rank the prompt by what the draft could not guess."""
-        draft = reader.drafted_by(self.draft)
-        if draft.vocab_size != reader.vocab_size and not self.shared_tokenizer:
-            raise ValueError(
-                "SelectiveContext: draft must have the tokenizer of the model, whose vocabulary "
-                f"has {reader.vocab_size} tokens, got one of {draft.vocab_size}"
-            )
-        ranking, work = draft.self_information(input_ids, attention_mask)
+        ranking, work = self.ask(reader).self_information(input_ids, attention_mask)
         return Preparation(ranking.to(input_ids.device), work)
 
     def choose(self, state: PrefillState) -> Tensor | None:

@@ -1,23 +1,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from claa_ops.methods.drafted import Drafted
 from claa_ops.ops.aggregate_scores import aggregate_scores
 from claa_ops.ops.peak_attention import peak_attention
 from claa_ops.ops.pool_heads import pool_heads
 from claa_ops.ops.select_topk import select_topk
 from claa_ops.selection.answer import Answer, Reader
-from claa_ops.selection.budget import Budget, Size, is_count, smaller
-from claa_ops.selection.method import Method, Preparation
+from claa_ops.selection.budget import Size, is_count, smaller
+from claa_ops.selection.method import Preparation
 from claa_ops.selection.state import PrefillState
 
 
 @dataclass(frozen=True)
-class SpeculativePrefill(Method):
+class SpeculativePrefill(Drafted):
     """A small model reads the prompt first and says which parts the large one must read.
 
     The draft prefills the prompt and looks a few tokens ahead. Its attention to the prompt is
@@ -48,51 +48,27 @@ class SpeculativePrefill(Method):
         >>> method = SpeculativePrefill(keep=0.3, look_ahead=4)
     """
 
-    keep: float | int = 0.1
-    draft: Any | None = field(default=None, repr=False)
-    shared_tokenizer: bool = False
     look_ahead: int = 8
     chunk: int | None = 32
     kernel_size: int = field(default=13, kw_only=True)
 
-    _keep: Budget = field(init=False, repr=False, compare=False)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(is_count(self.look_ahead, 1), "look_ahead", "a positive integer")
-        shared = isinstance(self.shared_tokenizer, bool)
-        self.require(shared, "shared_tokenizer", "True or False")
         chunked = self.chunk is None or is_count(self.chunk, 1)
         self.require(chunked, "chunk", "a positive integer or None")
         self.require(self.pool_mode == "avg", "pool_mode", "'avg'")
-        object.__setattr__(self, "_keep", self.budget("keep"))
-
-    @property
-    def two_pass(self) -> bool:
-        """True: the first pass is the draft's."""
-        return True
 
     @property
     def keeps_positions(self) -> bool:
         """True: the model reads the kept tokens where they stood."""
         return True
 
-    @property
-    def needs_ranking(self) -> bool:
-        """True: the draft's."""
-        return True
-
     def prepare(
         self, reader: Reader, input_ids: Tensor, attention_mask: Tensor | None
     ) -> Preparation:
         """Rank the prompt with the draft."""
-        draft = reader.drafted_by(self.draft)
-        if draft.vocab_size != reader.vocab_size and not self.shared_tokenizer:
-            raise ValueError(
-                "SpeculativePrefill: draft must have the tokenizer of the model, whose vocabulary "
-                f"has {reader.vocab_size} tokens, got one of {draft.vocab_size}"
-            )
-        answer = draft.answer(input_ids, self.look_ahead, attention_mask)
+        answer = self.ask(reader).answer(input_ids, self.look_ahead, attention_mask)
         return Preparation(self.rank_prompt(answer).to(input_ids.device), answer.work)
 
     @property
