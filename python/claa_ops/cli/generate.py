@@ -85,9 +85,9 @@ def demo(
     settings.check()
 
     def make_example(tokenizer: PreTrainedTokenizerBase) -> Example:
-        return demo_example(
-            lambda text: len(tokenizer(text, add_special_tokens=False).input_ids), tokens
-        )
+        from claa_ops.evaluate.tasks.prompt import PromptCounter  # slow to import, as below
+
+        return demo_example(PromptCounter(tokenizer), tokens)
 
     if not _compare_and_print(settings, make_example, as_json):
         raise typer.Exit(1)

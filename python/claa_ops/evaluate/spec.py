@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from claa_ops.evaluate.parse import Budget
 from claa_ops.huggingface.models import InputError, load_model, require_same_tokenizer
 from claa_ops.methods import METHODS, Method, find_method, make_method
 from claa_ops.methods.pruning import Pruning
+from claa_ops.methods.registry import settings_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,7 +130,7 @@ def give_draft(
 
 def plain_settings(method: Method) -> dict[str, Any]:
     """The settings of a method as JSON has them; a draft is its name."""
-    return {name: plain(getattr(method, name)) for name in _settings_of(type(method))}
+    return {name: plain(getattr(method, name)) for name in settings_of(type(method))}
 
 
 def plain(value: Any) -> Any:
@@ -162,11 +162,7 @@ def _find(name: str) -> type[Method]:
 
 
 def _settings(name: str) -> list[str]:
-    return _settings_of(_find(name))
-
-
-def _settings_of(method: type[Method]) -> list[str]:
-    return [field.name for field in dataclasses.fields(method) if field.init]
+    return settings_of(_find(name))
 
 
 def _value(text: str) -> Any:

@@ -135,7 +135,19 @@ def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
         else:
             output, lse = (fused[0].transpose(1, 2).contiguous(), None), fused[1]
         if isinstance(claa_cache, ClaaCache) and claa_cache.prefilling:
-            _observe_and_compress(claa_cache, layer, query, key, value, lse, kwargs)
+            claa_cache.observe(
+                layer,
+                query,
+                key,
+                value=value,
+                hidden=claa_cache.hidden,
+                lse=lse,
+                scale=kwargs.get("scaling"),
+                sliding_window=kwargs.get("sliding_window") or 0,
+                softcap=kwargs.get("softcap") or 0.0,
+                sink_logits=kwargs.get("s_aux"),
+            )
+            claa_cache.hidden = None
         return output
 
     vars(claa_attention)["claa_base"] = base
@@ -160,47 +172,6 @@ def _plain_attention(
     if causal is False or any(attention.get(name) for name in special):
         return None
     return attention_and_logsumexp(query, key, value, attention.get("scaling"))
-
-
-def _observe_and_compress(
-    cache: ClaaCache,
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lse: Tensor | None,
-    attention: dict[str, Any],
-) -> None:
-    state, held = cache.state, cache.layers[layer]
-    assert state is not None  # begin_forward made it
-    if state.layer == layer:
-        raise ValueError(f"ClaaCache: a layer must attend once, got two calls in layer {layer}")
-    state.observe(
-        layer,
-        query,
-        key,
-        value=value,
-        hidden=cache.hidden,
-        lse=lse,
-        scale=attention.get("scaling"),
-        sliding_window=attention.get("sliding_window") or 0,
-        softcap=attention.get("softcap") or 0.0,
-        sink_logits=attention.get("s_aux"),
-    )
-    cache.hidden = None
-    if not held.is_sliding:
-        if held.keys.shape[1] != key.shape[1]:
-            raise ValueError(
-                f"ClaaCache: attention must see the heads that the cache holds, got "
-                f"{key.shape[1]} and {held.keys.shape[1]} in layer {layer}, which makes the one "
-                "from the other (as latent attention does)"
-            )
-        held.keys, held.values = state.compress(layer, held.keys, held.values)
-        held.start = state.cache_start
-        return
-    state.release()
-    if state.positions is not None:
-        held.place(state.positions, state.start)
 
 
 def _window_mask(

@@ -196,6 +196,34 @@ class ClaaCache(AttachedCache):
             assert self.state is not None  # the prefill made it
             check_same_padding(attention_mask[:, : self.state.prompt_length], self.start)
 
+    def observe(self, layer: int, query: Tensor, key: Tensor, **seen: Any) -> None:
+        """Take in what a layer of the prompt saw, and keep what the method keeps of its entries.
+
+        Args:
+            layer, query, key, seen: as :meth:`PrefillState.observe` takes them.
+
+        Raises:
+            ValueError: the layer attends twice, or to other heads than it holds.
+        """
+        state, held = self.state, self.layers[layer]
+        assert state is not None  # begin_forward made it
+        if state.layer == layer:
+            raise ValueError(f"ClaaCache: a layer must attend once, got two calls in layer {layer}")
+        state.observe(layer, query, key, **seen)
+        if not held.is_sliding:
+            if held.keys.shape[1] != key.shape[1]:
+                raise ValueError(
+                    f"ClaaCache: attention must see the heads that the cache holds, got "
+                    f"{key.shape[1]} and {held.keys.shape[1]} in layer {layer}, which makes the "
+                    "one from the other (as latent attention does)"
+                )
+            held.keys, held.values = state.compress(layer, held.keys, held.values)
+            held.start = state.cache_start
+            return
+        state.release()
+        if state.positions is not None:
+            held.place(state.positions, state.start)
+
     def end_forward(self) -> None:
         """Called by an attached model after its layers."""
         self.given.clear()

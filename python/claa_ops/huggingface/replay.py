@@ -309,15 +309,9 @@ class RecordedPrefill:
 
     def hand_out(self, layer: int, cache: ClaaCache) -> Any:
         """The output of a layer, whose keys, values and scores the cache gets."""
-        held, call, state = cache.layers[layer], self._calls[layer], cache.state
-        assert state is not None  # a prefill that the record begins has one
+        call = self._calls[layer]
         cache.update(call.key, call.rest["value"], layer)
-        state.observe(layer, call.query, call.key, **call.rest)
-        if not held.is_sliding:
-            held.keys, held.values = state.compress(layer, held.keys, held.values)
-            held.start = state.cache_start
-        else:
-            state.release()
+        cache.observe(layer, call.query, call.key, **call.rest)
         # Where an output was not recorded nobody reads it, but it must have the form of one.
         return self._outputs.get(layer, self._outputs[len(self._calls) - 1])
 
