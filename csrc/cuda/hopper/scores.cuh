@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "csrc/cuda/hopper/launch.cuh"
 #include "csrc/cuda/hopper/layout.cuh"
 #include "csrc/cuda/hopper/schedule.cuh"
 #include "csrc/cuda/hopper/tma.cuh"
@@ -45,6 +46,20 @@ inline ScoreParams score_params(const WindowScores& s, const Schedule& schedule,
           .has_padding_rows = a.group() * a.window != query_rows,
           .scale_log2 = a.scale * FastExp::kUnit,
           .pool_scale = 1.f / float(2 * s.halo() + 1)};
+}
+
+inline cudaError_t launch_scores(void (*kernel)(Maps, ScoreParams), const ScoreParams& p,
+                                 int64_t blocks, int threads, cudaStream_t stream) {
+  Maps maps;
+  const cudaError_t status = map_both(p.scores.attention, kTileRows, p.group, p.head_rows, &maps);
+  if (status != cudaSuccess) return status;
+  return launch_kernel(kernel,
+                       {.blocks = blocks,
+                        .threads = threads,
+                        .shared_bytes = p.layout.bytes,
+                        .is_cooperative = p.partials != nullptr,
+                        .overlaps = true},
+                       stream, maps, p);
 }
 
 // Up to 64 query rows of a group (scores_narrow.cu).

@@ -506,17 +506,7 @@ Plan::Plan(const WindowScores& s) {
 
 template <class Shape>
 cudaError_t launch(const Plan& plan, cudaStream_t stream) {
-  const ScoreParams& p = plan.params;
-  Maps maps;
-  const cudaError_t status = map_both(p.scores.attention, kTileRows, p.group, p.head_rows, &maps);
-  if (status != cudaSuccess) return status;
-  return launch_kernel(wide_kernel<Shape>,
-                       {.blocks = plan.blocks,
-                        .threads = kThreads,
-                        .shared_bytes = p.layout.bytes,
-                        .is_cooperative = p.partials != nullptr,
-                        .overlaps = true},
-                       stream, maps, p);
+  return launch_scores(wide_kernel<Shape>, plan.params, plan.blocks, kThreads, stream);
 }
 
 }  // namespace
