@@ -29,6 +29,7 @@ class Model(NamedTuple):
 SMOLLM2 = Model("SmolLM2-135M", heads=9, kv_heads=3, dim=64, hidden=576)
 LLAMA = Model("Llama-3.1-8B", heads=32, kv_heads=8, dim=128, hidden=4096)
 WINDOW = 8
+HOPS, SEEDS = 4, 64  # of hop_tokens: its defaults
 LAYERS = 8  # layers that rank_variance compares
 KEEP = 10  # one token in ten
 
@@ -200,6 +201,15 @@ def rank_variance(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("rank_variance", shape, torch.float32, arguments, 4, note=f"{LAYERS} layers")
 
 
+def hop_tokens(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    """The values of a layer; each hop multiplies them with its seeds."""
+    scores = torch.rand(1, shape.context, device=shape.device)
+    states = keys_of(shape.model, dtype, shape.tokens, shape.device)
+    outputs = 4 * HOPS * shape.context
+    flops = 2 * HOPS * SEEDS * states.numel()
+    yield Case("hop_tokens", shape, dtype, (scores, states), outputs, flops=flops)
+
+
 def _scoring(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
     model = shape.model
     query = queries_of(model, dtype, shape.device)
@@ -218,6 +228,7 @@ OPS: dict[str, Callable[[Shape, torch.dtype], Iterator[Case]]] = {
     "gather_kv": gather_kv,
     "gather_tokens": gather_tokens,
     "rank_variance": rank_variance,
+    "hop_tokens": hop_tokens,
 }
 MOVES_MODEL_DTYPE = {
     "score_tokens",
@@ -226,6 +237,7 @@ MOVES_MODEL_DTYPE = {
     "peak_attention",
     "gather_kv",
     "gather_tokens",
+    "hop_tokens",
 }
 
 

@@ -207,6 +207,7 @@ OPS: dict[str, Callable[[Shape], Iterator[Make]]] = {
     "gather_kv": gather_kv,
     "gather_tokens": _portable("gather_tokens"),
     "rank_variance": _portable("rank_variance"),
+    "hop_tokens": _portable("hop_tokens"),
 }
 
 

@@ -203,6 +203,42 @@ struct RankVarianceParams {
   int64_t workers;
 };
 
+// One call of the op runs its parts one after the other: the mean of the states, then each hop.
+struct HopTokensParams {
+  static constexpr int64_t kMean = -1;
+  int64_t part;  // kMean, or the number of a hop
+
+  const float* scores;  // [batch, context]
+  const void* states;   // [batch, pieces, total, dim], of which the first `context` tokens count
+  Indices start;        // [batch]: the first valid token; may be nullptr
+  float* out;           // [batch, hops, context]
+  void* workspace;      // kept from part to part; as much as the device asks for
+
+  DType dtype;  // of states
+  int64_t batch, context, pieces, dim;
+  int64_t scores_stride_b;
+  int64_t states_stride_b, states_stride_g, states_stride_n;
+  int64_t hops, num_seeds;  // num_seeds <= context
+  float temperature;
+  int64_t gap, kernel_size;
+  PoolMode pool_mode;
+  int64_t workers;  // CPU: threads available, each with its own part of the workspace
+
+  CLAA_HOST_DEVICE int64_t channels() const { return pieces * dim; }  // of a token
+
+  // Always inlined, for the same reason as `tiers` above.
+  CLAA_HOST_DEVICE __attribute__((always_inline)) inline int64_t first_valid(int64_t b) const {
+    const int64_t first = start.data ? start[b] : 0;
+    return first < 0 ? 0 : first < context ? first : context;
+  }
+  // How many seeds a hop of a row with so many valid tokens has: fewer where fewer are left.
+  CLAA_HOST_DEVICE __attribute__((always_inline)) inline int64_t seeds_of(int64_t hop,
+                                                                          int64_t valid) const {
+    const int64_t left = valid - hop * num_seeds;
+    return left < 0 ? 0 : left < num_seeds ? left : num_seeds;
+  }
+};
+
 #define CLAA_FOR_EACH_OP(DECLARE) \
   DECLARE(ScoreWindowParams)      \
   DECLARE(PoolHeadsParams)        \
@@ -213,7 +249,8 @@ struct RankVarianceParams {
   DECLARE(GatherKvParams)         \
   DECLARE(GatherTokensParams)     \
   DECLARE(PeakAttentionParams)    \
-  DECLARE(RankVarianceParams)
+  DECLARE(RankVarianceParams)     \
+  DECLARE(HopTokensParams)
 
 namespace cpu {
 

@@ -10,8 +10,8 @@ import pytest
 
 PUBLIC = {
     "claa_ops": """
-        aggregate_scores gather_kv gather_tokens peak_attention pool_heads rank_variance score_layer
-        score_tokens score_window select_topk
+        aggregate_scores gather_kv gather_tokens hop_tokens peak_attention pool_heads rank_variance
+        score_layer score_tokens score_window select_topk
     """,
     "claa_ops.methods": """
         ASL CLAA FastKV FastKVDeferral FullKV GemFilter LazyLLM METHODS Method Oracle Peak

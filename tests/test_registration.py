@@ -108,10 +108,22 @@ def rank_variance(b: int, m: int, device: str) -> list[Sample]:
     return [Sample((torch.rand(3, b, m, device=device), m // 3))]
 
 
+def hop_tokens(b: int, m: int, device: str) -> list[Sample]:
+    scores = torch.rand(b, m, device=device)
+    states = torch.randn(b, m + 8, 2, 16, device=device).transpose(1, 2)
+    start = torch.arange(b, device=device)
+    options = {"hops": 2, "num_seeds": m // 3, "temperature": 0.5, "gap": 2, "kernel_size": 3}
+    return [
+        Sample((scores, states)),
+        Sample((scores, states), options | {"pool_mode": "max", "start": start}),
+    ]
+
+
 SAMPLES: dict[str, Callable[[int, int, str], list[Sample]]] = {
     "aggregate_scores": aggregate_scores,
     "gather_kv": gather_kv,
     "gather_tokens": gather_tokens,
+    "hop_tokens": hop_tokens,
     "peak_attention": peak_attention,
     "pool_heads": pool_heads,
     "rank_variance": rank_variance,

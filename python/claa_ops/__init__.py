@@ -17,6 +17,7 @@ from claa_ops._build_info import version
 from claa_ops.ops.aggregate_scores import aggregate_scores
 from claa_ops.ops.gather_kv import gather_kv
 from claa_ops.ops.gather_tokens import gather_tokens
+from claa_ops.ops.hop_tokens import hop_tokens
 from claa_ops.ops.peak_attention import peak_attention
 from claa_ops.ops.pool_heads import pool_heads
 from claa_ops.ops.rank_variance import rank_variance
@@ -34,6 +35,7 @@ __all__ = [
     "aggregate_scores",
     "gather_kv",
     "gather_tokens",
+    "hop_tokens",
     "peak_attention",
     "pool_heads",
     "rank_variance",

@@ -202,6 +202,54 @@ def rank_variance(
     return (total / in_union.sum(dim=-1).clamp_min(1)).to(scores.dtype)
 
 
+def hop_tokens(
+    scores: Tensor,  # [B, M]
+    states: Tensor,  # [B, G, N, D], N >= M
+    *,
+    hops: int = 4,
+    num_seeds: int = 64,
+    temperature: float = 0.1,
+    gap: int = 8,
+    kernel_size: int = 25,
+    pool_mode: str = "avg",
+    start: Tensor | None = None,  # [B]
+) -> Tensor:
+    """Scores of the tokens that each hop leads to from the best of the hop before: [B, hops, M].
+
+    Directions are rounded to the dtype of the states, as a model would multiply them. A row with
+    fewer tokens that were no seeds yet has fewer seeds; one with none has scores of 0.
+    """
+    batch, context = scores.shape
+    if not scores.numel():
+        return scores.new_zeros(batch, hops, context)
+    position = torch.arange(context, device=scores.device)
+    valid = _valid_keys(start, position).view(-1, context).expand(batch, -1)  # [B, M]
+    tokens = valid.sum(dim=-1)  # [B]
+
+    x = states[:, :, :context].transpose(1, 2).flatten(2)  # [B, M, G * D]
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(~valid[..., None], 0.0)
+    mean = x.sum(dim=1, keepdim=True) / tokens.clamp_min(1)[:, None, None]
+    direction = F.normalize(x - mean, dim=-1).to(states.dtype)
+
+    rank, was_seed, found = scores, torch.zeros_like(valid), []
+    for hop in range(hops):
+        k = min(num_seeds, context)
+        counts = (tokens - hop * num_seeds).clamp(0, k)
+        seeds = select_topk(rank, k, start=start, counts=counts)  # [B, k], -1 for none
+        seed_rows = seeds.clamp_min(0)[..., None].expand(-1, -1, x.shape[-1])
+        cosine = direction.gather(1, seed_rows) @ direction.mT  # [B, k, M]
+        is_near = (position - seeds[..., None]).abs() <= gap
+        visible = ~is_near & valid[:, None] & (seeds >= 0)[..., None]
+        logits = (cosine.to(x.dtype) / temperature).masked_fill(~visible, -torch.inf)
+        link = logits.softmax(dim=-1).masked_fill(~visible, 0.0).amax(dim=1)  # [B, M]
+        score = pool_heads(link[:, None], 1, kernel_size=kernel_size, pool_mode=pool_mode)[:, 0]
+        found.append(score.masked_fill(~valid, 0.0))
+        is_seed = position == seeds[..., None]  # [B, k, M]
+        was_seed = was_seed | is_seed.any(dim=1)
+        rank = score.masked_fill(was_seed, -1.0)  # below every score
+    return torch.stack(found, dim=1)
+
+
 def _logits(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
     """Scaled products of each query head with the keys of its group, in the dtype of the scores."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # [B, H, N, D]

@@ -28,6 +28,7 @@ STABLE_TORCH_LIBRARY_IMPL(claa, CLAA_DEVICE, m) {
   m.impl("gather_tokens", TORCH_BOX(&claa::gather_tokens));
   m.impl("peak_attention", TORCH_BOX(&claa::peak_attention));
   m.impl("rank_variance", TORCH_BOX(&claa::rank_variance));
+  m.impl("hop_tokens", TORCH_BOX(&claa::hop_tokens));
 }
 
 #ifndef CLAA_CUDA
@@ -58,6 +59,10 @@ STABLE_TORCH_LIBRARY(claa, m) {
       "peak_attention(Tensor query, Tensor key, *, float? scale=None, Tensor? running=None, "
       "Tensor? start=None) -> Tensor");
   m.def("rank_variance(Tensor scores, SymInt k) -> Tensor");
+  m.def(
+      "hop_tokens(Tensor scores, Tensor states, *, SymInt hops=4, SymInt num_seeds=64, "
+      "float temperature=0.1, SymInt gap=8, SymInt kernel_size=25, int pool_mode=0, "
+      "Tensor? start=None) -> Tensor");
   m.def("_cpu_isa(int limit) -> int");
 }
 

@@ -46,4 +46,8 @@ Tensor peak_attention(const Tensor& query, const Tensor& key, std::optional<doub
 
 Tensor rank_variance(const Tensor& scores, int64_t k);
 
+Tensor hop_tokens(const Tensor& scores, const Tensor& states, int64_t hops, int64_t num_seeds,
+                  double temperature, int64_t gap, int64_t kernel_size, int64_t pool_mode,
+                  const std::optional<Tensor>& start);
+
 }  // namespace claa

@@ -58,6 +58,15 @@ def test_any_head_dim(dim, dtype):
         assert_as_exact_as_eager(op, query, key)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dim", [1, 3, 15, 16, 17, 80, 256])
+@pytest.mark.parametrize("num_seeds", [1, 9, 64])
+def test_hops(num_seeds, dim, dtype):
+    scores = normal(2, 600, device="cpu")
+    states = normal(2, 2, 605, dim, device="cpu", dtype=dtype, seed=1)
+    assert_as_exact_as_eager("hop_tokens", scores, states, hops=1, num_seeds=num_seeds)
+
+
 @pytest.mark.parametrize("pool_mode", ["avg", "max"])
 @pytest.mark.parametrize("context", [1, 7, 8, 9, 100])
 def test_pools(context, pool_mode):

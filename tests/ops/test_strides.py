@@ -162,6 +162,8 @@ def test_any_layout_of_any_argument(
             "key": key,
             "running": random(batch, window, total).sigmoid() / 100,
         },
+        # One hop: a later one has other seeds if rounding changes which of two scores is larger.
+        "hop_tokens": {"scores": random(batch, context), "states": key, "hops": 1},
         "rank_variance": {"scores": random(window, batch, context), "k": kept},
     }[op]
     for name, x in arguments.items():

@@ -26,6 +26,7 @@ def calls() -> dict[str, Callable[[], Tensor]]:
     query, key = queries_and_keys(2, 6, 3, 8, 2100, 32, device="cpu")
     lse = normal(2, 6, 8, device="cpu") + 8
     scores = normal(5, 2, 3000, device="cpu")
+    states = normal(2, 2, 3000, 24, device="cpu")
 
     def running(call: Callable[[Tensor], Tensor]) -> Tensor:
         highest = torch.zeros(2, 2100 - 8)
@@ -38,6 +39,7 @@ def calls() -> dict[str, Callable[[], Tensor]]:
         "score_layer": lambda: running(lambda x: claa_ops.score_layer(x, query, key)),
         "peak_attention": lambda: claa_ops.peak_attention(query, key),
         "rank_variance": lambda: claa_ops.rank_variance(scores, 300),
+        "hop_tokens": lambda: claa_ops.hop_tokens(scores[0], states),
         "select_topk": lambda: claa_ops.select_topk(scores, 300),
     }
 

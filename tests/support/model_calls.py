@@ -150,6 +150,19 @@ def _rank(batch: int, context: int, device: str, seed: int) -> Call:
     return Call("rank_variance", (scores, context // 10))
 
 
+def _hop(pieces: int, dim: int, dtype: torch.dtype, *given: str) -> Maker:
+    def make(batch: int, context: int, device: str, seed: int) -> Call:
+        scores = normal(batch, context, device=device, seed=seed)
+        memory = (batch, context + 8, pieces, dim)
+        states = normal(*memory, device=device, dtype=dtype, seed=seed + 1).transpose(1, 2)
+        options = {}
+        if "start" in given:
+            options["start"] = torch.arange(batch, device=device) * context // (2 * batch)
+        return Call("hop_tokens", (scores, states), options)
+
+    return make
+
+
 _BF16, _F32 = torch.bfloat16, torch.float32
 _MAKERS: dict[str, Maker] = {
     "score_window": _scores("score_window", 8, 128, _BF16),
@@ -178,5 +191,8 @@ _MAKERS: dict[str, Maker] = {
     "gather_kv": _gather_kv,
     "gather_tokens": _gather_tokens,
     "rank_variance": _rank,
+    "hop_tokens": _hop(KV_HEADS, 128, _BF16, "start"),
+    "hop_tokens-hidden": _hop(1, 2048, torch.float16),
+    "hop_tokens-float32": _hop(KV_HEADS, 40, _F32),
 }
 MAKERS = [pytest.param(maker, id=name) for name, maker in _MAKERS.items()]
