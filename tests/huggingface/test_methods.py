@@ -14,6 +14,7 @@ from claa_ops.methods import (
     FastKVDeferral,
     FullKV,
     GemFilter,
+    Hops,
     LazyLLM,
     Oracle,
     Peak,
@@ -142,7 +143,18 @@ def slow_oracle(llama, ids, *, answer_tokens, kernel=13, **settings):
     return result
 
 
-def slow_peak(llama, ids, *, kept, cached, kernel, layer=2, window=8, num_sinks=0):
+def slow_peak(
+    llama,
+    ids,
+    *,
+    kept,
+    cached,
+    kernel,
+    layer=2,
+    window=8,
+    num_sinks=0,
+    rank=lambda scores, seen: scores,
+):
     stages = stages_of(layer, kept, len(ids))
     capacity = tokens(cached, len(ids))
     peak = torch.zeros(len(ids)).double()
@@ -158,10 +170,24 @@ def slow_peak(llama, ids, *, kept, cached, kernel, layer=2, window=8, num_sinks=
     def select(seen):
         if seen.layer not in stages:
             return None
-        scores = slow_methods.pool(peak[seen.kept][:-window], kernel)
+        scores = rank(slow_methods.pool(peak[seen.kept][:-window], kernel), seen)
         return llama.best(scores, stages[seen.layer], window, seen, num_sinks)
 
     return llama.run(ids, STEPS, compress=compress, select=select)
+
+
+def slow_hops(llama, ids, *, hops, seeds, temperature, least, kernel, **settings):
+    def rank(scores, seen):
+        states = seen.value.transpose(0, 1).flatten(1)[: len(scores)]
+        found = slow_methods.hop_scores(
+            scores, states, hops=hops, seeds=seeds, temperature=temperature, kernel=kernel
+        )
+        order = slow_methods.in_turn([scores, *found], least, len(scores))
+        return torch.zeros_like(scores).scatter(
+            0, torch.tensor(order), -torch.arange(len(order)).double()
+        )
+
+    return slow_peak(llama, ids, kernel=kernel, rank=rank, **settings)
 
 
 def slow_streaming(llama, ids, *, cached, num_sinks):
@@ -448,6 +474,25 @@ CASES = {
     "peak, staged rates, sinks": (
         Peak(keep=(0.6, 0.3), keep_kv=0.25, layer=(1, 3), kernel_size=9, window=8),
         partial(slow_peak, kept=(0.6, 0.3), cached=0.25, kernel=9, layer=(1, 3), num_sinks=4),
+    ),
+    "hops": (
+        Hops(keep=30, kernel_size=5, num_sinks=0, num_seeds=6, least=4, temperature=0.2, **SMALL),
+        partial(slow_hops, kept=30, cached=30, kernel=5, hops=4, seeds=6, least=4, temperature=0.2),
+    ),
+    "hops, staged": (
+        Hops(keep=(0.6, 0.4), keep_kv=0.3, layer=(1, 3), kernel_size=3, hops=2, window=8, least=5),
+        partial(
+            slow_hops,
+            kept=(0.6, 0.4),
+            cached=0.3,
+            layer=(1, 3),
+            kernel=3,
+            num_sinks=4,
+            hops=2,
+            seeds=64,
+            least=5,
+            temperature=0.1,
+        ),
     ),
     "pyramidinfer": (
         PyramidInfer(rho=0.3, recent=0.2, least=10),

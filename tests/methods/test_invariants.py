@@ -16,6 +16,7 @@ from claa_ops.methods import (
     FastKV,
     FastKVDeferral,
     GemFilter,
+    Hops,
     LazyLLM,
     Oracle,
     Peak,
@@ -68,7 +69,7 @@ def trace_over(method, query, key, ranking, start):
             gather_kv(x, x, positions[:, None].expand(-1, x.shape[1], -1).contiguous())[0]
             for x in (query[layer], key[layer])
         ]
-        state.observe(layer, *rows)
+        state.observe(layer, *rows, value=rows[1])
         place = (1 + positions)[:, None, :, None].expand(-1, groups, -1, -1)  # padding gives 0
         result.seen.append(state.length)
         result.held.append(state.compress(layer, place, place)[0][..., 0] - 1)
@@ -103,6 +104,9 @@ PADDED = {  # each method with the rates a and b, and other numbers that depend 
     "claa-mixed-plain": lambda a, b: CLAA(keep=(30, 30, a), layer=(0, 2, 4), window=5),
     "fastkv-mixed": lambda a, b: FastKV(keep=30, keep_kv=a, layer=0, window=5),
     "peak-mixed": lambda a, b: Peak(keep=(30, 12, a), layer=(1, 2, 4), window=5),
+    "hops": lambda a, b: Hops(
+        keep=(max(a, b), min(a, b)), layer=(1, 3), window=5, least=9, num_seeds=4
+    ),
     "claa-near": lambda a, b: CLAA(keep=(a, 0.98 * a), keep_kv=0.97 * a, layer=(1, 3), window=2),
     "claa-equal": lambda a, b: CLAA(
         keep=max(a, 0.5), layer=3, first_full=1, equal_cache=True, window=2
@@ -257,7 +261,8 @@ def test_what_stands_before_the_prompt_does_not_change_its_ranking(method):
             first_pass=method.two_pass,
         )
         for layer in range(3):
-            state.observe(layer, query[layer, :, :, dropped:], key[layer, :, :, dropped:])
+            seen = key[layer, :, :, dropped:]
+            state.observe(layer, query[layer, :, :, dropped:], seen, value=seen)
         states.append(state)
     padded, alone = states
     torch.testing.assert_close(padded.importance[:, padding:], alone.importance)
@@ -286,7 +291,7 @@ def test_the_logsumexp_of_the_attention_changes_nothing(name):
             first_pass=method.two_pass,
         )
         layer = max([*method.selection_layers(LAYERS), 1])  # PyramidInfer's layer 0 keeps all
-        state.observe(layer, query, key, lse=logsumexp)
+        state.observe(layer, query, key, value=key, lse=logsumexp)
         scores.append(state.observed.scores)
     torch.testing.assert_close(*scores)
 

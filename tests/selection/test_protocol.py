@@ -17,6 +17,7 @@ from claa_ops.methods import (
     METHODS,
     FastKV,
     GemFilter,
+    Hops,
     LazyLLM,
     Method,
     Peak,
@@ -50,12 +51,14 @@ def trace(method: Method, tensors: list[tuple[Tensor, Tensor]], **options):
         method, num_layers=LAYERS, prompt_length=tokens, first_pass=method.two_pass, **options
     )
     kept = torch.arange(tokens, dtype=torch.float32)[None].expand(tensors[0][1].shape[0], -1)
+    # The same on each device.
+    hidden = torch.randn(tokens, 6, generator=torch.Generator().manual_seed(5))
     cached = []
     for index, (query, key) in enumerate(tensors):
         if state.positions is not None:
             at = state.positions.clamp_min(0)[:, None, :, None]
             query, key = (x.gather(2, at.expand(-1, x.shape[1], -1, DIM)) for x in (query, key))
-        state.observe(index, query, key)
+        state.observe(index, query, key, hidden=hidden[kept.long()])
         rows = kept[:, None, :, None].expand(-1, key.shape[1], -1, 1)
         cached.append(state.compress(index, rows, rows)[0][..., 0])
         chosen = state.select(index)
@@ -142,6 +145,7 @@ SPLIT = {
     "fastkv": FastKV(keep=20, keep_kv=12, layer=1),
     "peak": Peak(keep=24, layer=2, window=8),
     "peak, staged": Peak(keep=(40, 24), layer=(0, 2), window=8),
+    "hops": Hops(keep=(40, 24), layer=(0, 2), window=8, states="hidden", num_seeds=4, least=4),
     "asl": ASL(keep=24, layer=1, last_n=2, tau=10.0, window=8),
     "gemfilter": GemFilter(keep=20, layer=1),
     "pyramidinfer": PyramidInfer(least=5),

@@ -15,11 +15,12 @@ from torch import Tensor
 
 @dataclass
 class Seen:
-    """What a method sees in a layer: queries [H, n, D] and keys [G, n, D]."""
+    """What a method sees in a layer: queries [H, n, D], keys and values [G, n, D]."""
 
     layer: int
     query: Tensor
     key: Tensor
+    value: Tensor
     kept: list[int]  # where these n stood in the prompt
 
     @property
@@ -107,7 +108,7 @@ class Llama:
                 value = self.heads(states, prefix + "self_attn.v_proj")
                 queries.append(query)
                 result.work += len(place)
-                seen = Seen(layer, query, key, kept)
+                seen = Seen(layer, query, key, value, kept)
                 attended = []
                 for g in range(key.shape[0]):
                     pairs = [*caches[layer][g : g + 1], (key[g], value[g])]
@@ -195,6 +196,55 @@ def by_layer_scores(
 
 def pool(x: Tensor, kernel: int) -> Tensor:
     return F.avg_pool1d(x[None, None], kernel, stride=1, padding=kernel // 2)[0, 0]
+
+
+def hop_scores(
+    scores: Tensor, states: Tensor, *, hops: int, seeds: int, temperature: float, kernel: int
+) -> list[Tensor]:
+    """[M] for each hop: what of the states [M, C] is like those of the best tokens before."""
+    states = states - states.mean(0)
+    states = states / states.norm(dim=-1, keepdim=True)
+    found, used = [], set()
+    for _ in range(hops):
+        order = sorted(range(len(scores)), key=lambda j: (-float(scores[j]), j))
+        best = [j for j in order if j not in used][:seeds]
+        used |= set(best)
+        links = []
+        for seed in best:
+            alike = states @ states[seed] / temperature
+            alike[max(0, seed - 8) : seed + 9] = -torch.inf
+            links.append(alike.softmax(0))
+        raw = torch.stack(links).amax(0) if links else torch.zeros_like(scores)
+        scores = pool(raw, kernel)
+        found.append(scores)
+    return found
+
+
+def in_turn(rankings: list[Tensor], first: int, count: int) -> list[int]:
+    """The ``count`` tokens that rankings [M] keep together, most important first.
+
+    The first ranking has ``first`` tokens for itself. Then the others take one each in turn, until
+    it has less than two for each one of theirs.
+    """
+    orders = [
+        sorted(range(len(scores)), key=lambda j: (-float(scores[j]), j)) for scores in rankings
+    ]
+    shares = len(rankings) + 1
+    due = [
+        (place if place < first else max(first, place * shares / 2), 0, place)
+        for place in range(len(orders[0]))
+    ]
+    for ranking in range(1, len(orders)):
+        others = len(orders) - 1
+        due += [
+            (max(first + others * place, shares * place) + 0.25, ranking, place)
+            for place in range(len(orders[0]))
+        ]
+    taken: dict[int, float] = {}
+    for when, ranking, place in due:
+        token = orders[ranking][place]
+        taken[token] = min(when, taken.get(token, torch.inf))
+    return sorted(taken, key=lambda j: (taken[j], j))[:count]
 
 
 def answer_attention(

@@ -6,6 +6,7 @@ from claa_ops.methods.controls import FastKVDeferral, Random, SinksRandom
 from claa_ops.methods.fastkv import FastKV
 from claa_ops.methods.full import FullKV
 from claa_ops.methods.gemfilter import GemFilter
+from claa_ops.methods.hops import Hops
 from claa_ops.methods.lazyllm import LazyLLM
 from claa_ops.methods.oracle import Oracle
 from claa_ops.methods.peak import Peak
@@ -29,6 +30,7 @@ __all__ = [
     "FastKVDeferral",
     "FullKV",
     "GemFilter",
+    "Hops",
     "LazyLLM",
     "Method",
     "Oracle",
