@@ -15,8 +15,9 @@
 // A cosine is at most 1, so no maximum has to be known before the exponentials. Products are those
 // of the states as they are, which tensor cores multiply exactly; the mean comes off after that:
 //   (s - m)(x - m) = s x - m (x - m) - m s
-// The first hop measures m (x - m) and the length of x - m of each token while it has it. Without
-// tensor cores (float32, rows that are not aligned) the mean comes off first.
+// The error of a cosine is that of a product times |s| |x| / (|s - m| |x - m|). The first hop
+// measures m (x - m) and the length of x - m of each token while it has it. Without tensor cores
+// (float32, rows that are not aligned) the mean comes off first.
 //
 // Tiles are counted from the last token, and every sum goes from tile to tile in that order: a row
 // alone has the same bits as in a batch, with left padding or without.
