@@ -20,7 +20,7 @@ PUBLIC = {
     """,
     "claa_ops.prefill": """
         ClaaCache PrefillState Prefilled StaticClaaCache attach attached begin decode detach
-        generate prefill
+        generate prefill tuned_method
     """,
     "claa_ops.selection": """
         Answer Budget Layer Method PrefillState Preparation Reader Sizes Work begin

@@ -8,14 +8,16 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from claa_ops.huggingface.models import InputError, cache_folder
 from claa_ops.methods import Method, make_method
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SAMPLES = 64  # of each tensor, evenly spread
 # What of a configuration says where a model came from or how it is stored, not what it computes.

@@ -12,7 +12,8 @@ from claa_ops.evaluate.grid.cells import Cell
 
 _RESAMPLES = 4_000
 _TAIL = 10  # per cent of the resamples beyond each end of an interval
-ENOUGH = 16  # prompts without which a setting is not said to reach the aim
+ENOUGH = 40  # prompts without which a setting is not said to reach the aim
+SOME = 8  # and without which it is not said to be the best, if others have as many
 
 Prompt = tuple[str, str]  # task and name
 
@@ -124,7 +125,8 @@ def judge(
 def choose(verdicts: Sequence[Verdict], aim: float, worst: float) -> tuple[Verdict, bool]:
     """The cheapest setting that was shown to reach the aim, else the best one found.
 
-    The best one is that whose ratio is the highest with 90 % confidence.
+    The best one is that whose ratio is the highest with 90 % confidence, of those that do not
+    clearly fail and were tried on some prompts, if there are any.
 
     Args:
         verdicts: one or more with a ratio.
@@ -133,10 +135,13 @@ def choose(verdicts: Sequence[Verdict], aim: float, worst: float) -> tuple[Verdi
     Returns:
         The choice, and whether it reaches the aim.
     """
-    reaching = [verdict for verdict in verdicts if verdict.reaches(aim, worst)]
+    reaching = [one for one in verdicts if one.reaches(aim, worst)]
     if reaching:
-        return min(reaching, key=lambda verdict: verdict.work), True
-    return max(verdicts, key=lambda verdict: (verdict.low, -verdict.work)), False
+        return min(reaching, key=lambda one: one.work), True
+    some = min(SOME, max(one.prompts for one in verdicts))
+    tried = [one for one in verdicts if one.prompts >= some]
+    still_open = [one for one in tried if not one.fails(aim)]
+    return max(still_open or tried, key=lambda one: (one.low, -one.work)), False
 
 
 def _ratio(pairs: np.ndarray) -> float:

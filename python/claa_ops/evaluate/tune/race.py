@@ -24,6 +24,8 @@ from claa_ops.huggingface.work import count_work
 
 ABLE = 0.3  # the share of right answers below which a task says nothing about a setting
 _TRIED = 4  # prompts of a task after which that is decided
+_BESIDE = 6  # settings that share a round after the first one
+_AT_ONCE = 4  # prompts after which a setting may be seen to fail
 
 
 @dataclass
@@ -98,7 +100,8 @@ class Race:
         self.scores = {self.full: {}}
         self._done: dict[Cell, int] = {}  # rounds of each setting
         self._work: dict[Cell, tuple[int, int]] = {}  # its multiply-adds, and full prefill's
-        self._made: list[list[Example]] = []
+        self._made: list[list[Example]] = []  # the prompts of each round
+        self._targets: list[list[Example]] = []  # those that settings are tried on, with targets
 
     def run(self, most: int) -> None:
         """Try settings on at most so many rounds."""
@@ -106,6 +109,9 @@ class Race:
             live = [cell for cell in self._live() if self._done.get(cell, 0) < most]
             if not live:
                 return
+            # In the first round all are looked at, then the cheapest ones, until these fail.
+            if all(self._done.get(cell, 0) for cell in live):
+                live = sorted(live, key=self._share)[:_BESIDE]
             index = min(self._done.get(cell, 0) for cell in live)
             cells = [cell for cell in live if self._done.get(cell, 0) == index]
             self.on_step(f"round {index + 1}: {len(cells)} settings")
@@ -113,14 +119,10 @@ class Race:
             if not self._made[index]:
                 return  # no task has more
             self._try(cells, prompts)
-            if self.end != "all":
-                return
-            for cell in cells:
-                self._done[cell] = index + 1
-            for chain in self.chains:
+            for chain in self.chains if self.end == "all" else ():
                 if chain.active in cells:
-                    verdict = self.verdict(chain.active)
-                    chain.take(verdict is not None and verdict.fails(self.aim))
+                    self._done[chain.active] = index + 1
+                    chain.take(self._fails(chain.active))
 
     def verdicts(self) -> list[Verdict]:
         """What is known of each setting that was tried, the cheapest first."""
@@ -146,11 +148,7 @@ class Race:
 
     def counted(self) -> list[str]:
         """The tasks that full prefill can do, as far as is known."""
-        return [
-            task
-            for task, (share, prompts) in self.answered().items()
-            if share >= ABLE or prompts < _TRIED
-        ]
+        return [task for task, (share, _) in self.answered().items() if share >= ABLE]
 
     def _live(self) -> list[Cell]:
         """The active settings, but for those that cost more than one that reaches the aim."""
@@ -163,60 +161,68 @@ class Race:
         own, full = self._work.get(cell, (0, 1))
         return own / full
 
+    def _fails(self, cell: Cell) -> bool:
+        verdict = self.verdict(cell)
+        return verdict is not None and verdict.fails(self.aim)
+
     def _round(self, index: int) -> list[Example]:
-        """The prompts of a round with their targets; full prefill answers where none is known."""
-        while len(self._made) <= index:
-            able = self.counted()
-            known = self.answered()
-            made = self.rounds.take(len(self._made))
-            self._made.append(
-                [each for each in made if each.task in able or each.task not in known]
-            )
-        prompts = self._made[index]
-        open_ended = [asked(example) for example in prompts if not has_known_answer(example)]
-        answers = {
-            (record.task, record.name): record.answer or ""
-            for record in (self._evaluate(open_ended, [self.full]) if open_ended else ())
+        """The prompts of a round that settings are tried on: full prefill answers all first."""
+        if index < len(self._targets):
+            return self._targets[index]
+        hopeless = {
+            task
+            for task, (share, prompts) in self.answered().items()
+            if share < ABLE and prompts >= _TRIED
         }
-        targets = []
-        for example in prompts:
-            place = example.task, example.name
-            if has_known_answer(example):
-                targets.append(with_known_answer(example))
-            elif place in answers:
-                own = with_answer(example, answers[place])
-                if own is None:  # it says nothing of a setting, but something of the task
-                    self.scores[self.full][place] = Score(0.0, 0.0)
-                else:
-                    targets.append(own)
+        if index == len(self._made):
+            made = self.rounds.take(index)
+            self._made.append([example for example in made if example.task not in hopeless])
+        prompts = self._made[index]
+        targets = [with_known_answer(each) for each in prompts if has_known_answer(each)]
+        for record in self._evaluate([asked(x) for x in prompts if not has_known_answer(x)], []):
+            example = next(x for x in prompts if (x.task, x.name) == (record.task, record.name))
+            target = with_answer(example, record.answer or "")
+            if target is None:  # it says nothing of a setting, but something of the task
+                self.scores[self.full][record.task, record.name] = Score(0.0, 0.0)
+            else:
+                targets.append(target)
+        self._note(self._evaluate(targets, []), targets)
+        able = self.counted()
+        targets = [example for example in targets if example.task in able]
+        if self.end == "all":
+            self._targets.append(targets)
         return targets
 
     def _try(self, cells: Sequence[Cell], prompts: Sequence[Example]) -> None:
-        if self.end != "all" or not prompts:
-            return
-        lengths = {
-            (example.task, example.name): len(
-                self.tokenizer(example.target, add_special_tokens=False).input_ids
-            )
-            for example in prompts
-        }
-        for record in self._evaluate(prompts, [self.full, *cells]):
+        """Try settings on prompts, a few at a time: one that clearly fails is not tried on more."""
+        for first in range(0, len(prompts), _AT_ONCE):
+            few = prompts[first : first + _AT_ONCE]
+            self._note(self._evaluate(few, cells), few)
+            cells = [cell for cell in cells if not self._fails(cell)]
+
+    def _note(self, records: Sequence[Record], prompts: Sequence[Example]) -> None:
+        targets = {(example.task, example.name): example.target for example in prompts}
+        for record in records:
             place = record.task, record.name
             assert record.logprob is not None  # each has a target
-            probability = math.exp(record.logprob * lengths[place])
+            ids = self.tokenizer(targets[place], add_special_tokens=False).input_ids
+            probability = math.exp(record.logprob * len(ids))
             self.scores.setdefault(record.cell, {})[place] = Score(record.score, probability)
-            if record.cell in cells:
+            if record.cell is not self.full:
                 own, full = self._work.get(record.cell, (0, 0))
                 done, whole = _work(self.model, record)
                 self._work[record.cell] = own + done, full + whole
 
     def _evaluate(self, prompts: Sequence[Example], cells: Sequence[Cell]) -> list[Record]:
+        """The records of full prefill and these settings; none once something ended the search."""
+        if not prompts or self.end != "all":
+            return []
         records = evaluate_model(
             self.model,
             self.tokenizer,
             "tuned",
             prompts,
-            cells,
+            [self.full, *cells],
             self.journal,
             chat=self.chat,
             batch_size=self.batch_size,

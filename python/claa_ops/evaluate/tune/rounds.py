@@ -64,7 +64,9 @@ class Rounds:
             seed=_FIRST_SEED + _SEEDS * self.seed + index,
             filler=self.filler,
         )
-        return list(examples([task], settings, self.count, self.on_problem))
+        # What has no room has none in any round.
+        on_problem = (lambda problem: None) if index else self.on_problem
+        return list(examples([task], settings, self.count, on_problem))
 
 
 def has_known_answer(example: Example) -> bool:

@@ -27,7 +27,7 @@ from claa_ops.huggingface.tuned import model_identity, save_tuned, tuned_folder
 from claa_ops.info import machine, versions
 from claa_ops.prefill import attach
 
-_SHORTEST, _LONGEST = 512, 4096  # tokens of a prompt, unless the user says how many
+_SHORTEST, _LONGEST = 768, 3072  # tokens of a prompt, unless the user says how many
 _ROUNDS = 6  # that a length must leave time for
 _SETTING = 0.4  # of a full prefill's time, about what a setting takes beside it
 _BESIDE = 0.95  # of the model's context: the rest is for answers

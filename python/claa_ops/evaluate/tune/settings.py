@@ -22,17 +22,17 @@ METHODS = ("peak", "claa")
 KEEPS = (0.05, 0.1, 0.15, 0.25, 0.4)
 # How much of the model reads the whole prompt.
 DEPTHS = (1 / 10, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2)
-# One fact of several, without and with the beginning of the answer, short prompts too; many facts;
-# two kinds of chains; look-ups among many that are alike.
+# One of several facts, with and without the beginning of the answer, in short prompts too; look-ups
+# among many that are alike; two kinds of chains; many facts.
 TASKS = (
     "beyond-keys",
-    "beyond-keys-bare",
-    "beyond-short",
-    "ruler-niah-multivalue",
     "ruler-vt",
-    "beyond-chain-2",
     "beyond-code",
+    "beyond-keys-bare",
+    "beyond-chain-2",
+    "ruler-niah-multivalue",
     "beyond-table",
+    "beyond-short",
 )
 
 
