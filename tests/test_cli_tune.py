@@ -70,6 +70,7 @@ def refuse(message, result):
 def test_what_keeps_the_score_is_chosen_saved_shown_and_used(checkpoint, records, folder, tmp_path):
     # With all tokens kept nothing can be lost: the earliest layer reaches any aim.
     chosen = ("--task", f"ruler:{records}", "--keep", "0.2,1.0", "--layer", "1,3")
+    chosen += ("--method", "peak")
     out = tmp_path / "more" / "out.json"
     facts = facts_of(tune(checkpoint, *chosen, "--out", out, "--seed", "3", "--json"))
     assert facts["reaches"] and facts["end"] == "all" and facts["problems"] == []
@@ -131,7 +132,7 @@ def test_an_interrupt_saves_no_choice_and_the_same_command_continues(
     from claa_ops.evaluate.grid import records as grid
 
     command = (checkpoint, "--task", f"ruler:{records}", "--prompts", "4", "--json")
-    asked, whole = [], grid.force
+    asked, whole = [], grid.decode_until
 
     def counted(*given):
         asked.append(1)
@@ -139,7 +140,7 @@ def test_an_interrupt_saves_no_choice_and_the_same_command_continues(
             raise KeyboardInterrupt
         return whole(*given)
 
-    monkeypatch.setattr(grid, "force", counted)
+    monkeypatch.setattr(grid, "decode_until", counted)
     result = tune(*command)
     assert result.exit_code == 130
     assert "stopped, and nothing saved: finished answers are kept, the same" in " ".join(

@@ -6,12 +6,7 @@ import pytest
 
 from claa_ops.evaluate.tasks import Example
 from claa_ops.evaluate.tasks.prompt import PromptCounter
-from claa_ops.evaluate.tune.rounds import (
-    Rounds,
-    has_known_answer,
-    with_answer,
-    with_known_answer,
-)
+from claa_ops.evaluate.tune.rounds import Rounds, answered, asked, known
 from support.tiny_checkpoint import tiny_tokenizer
 
 COUNT = PromptCounter(tiny_tokenizer())
@@ -56,28 +51,50 @@ def test_records_come_one_after_the_other(filler, tmp_path):
 
 def test_a_single_answer_after_its_beginning_is_known(filler):
     keys, bare = rounds(filler, "beyond-keys", "beyond-keys-bare").take(0)
-    assert has_known_answer(keys) and not has_known_answer(bare)
-    target = with_known_answer(keys).target
+    assert known(bare) is None
+    target = known(keys).target
     assert target == f" {keys.answers[0]}" and f"is {keys.answers[0]}." in keys.prompt
-    known = Example(task="t", name="0", prompt="p", target=" x")
-    assert with_known_answer(known) is known
+    given = Example(task="t", name="0", prompt="p", target=" x")
+    assert known(given) is given
+
+
+ANSWERS = ("Rome", "12")
+
+
+def example(prefix):
+    def grade(answer):
+        return sum(right.lower() in answer.lower() for right in ANSWERS) / 2
+
+    return Example(
+        task="t",
+        name="0",
+        prompt="p",
+        answer_prefix=prefix,
+        answers=ANSWERS,
+        grade=grade,
+        max_new_tokens=128,
+    )
 
 
 @pytest.mark.parametrize(
     "said, target",
     [
-        ("It is Rome, and the code is 12. More", "It is Rome, and the code is 12"),
+        ("Rome, and the code is 12. More", "Rome, and the code is 12"),
         ("12 and ROME", "12 and ROME"),
-        ("It is Rome.", None),
+        ("Rome.", None),
         ("", None),
     ],
 )
-def test_full_prefills_own_answer_counts_if_it_is_right_and_ends_with_it(said, target):
-    answers = ("Rome", "12")
-
-    def grade(answer):
-        return sum(right.lower() in answer.lower() for right in answers) / 2
-
-    example = Example(task="t", name="0", prompt="p", answers=answers, grade=grade)
-    found = with_answer(example, said)
+def test_after_a_given_beginning_full_prefills_right_answer_is_the_target(said, target):
+    found = answered(example("It is"), said, COUNT)
     assert (found and found.target) == target
+
+
+@pytest.mark.parametrize(
+    "said, longest", [("It is Rome, 12. And more", len("It is Rome, 12") + 8), ("It is Rome.", 64)]
+)
+def test_where_the_words_are_open_an_answer_is_graded(said, longest):
+    found = answered(example(""), said, COUNT)
+    assert found.target is None and found.max_new_tokens == longest
+    assert found.grade("12 at Rome") == 1
+    assert asked(example("")).max_new_tokens == 64

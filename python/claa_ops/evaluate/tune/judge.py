@@ -22,8 +22,9 @@ class Score(NamedTuple):
     """How well one prompt was answered.
 
     Attributes:
-        right: 1.0 if each token of the right answer is the model's first choice, else 0.0.
-        probability: of the right answer.
+        right: 1.0 if each token of the right answer is the model's first choice, else 0.0; where
+            the words are open, the grade of what greedy decoding says.
+        probability: of the right answer; where the words are open, the grade once more.
     """
 
     right: float

@@ -13,13 +13,7 @@ from claa_ops.evaluate.grid.journal import Journal
 from claa_ops.evaluate.grid.records import End, Record, evaluate_model
 from claa_ops.evaluate.tasks import Example
 from claa_ops.evaluate.tune.judge import Prompt, Score, Verdict, judge
-from claa_ops.evaluate.tune.rounds import (
-    Rounds,
-    asked,
-    has_known_answer,
-    with_answer,
-    with_known_answer,
-)
+from claa_ops.evaluate.tune.rounds import Rounds, answered, asked, known
 from claa_ops.huggingface.work import count_work
 
 ABLE = 0.3  # the share of right answers below which a task says nothing about a setting
@@ -178,15 +172,18 @@ class Race:
             made = self.rounds.take(index)
             self._made.append([example for example in made if example.task not in hopeless])
         prompts = self._made[index]
-        targets = [with_known_answer(each) for each in prompts if has_known_answer(each)]
-        for record in self._evaluate([asked(x) for x in prompts if not has_known_answer(x)], []):
-            example = next(x for x in prompts if (x.task, x.name) == (record.task, record.name))
-            target = with_answer(example, record.answer or "")
+        targets = [target for each in prompts if (target := known(each)) is not None]
+        for record in self._evaluate([asked(x) for x in prompts if known(x) is None], [self.full]):
+            place = record.task, record.name
+            example = next(each for each in prompts if (each.task, each.name) == place)
+            target = answered(example, record.answer or "", self.rounds.count)
+            self.scores[self.full][place] = Score(record.score, record.score)
             if target is None:  # it says nothing of a setting, but something of the task
-                self.scores[self.full][record.task, record.name] = Score(0.0, 0.0)
+                self.scores[self.full][place] = Score(0.0, 0.0)
             else:
                 targets.append(target)
-        self._note(self._evaluate(targets, []), targets)
+        forced = [example for example in targets if example.target is not None]
+        self._note(self._evaluate(forced, [self.full]), forced)
         able = self.counted()
         targets = [example for example in targets if example.task in able]
         if self.end == "all":
@@ -204,9 +201,10 @@ class Race:
         targets = {(example.task, example.name): example.target for example in prompts}
         for record in records:
             place = record.task, record.name
-            assert record.logprob is not None  # each has a target
-            ids = self.tokenizer(targets[place], add_special_tokens=False).input_ids
-            probability = math.exp(record.logprob * len(ids))
+            probability = record.score
+            if record.logprob is not None:
+                ids = self.tokenizer(targets[place], add_special_tokens=False).input_ids
+                probability = math.exp(record.logprob * len(ids))
             self.scores.setdefault(record.cell, {})[place] = Score(record.score, probability)
             if record.cell is not self.full:
                 own, full = self._work.get(record.cell, (0, 0))
@@ -214,7 +212,7 @@ class Race:
                 self._work[record.cell] = own + done, full + whole
 
     def _evaluate(self, prompts: Sequence[Example], cells: Sequence[Cell]) -> list[Record]:
-        """The records of full prefill and these settings; none once something ended the search."""
+        """The records of these settings; none once something ended the search."""
         if not prompts or self.end != "all":
             return []
         records = evaluate_model(
@@ -222,7 +220,7 @@ class Race:
             self.tokenizer,
             "tuned",
             prompts,
-            [self.full, *cells],
+            cells,
             self.journal,
             chat=self.chat,
             batch_size=self.batch_size,

@@ -12,7 +12,8 @@ from claa_ops.evaluate.tasks.fit import TokenCounter
 # Seeds of their own: what is chosen on these prompts is measured on others, whatever the seed.
 _FIRST_SEED, _SEEDS = 1_000_000, 1_000
 _DEPTHS = (0.5, 0.0, 0.75, 0.25, 1.0)  # of needles, one round after the other
-_LONGEST = 64  # tokens of an answer of full prefill's own
+_LONGEST = 64  # tokens of an answer
+_MORE = 8  # those of a right one beyond full prefill's
 
 
 @dataclass
@@ -69,32 +70,42 @@ class Rounds:
         return list(examples([task], settings, self.count, on_problem))
 
 
-def has_known_answer(example: Example) -> bool:
-    """Whether it is known, token by token, what a model that is right says."""
-    return example.target is not None or bool(example.answer_prefix and len(example.answers) == 1)
+def known(example: Example) -> Example | None:
+    """The prompt with its right answer as the target, if that can be said in one way alone.
 
-
-def with_known_answer(example: Example) -> Example:
-    """The prompt with its one answer as the target; a space divides it from its beginning."""
+    It can where the answer's beginning is given and one answer is right; a space divides them.
+    """
     if example.target is not None:
         return example
-    return replace(example, target=f" {example.answers[0]}", grade=None)
+    if example.answer_prefix and len(example.answers) == 1:
+        return replace(example, target=f" {example.answers[0]}", grade=None)
+    return None
 
 
 def asked(example: Example) -> Example:
-    """The prompt as it is put to full prefill, whose answer is looked at, in few tokens."""
+    """The prompt as it is put to full prefill, which answers in a few tokens."""
     return replace(example, max_new_tokens=min(example.max_new_tokens, _LONGEST))
 
 
-def with_answer(example: Example, answer: str) -> Example | None:
-    """The prompt with full prefill's own answer as the target; None if that is not right.
+def answered(example: Example, said: str, count: TokenCounter) -> Example | None:
+    """The prompt as it is put to a setting, now that full prefill has answered it.
 
-    The answer ends where the last of the right answers, if they are known, ends for the first
-    time: what a model says after that is not asked for.
+    Where the answer's beginning is given, full prefill's own answer is the target, up to the end
+    of what is right in it; None if it is not right. Elsewhere the words are open: a setting's
+    answer is graded, and need not be much longer than that.
+
+    Args:
+        example: the prompt.
+        said: full prefill's answer.
+        count: how many tokens texts have.
     """
-    if example.grade is None or example.grade(answer) < 1 or not answer:
-        return None
-    said = answer.lower()
-    places = [(said.find(right.lower()), len(right)) for right in example.answers]
-    end = max((place + length for place, length in places if place >= 0), default=len(answer))
-    return replace(example, target=answer[:end], grade=None)
+    assert example.grade is not None  # it has no target
+    found = [(said.lower().find(right.lower()), len(right)) for right in example.answers]
+    is_right = bool(said) and example.grade(said) == 1
+    said = said[: max((place + length for place, length in found if place >= 0), default=None)]
+    if example.answer_prefix:
+        return replace(example, target=said, grade=None) if is_right else None
+    longest = asked(example).max_new_tokens
+    return replace(
+        example, max_new_tokens=min(longest, count(said) + _MORE) if is_right else longest
+    )
