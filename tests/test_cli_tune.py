@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from claa_ops.cli import app
+from claa_ops.evaluate.grid.journal import Journal
 from claa_ops.evaluate.tasks.prompt import encode_prompt
 from claa_ops.huggingface.models import load_model
 from claa_ops.prefill import tuned_method
@@ -29,14 +30,14 @@ def records(checkpoint, tmp_path_factory):
     """Prompts whose right answers are what the tiny random model says first."""
     model, tokenizer = load_model(checkpoint, "float32", "cpu")
     lines = []
-    for index in range(400):
+    for index in range(160):
         text = f"Prompt {index}: " + "some words of no meaning " * 8
         with torch.no_grad():
             ids = encode_prompt(tokenizer, text).ids
             first = tokenizer.decode(model(ids).logits[0, -1].argmax())
         if first.isascii() and first.isalnum():
             lines.append(json.dumps({"input": text, "outputs": [first]}))
-    assert len(lines) >= 40
+    assert len(lines) >= 12
     file = tmp_path_factory.mktemp("records") / "vt.jsonl"
     file.write_text("\n".join(lines))
     return file
@@ -67,16 +68,19 @@ def refuse(message, result):
     assert "Traceback" not in result.stderr
 
 
-def test_what_keeps_the_score_is_chosen_saved_shown_and_used(checkpoint, records, folder, tmp_path):
+def test_what_keeps_the_score_is_chosen_saved_shown_and_used(
+    checkpoint, records, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("claa_ops.evaluate.tune.judge.ENOUGH", 10)
     # With all tokens kept nothing can be lost: the earliest layer reaches any aim.
     chosen = ("--task", f"ruler:{records}", "--keep", "0.2,1.0", "--layer", "1,3")
-    chosen += ("--method", "peak")
+    chosen += ("--method", "peak", "--prompts", "10")
     out = tmp_path / "more" / "out.json"
     facts = facts_of(tune(checkpoint, *chosen, "--out", out, "--seed", "3", "--json"))
     assert facts["reaches"] and facts["end"] == "all" and facts["problems"] == []
-    assert facts["tasks"] == {"ruler/vt": {"full": 1.0, "prompts": 40, "counts": True}}
+    assert facts["tasks"] == {"ruler/vt": {"full": 1.0, "prompts": 10, "counts": True}}
     row = facts["chosen"]
-    assert row in facts["table"] and row["ratio"] >= 0.99 and row["prompts"] == 40
+    assert row in facts["table"] and row["ratio"] >= 0.99 and row["prompts"] == 10
     assert row["work"] == min(one["work"] for one in facts["table"] if one["low"] >= 0.99)
     assert facts["settings"]["keep"] == row["keep"] and facts["settings"]["keep_kv"] == 1.0
     assert facts["seed"] == 3 and set(facts["versions"]) >= {"claa_ops", "torch"}
@@ -129,18 +133,17 @@ def test_another_model_is_never_served_by_it(checkpoint, records, tmp_path):
 def test_an_interrupt_saves_no_choice_and_the_same_command_continues(
     checkpoint, records, folder, monkeypatch
 ):
-    from claa_ops.evaluate.grid import records as grid
+    command = (checkpoint, "--task", f"ruler:{records}", "--prompts", "2", "--json")
+    kept, whole = [], Journal.add
 
-    command = (checkpoint, "--task", f"ruler:{records}", "--prompts", "4", "--json")
-    asked, whole = [], grid.decode_until
-
-    def counted(*given):
-        asked.append(1)
-        if len(asked) == 30:
+    def counted(journal, key, result):
+        if len(kept) == 10:
+            kept.append("interrupt")
             raise KeyboardInterrupt
-        return whole(*given)
+        kept.append(key)
+        whole(journal, key, result)
 
-    monkeypatch.setattr(grid, "decode_until", counted)
+    monkeypatch.setattr(Journal, "add", counted)
     result = tune(*command)
     assert result.exit_code == 130
     assert "stopped, and nothing saved: finished answers are kept, the same" in " ".join(
@@ -149,24 +152,23 @@ def test_an_interrupt_saves_no_choice_and_the_same_command_continues(
     assert json.loads(result.stdout)["chosen"] is None
     assert not list(folder.glob("*.json")) and list(folder.glob("*.jsonl"))
     continued = facts_of(tune(*command))
-    first = len(asked) - 30
+    first = len(kept) - 1
     (file,) = folder.glob("*.jsonl")
     file.unlink()
-    asked[:] = [1] * 30  # no interrupt any more
     anew = facts_of(tune(*command))
     assert anew == continued
-    assert len(asked) - 30 == first + 29  # what was answered before was not asked again
+    assert len(kept) - 1 == 2 * first  # what was answered before was not asked again
 
 
 def test_the_time_limit_ends_it_with_what_there_is(checkpoint, records, monkeypatch):
-    chosen = ("--task", f"ruler:{records}", "--prompts", "20", "--json")
+    chosen = ("--task", f"ruler:{records}", "--method", "peak", "--json")
     message = "the time limit of 0 minutes is too short for a first round: finished answers are"
     refuse(message, tune(checkpoint, *chosen, "--time-limit", "0"))
     clock = iter(range(0, 10**6))  # a second passes between any two looks at it
     with monkeypatch.context() as patch:
         patch.setattr("claa_ops.evaluate.tune.run.time.monotonic", lambda: next(clock))
         facts = facts_of(tune(checkpoint, *chosen, "--time-limit", "1", "--length", "400"))
-    assert facts["end"] == "time" and facts["chosen"]["prompts"] < 20
+    assert facts["end"] == "time" and facts["chosen"]["prompts"] < 12
 
 
 def test_a_model_that_can_do_nothing_is_refused(checkpoint, tmp_path):

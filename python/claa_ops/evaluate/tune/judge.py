@@ -10,7 +10,7 @@ import numpy as np
 
 from claa_ops.evaluate.grid.cells import Cell
 
-_RESAMPLES = 4_000
+_RESAMPLES = 1_000
 _TAIL = 10  # per cent of the resamples beyond each end of an interval
 ENOUGH = 40  # prompts without which a setting is not said to reach the aim
 SOME = 8  # and without which it is not said to be the best, if others have as many

@@ -78,7 +78,7 @@ def known(example: Example) -> Example | None:
     if example.target is not None:
         return example
     if example.answer_prefix and len(example.answers) == 1:
-        return replace(example, target=f" {example.answers[0]}", grade=None)
+        return replace(example, target=f" {example.answers[0]}", grade=None, then=None)
     return None
 
 
@@ -104,7 +104,7 @@ def answered(example: Example, said: str, count: TokenCounter) -> Example | None
     is_right = bool(said) and example.grade(said) == 1
     said = said[: max((place + length for place, length in found if place >= 0), default=None)]
     if example.answer_prefix:
-        return replace(example, target=said, grade=None) if is_right else None
+        return replace(example, target=said, grade=None, then=None) if is_right else None
     longest = asked(example).max_new_tokens
     return replace(
         example, max_new_tokens=min(longest, count(said) + _MORE) if is_right else longest

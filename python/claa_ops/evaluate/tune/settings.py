@@ -22,9 +22,10 @@ METHODS = ("peak", "claa")
 KEEPS = (0.05, 0.1, 0.15, 0.25, 0.4)
 # How much of the model reads the whole prompt.
 DEPTHS = (1 / 10, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2)
-# One of several facts, with and without the beginning of the answer, in short prompts too; look-ups
-# among many that are alike; two kinds of chains; many facts.
+# One fact; one of several, with and without the beginning of the answer, and in short prompts;
+# look-ups among many that are alike; two kinds of chains; many facts.
 TASKS = (
+    "needle-number",
     "beyond-keys",
     "ruler-vt",
     "beyond-code",
