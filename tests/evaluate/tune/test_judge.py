@@ -77,7 +77,10 @@ def test_the_cheapest_that_reaches_the_aim_is_chosen_else_the_best():
     dear, cheap = replace(good, work=0.5), replace(good, work=0.4)
     assert choose([bad, lossy, cheap, dear], 0.99, 0.95) == (cheap, True)
     assert choose([bad, lossy], 0.99, 0.95) == (lossy, False)
-    assert choose([replace(bad, work=0.2), bad], 0.99, 0.95)[0].work == 0.2
+    near = replace(lossy, work=0.1, low=lossy.low - 0.01)
+    assert choose([near, lossy], 0.99, 0.95) == (near, False)
+    below = replace(near, low=lossy.low - 0.03)
+    assert choose([below, lossy], 0.99, 0.95) == (lossy, False)
 
 
 def test_a_few_lucky_prompts_are_not_the_best():

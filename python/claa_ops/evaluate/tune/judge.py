@@ -13,6 +13,7 @@ from claa_ops.evaluate.grid.cells import Cell
 _RESAMPLES = 1_000
 _TAIL = 10  # per cent of the resamples beyond each end of an interval
 ENOUGH = 40  # prompts without which a setting is not said to reach the aim
+_ALIKE = 0.02  # of full prefill's score
 SOME = 8  # and without which it is not said to be the best, if others have as many
 
 Prompt = tuple[str, str]  # task and name
@@ -126,8 +127,9 @@ def judge(
 def choose(verdicts: Sequence[Verdict], aim: float, worst: float) -> tuple[Verdict, bool]:
     """The cheapest setting that was shown to reach the aim, else the best one found.
 
-    The best one is that whose ratio is the highest with 90 % confidence, of those that do not
-    clearly fail and were tried on some prompts, if there are any.
+    The best one is that whose ratio is the highest with 90 % confidence, or a cheaper one that is
+    hardly below it there; of those that do not clearly fail and were tried on some prompts, if
+    there are any.
 
     Args:
         verdicts: one or more with a ratio.
@@ -141,8 +143,10 @@ def choose(verdicts: Sequence[Verdict], aim: float, worst: float) -> tuple[Verdi
         return min(reaching, key=lambda one: one.work), True
     some = min(SOME, max(one.prompts for one in verdicts))
     tried = [one for one in verdicts if one.prompts >= some]
-    still_open = [one for one in tried if not one.fails(aim)]
-    return max(still_open or tried, key=lambda one: (one.low, -one.work)), False
+    candidates = [one for one in tried if not one.fails(aim)] or tried
+    highest = max(one.low for one in candidates)
+    alike = [one for one in candidates if one.low >= highest - _ALIKE]
+    return min(alike, key=lambda one: one.work), False
 
 
 def _ratio(pairs: np.ndarray) -> float:
