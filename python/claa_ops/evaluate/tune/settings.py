@@ -18,7 +18,7 @@ from claa_ops.huggingface.models import (
     smollm2_file,
 )
 
-METHODS = ("peak", "claa")
+METHODS = ("hops", "peak")
 KEEPS = (0.05, 0.1, 0.15, 0.25, 0.4)
 # How much of the model reads the whole prompt.
 DEPTHS = (1 / 10, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2)
