@@ -188,7 +188,7 @@ def test_a_model_that_can_do_nothing_is_refused(checkpoint, tmp_path):
         (["--keep", "0"], "keep must be a rate in (0, 1] such as 0.1, or a number of tokens"),
         (["--keep", "0.1,400"], "keep must be rates alone or numbers alone, got 0.1,400"),
         (["--layer", "late"], "layer must be layers such as 10,15,20-22, got late"),
-        (["--layer", str(LAYERS)], f"Peak: layer must be in [0, {LAYERS - 2}], before the last"),
+        (["--layer", str(LAYERS)], f"Hops: layer must be in [0, {LAYERS - 2}], before the last"),
         (["--aim", "1.5"], "aim must be a share of full prefill's score, in (0, 1], got 1.5"),
         (["--worst", "0"], "worst must be a share of full prefill's score, in (0, 1], got 0"),
         (["--task", "rulers"], "unknown task 'rulers': expected needle"),
