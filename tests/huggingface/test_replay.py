@@ -139,13 +139,16 @@ def test_a_row_of_a_batch_is_the_prompt_alone(family, name):
     ids, mask = prompt(80, 61)
     batch = RecordedPrefill(model, ids, mask)
     together = batch.run(method)
-    shares, cached, kept = together.work_shares(), together.cache_bytes(), together.kept()
+    shares, cached = together.work_shares(), together.cache_bytes()
+    reached = together.reached()
     for row, tokens in enumerate((80, 61)):
         own = ids[row : row + 1, -tokens:]
         alone = prefill(model, own, method)
         assert shares[row] == pytest.approx(alone.work_share, rel=1e-12)
         assert cached[row] == alone.cache.nbytes()
-        assert kept[row] == (tokens if alone.positions is None else alone.positions.shape[1])
+        places = range(tokens) if alone.positions is None else alone.positions[0].tolist()
+        assert reached[row].nonzero()[:, 0].tolist() == list(places)
+        assert len(reached[row]) == tokens
         sliced = batch.row(row).run(method)
         assert sliced.cache_bytes() == [alone.cache.nbytes()]
         assert sliced.work_shares() == [alone.work_share]
@@ -153,9 +156,6 @@ def test_a_row_of_a_batch_is_the_prompt_alone(family, name):
             torch.testing.assert_close(logits, alone.logits[0], atol=1e-5, rtol=1e-5)
         if alone.positions is not None:
             assert torch.equal(sliced.positions, alone.positions)
-            assert torch.equal(
-                together.positions[row, -kept[row] :] - 80 + tokens, alone.positions[0]
-            )
 
 
 def test_the_layers_of_a_row_are_replayed():

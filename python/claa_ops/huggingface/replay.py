@@ -7,6 +7,7 @@ import copy
 import functools
 import inspect
 import itertools
+import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -55,11 +56,16 @@ class Replayed(Prefilled):
         seen: what the layers of each forward saw; there are two in a method with two passes.
         full: the tokens of each prompt.
         weights: of each layer, the multiply-adds of a token by its weights.
+        seconds: of the prefill of the batch. All but the layers that were replayed is measured
+            here; those count as the full prefill took for them.
+        full_seconds: of the full prefill of the same batch.
     """
 
     seen: list[list[Seen]]
     full: list[int]
     weights: list[int]
+    seconds: float
+    full_seconds: float
 
     def work_shares(self) -> list[float]:
         """For each prompt ``work_share``, were it alone.
@@ -102,11 +108,17 @@ class Replayed(Prefilled):
             total = [before + own * of_an_entry for before, own in zip(total, entries, strict=True)]
         return total
 
-    def kept(self) -> list[int]:
-        """For each prompt how many of its tokens reached the last layer."""
+    def reached(self) -> list[Tensor]:
+        """For each prompt ``[N]``, bool: which of its tokens reached the last layer."""
         if self.positions is None:
-            return self.full
-        return (self.positions >= 0).sum(dim=1).tolist()
+            return [torch.ones(tokens, dtype=torch.bool) for tokens in self.full]
+        padded = max(self.full)
+        reached = []
+        for positions, tokens in zip(self.positions.cpu(), self.full, strict=True):
+            row = torch.zeros(padded, dtype=torch.bool)
+            row[positions[positions >= 0]] = True
+            reached.append(row[padded - tokens :])
+        return reached
 
 
 class RecordedPrefill:
@@ -124,8 +136,12 @@ class RecordedPrefill:
         layers: after which of them methods will select; None for any. Hidden states, ``B * N *
             hidden_size`` numbers a layer, are recorded for these alone.
 
+    A method that reads hidden states (``reads_hidden``) is replayed if those of all layers are
+    recorded, and computed as a whole otherwise.
+
     Attributes:
         logits: ``[B, V]``, of the last prompt token in the full prefill.
+        seconds: of the full prefill; of a row of a batch, its share of them.
 
     Example::
 
@@ -145,15 +161,18 @@ class RecordedPrefill:
         self.input_ids = input_ids.to(model.device)
         self.attention_mask = None if attention_mask is None else attention_mask.to(model.device)
         self._outputs: dict[int, Any] = {}
-        self._prepared: dict[tuple[Any, ...], Preparation] = {}
+        self._prepared: dict[tuple[Any, ...], tuple[Preparation, float]] = {}
         blocks = decoder_of(model).layers
+        clock = _Clock(model.device)
         handles = [blocks[0].register_forward_pre_hook(self._keep_embedded, with_kwargs=True)]
         for index, block in enumerate(blocks):
+            handles.append(block.register_forward_pre_hook(clock.tick))
             if layers is None or index in layers or index == len(blocks) - 1:
                 handles.append(block.register_forward_hook(self._keep_output(index)))
+        handles.append(blocks[-1].register_forward_hook(clock.tick))
         recorder = _Recorder(model.config, FullKV())
         try:
-            with torch.no_grad():
+            with torch.no_grad(), clock:
                 output = model(
                     self.input_ids,
                     attention_mask=self.attention_mask,
@@ -169,6 +188,7 @@ class RecordedPrefill:
         self._start = recorder.state.start
         self._calls = recorder.state.calls
         self.logits: Tensor = output.logits[:, -1]
+        self.seconds, self._layer_seconds = clock.seconds, clock.between_ticks()
 
     def run(self, method: Method) -> Replayed:
         """:func:`claa_ops.prefill.prefill` on these prompts.
@@ -177,16 +197,19 @@ class RecordedPrefill:
             ValueError: the method selects after a layer that was not among ``layers``, or does
                 not fit the model or this batch.
         """
-        with self.replay() as seen:
+        prepared, seconds = self._prepare(method)
+        with self._replaying() as replay, _Clock(self.model.device) as clock:
             prefilled = prefill(
-                self.model,
-                self.input_ids,
-                method,
-                self.attention_mask,
-                prepared=self._prepare(method),
+                self.model, self.input_ids, method, self.attention_mask, prepared=prepared
             )
-        full = self._whole.of_rows(len(self.input_ids))
-        return Replayed(**vars(prefilled), seen=seen, full=full, weights=self._weights)
+        return Replayed(
+            **vars(prefilled),
+            seen=replay.seen,
+            full=self._whole.of_rows(len(self.input_ids)),
+            weights=self._weights,
+            seconds=seconds + clock.seconds + replay.saved,
+            full_seconds=self.seconds,
+        )
 
     def row(self, index: int) -> RecordedPrefill:
         """The record of one prompt of the batch, as if it had been prefilled alone."""
@@ -197,6 +220,9 @@ class RecordedPrefill:
         alone.attention_mask = alone._start = None
         alone.logits = self.logits[row]
         alone._prepared = {}
+        batch = len(self.input_ids)
+        alone.seconds = self.seconds / batch
+        alone._layer_seconds = [seconds / batch for seconds in self._layer_seconds]
         alone._outputs = {
             layer: _each(output, lambda x: x[row, -tokens:])
             for layer, output in self._outputs.items()
@@ -217,10 +243,10 @@ class RecordedPrefill:
         layers = range(len(self._calls))
         return [count_work(self.model, [0] * layer + [1]).linear for layer in layers]
 
-    def _prepare(self, method: Method) -> Preparation | None:
-        """The answer of an oracle or a draft, once for all layers and budgets."""
+    def _prepare(self, method: Method) -> tuple[Preparation | None, float]:
+        """The answer of an oracle or a draft, once for all layers and budgets; its seconds."""
         if not method.needs_ranking:
-            return None
+            return None, 0.0
         settings = {
             setting.name: getattr(method, setting.name)
             for setting in fields(method)
@@ -228,9 +254,12 @@ class RecordedPrefill:
         }
         key = type(method), *settings.values()
         if key not in self._prepared:
-            prepared = method.prepare(ModelReader(self.model), self.input_ids, self.attention_mask)
+            with _Clock(self.model.device) as clock:
+                prepared = method.prepare(
+                    ModelReader(self.model), self.input_ids, self.attention_mask
+                )
             assert prepared is not None  # it is what the method needs
-            self._prepared[key] = prepared
+            self._prepared[key] = prepared, clock.seconds
         return self._prepared[key]
 
     def state(self, method: Method, layer: int, ranking: Tensor | None = None) -> PrefillState:
@@ -261,8 +290,16 @@ class RecordedPrefill:
         )
         for index in range(layer + 1):
             call = self._calls[index]
-            state.observe(index, call.query, call.key, **call.rest)
+            state.observe(index, call.query, call.key, **self._shown(index, method))
         return state
+
+    def _shown(self, layer: int, method: Method) -> dict[str, Any]:
+        """What a method sees of a layer, beside its queries and keys."""
+        rest = self._calls[layer].rest
+        if not method.reads_hidden:
+            return rest
+        given = self._outputs[layer - 1] if layer else self._given[0]
+        return {**rest, "hidden": given[0] if isinstance(given, tuple) else given}
 
     @contextlib.contextmanager
     def replay(self) -> Iterator[list[list[Seen]]]:
@@ -275,12 +312,17 @@ class RecordedPrefill:
         Yields:
             What the layers of each prefill see, filled as they run: see :class:`Replayed`.
         """
+        with self._replaying() as replay:
+            yield replay.seen
+
+    @contextlib.contextmanager
+    def _replaying(self) -> Iterator[_Replay]:
         replay = _Replay(self)
         blocks = decoder_of(self.model).layers
         try:
             for index, block in enumerate(blocks):
                 block.forward = _Layer(replay, block, index)
-            yield replay.seen
+            yield replay
         finally:
             for block in blocks:
                 vars(block).pop("forward", None)  # so that the class's is seen again
@@ -303,7 +345,7 @@ class RecordedPrefill:
         return (
             same
             and cache.method.rows(cache.state) <= _ROWS
-            and not cache.method.reads_hidden
+            and (not cache.method.reads_hidden or len(self._outputs) == len(self._calls))
             and all(map(torch.equal, given, self._given))
         )
 
@@ -311,7 +353,7 @@ class RecordedPrefill:
         """The output of a layer, whose keys, values and scores the cache gets."""
         call = self._calls[layer]
         cache.update(call.key, call.rest["value"], layer)
-        cache.observe(layer, call.query, call.key, **call.rest)
+        cache.observe(layer, call.query, call.key, **self._shown(layer, cache.method))
         # Where an output was not recorded nobody reads it, but it must have the form of one.
         return self._outputs.get(layer, self._outputs[len(self._calls) - 1])
 
@@ -325,11 +367,59 @@ class RecordedPrefill:
             )
 
 
+class _Clock:
+    """Seconds of what a device does within, and between ticks of it.
+
+    The device is waited for at the beginning and the end alone.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._device = device
+        self._ticks: list[Any] = []
+        self.seconds = 0.0
+
+    def __enter__(self) -> _Clock:
+        self._wait()
+        self._begin = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._wait()
+        self.seconds = time.perf_counter() - self._begin
+
+    def tick(self, *arguments: Any) -> None:
+        """Note the time, as a hook of a module if need be."""
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            self._ticks.append(event)
+        else:
+            self._ticks.append(time.perf_counter())
+
+    def between_ticks(self) -> list[float]:
+        """The seconds between each tick and the next, once the clock has stopped."""
+        pairs = itertools.pairwise(self._ticks)
+        if self._on_gpu:
+            return [before.elapsed_time(after) / 1000 for before, after in pairs]
+        return [after - before for before, after in pairs]
+
+    def _wait(self) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize(self._device)
+
+
 @dataclass
 class _Replay:
     record: RecordedPrefill
     active: bool = False  # whether the layers of the current forward are replayed
     seen: list[list[Seen]] = field(default_factory=list)
+    saved: float = 0.0  # seconds that the full prefill took for what was replayed
+
+    def hand_out(self, layer: int, cache: ClaaCache) -> Any:
+        """See :meth:`RecordedPrefill.hand_out`."""
+        self.saved += self.record._layer_seconds[layer]
+        return self.record.hand_out(layer, cache)
 
 
 class _Layer:
@@ -352,7 +442,7 @@ class _Layer:
             replay.record.require_output(self._index - 1)
             replay.active = False
         if replay.active:
-            return replay.record.hand_out(self._index, cache)
+            return replay.hand_out(self._index, cache)
         return self._compute(*args, **kwargs)
 
 
