@@ -1,4 +1,4 @@
-"""A second turn of a batch is that of each prompt alone, and a plain model's with all tokens kept."""
+"""A second turn of a batch is that of each prompt alone, or a plain one with all tokens kept."""
 
 import pytest
 import torch

@@ -66,6 +66,11 @@ def evaluate(model, folder, cells, prompts, **options):
     return records.found
 
 
+def untimed(record):
+    assert 0 < record.seconds and 0 < record.full_seconds
+    return replace(record, seconds=0, full_seconds=0)
+
+
 def kept(folder):
     """How many answers have been computed so far."""
     return (folder / "records.jsonl").read_bytes().count(b"\n")
@@ -77,9 +82,9 @@ def test_records_are_those_of_prefills_of_their_own(model, tmp_path, prompts):
     assert len(records) == len(cells) * 7
     for record in records:
         if record.task == "open":
-            assert record.score == len(record.answer) / 10 and record.logprob is None
+            assert record.score == len(record.answers[0]) / 10 and record.logprob is None
             continue
-        assert record.score in (0.0, 1.0) and record.logprob < 0 and record.answer is None
+        assert record.score in (0.0, 1.0) and record.logprob < 0 and record.answers == ()
         if record.cell.label == "random":
             continue  # its seed is the prompt's own
         ids = torch.zeros(1, record.tokens, dtype=torch.int64)  # work depends on the length alone
@@ -171,7 +176,7 @@ def test_a_kept_answer_depends_on_how_tokens_are_decoded(model, tmp_path, prompt
         [decoders.ByteLevel(), decoders.Replace(Regex("."), "!")]
     )
     answers = [
-        evaluate(model, tmp_path, cells, prompts[-1:], tokenizer=tokenizer)[0].answer
+        evaluate(model, tmp_path, cells, prompts[-1:], tokenizer=tokenizer)[0].answers[0]
         for tokenizer in (tiny_tokenizer(), tiny_tokenizer(), other)
     ]
     assert kept(tmp_path) == 4
@@ -233,7 +238,9 @@ def test_a_record_of_a_batch_is_that_of_its_prompt_alone(model, tmp_path, uneven
     for ours, theirs in zip(together, alone, strict=True):
         assert ours.work == pytest.approx(theirs.work, rel=1e-12)
         assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
-        assert replace(ours, work=0, logprob=0) == replace(theirs, work=0, logprob=0)
+        assert untimed(replace(ours, work=0, logprob=0)) == untimed(
+            replace(theirs, work=0, logprob=0)
+        )
 
 
 def test_a_batch_is_prefilled_once(model, tmp_path, uneven, monkeypatch):
@@ -344,11 +351,12 @@ def test_a_score_that_cannot_be_is_told(model, tmp_path, prompts, score):
     [
         ("encode_prompt", [""]),
         ("RecordedPrefill", [""]),
-        ("decode_until", [", full", ", claa"]),
+        ("decode_answers", [", full", ", claa"]),
     ],
 )
 def test_every_step_of_a_record_is_guarded(part, labels, model, tmp_path, prompts, monkeypatch):
-    place = f"claa_ops.evaluate.grid.records.{part}"
+    module = "encoded" if part == "encode_prompt" else "records"
+    place = f"claa_ops.evaluate.grid.{module}.{part}"
     problems, cells = [], grid("claa")
     with monkeypatch.context() as patch:
         patch.setattr(place, fail)
@@ -410,7 +418,8 @@ def test_random_draws_differ_between_prompts_but_not_between_runs(model, tmp_pat
     records = evaluate(model, tmp_path / "a", cells, prompts)
     draws = {record.logprob for record in records if record.cell.label == "random"}
     assert len(draws) == 4
-    assert evaluate(model, tmp_path / "b", cells, prompts) == records
+    again = evaluate(model, tmp_path / "b", cells, prompts)
+    assert list(map(untimed, again)) == list(map(untimed, records))
 
 
 def test_long_prompts_are_cut_in_the_middle_or_left_out(model, tmp_path, prompts):
@@ -442,8 +451,19 @@ def test_a_method_that_cannot_serve_a_prompt_leaves_the_others(model, tmp_path, 
 
 
 def record(cell, task, name, score, **values):
-    defaults = {"logprob": None, "work": 0.5, "cache_bytes": 100, "tokens": 10, "kept": 5}
-    return Record("tiny", task, name, cell, {}, score, answer=None, **(defaults | values))
+    defaults = {
+        "place": {},
+        "logprob": None,
+        "work": 0.5,
+        "cache_bytes": 100,
+        "seconds": 0.25,
+        "full_seconds": 0.5,
+        "tokens": 10,
+        "kept": 5,
+        "facts": (),
+        "answers": (),
+    }
+    return Record("tiny", task, name, cell, scores=(score,), **(defaults | values))
 
 
 def scored(cell, scores, **values):
@@ -457,22 +477,67 @@ def scored(cell, scores, **values):
 def test_rows_average_tasks_and_pair_differences():
     full, first, second = grid("claa", keeps=[0.1, 0.2])
     records = scored(full, {"a": [1, 1, 1, 1], "b": [1, 0]}, work=1.0, cache_bytes=200)
-    records += scored(first, {"a": [1, 1, 1, 0], "b": [0, 0]})
+    records += scored(first, {"a": [1, 1, 1, 0], "b": [0, 0]}, seconds=0.1)
     records += scored(second, {"a": [0, 1, 1, 1], "b": [0, 1]}, cache_bytes=150)
-    rows = summarise(records)
+    every = summarise(records)
+    rows = [row for row in every if row.is_total]
     assert [row.accuracy.mean for row in rows] == [0.75, 0.375, 0.625]
-    assert [row.tasks["a"].mean for row in rows] == [1.0, 0.75, 0.75]
+    assert [row.accuracy.mean for row in every if row.task == "a"] == [1.0, 0.75, 0.75]
+    assert len(every) == 9 and {row.prompts for row in every if row.task == "b"} == {2}
     assert [row.cache for row in rows] == [1.0, 0.5, 0.75]
+    assert [row.time for row in rows] == [0.5, 0.2, 0.5]
     assert rows[0].difference is None
     assert rows[1].difference.mean == pytest.approx((-1 / 4 - 1 / 2) / 2)
     # Of the second, what it wins and loses in task b cancels, but is not certain.
     assert rows[2].difference.mean == pytest.approx((-1 / 4 + 0) / 2)
     assert rows[2].difference.low < rows[2].difference.mean < rows[2].difference.high
-    lines = as_markdown(rows, "full").splitlines()
-    assert lines[0] == (
-        "| method | layer | keep | work | cache | a | b | all tasks | against full |"
+    first, _, second = as_markdown(rows, "full").partition("| full |")
+    assert first.startswith(
+        "| method | layer | keep | work | time | cache | accuracy | against full | share of full | "
+        "worst task |\n"
     )
-    assert lines[2].startswith("| full | - | - | 1.00 | 1.00 (0.0 MiB) | 1.00 [1.00, 1.00] | 0.50 ")
+    assert second.startswith(" - | - | 1.00 | 0.50 (250.0 ms) | 1.00 (0.0 MiB) | 0.75 ")
+    both = as_markdown(every, "full").split("\n\n")
+    assert len(both) == 2 and both[0].strip() == as_markdown(rows, "full").strip()
+    assert both[1].startswith("| task | method | layer | keep | work |")
+    assert [line.split(" | ")[0] for line in both[1].splitlines()[2:]] == ["| a"] * 3 + ["| b"] * 3
+
+
+def test_a_share_of_full_is_over_the_tasks_that_full_prefill_can_do():
+    full, cell = grid("claa")
+    records = scored(full, {"a": [1, 1], "b": [1, 0, 1, 0], "c": [0, 0, 0, 1], "d": [0, 0]})
+    records += scored(cell, {"a": [1, 0], "b": [1, 0, 1, 0], "c": [1, 1, 1, 1], "d": [1, 1]})
+    whole, row = (row for row in summarise(records) if row.is_total)
+    assert (row.relative.mean, row.worst, row.worst_task) == (0.75, 0.5, "a")
+    assert row.relative.low < 0.75 < row.relative.high <= 1.0
+    assert (whole.relative.low, whole.relative.high, whole.worst) == (1.0, 1.0, 1.0)
+    _, row = (row for row in summarise(records, min_full=0.0) if row.is_total)
+    assert row.relative.mean == pytest.approx((0.5 + 1 + 4) / 3)  # d has no share at all
+    hopeless = [row for row in summarise(records) if row.task == "d"]
+    assert [(row.relative, row.worst, row.worst_task) for row in hopeless] == [
+        (None, None, None)
+    ] * 2
+
+
+def test_rows_of_lengths_and_tasks():
+    full, cell = grid("claa")
+    records = []
+    for each, scores in ((full, [1, 1, 1]), (cell, [1, 0, 1])):
+        for task in ("a", "beyond-short"):
+            for length, score in zip((200, 1000, 2000), scores, strict=True):
+                one = record(each, task, str(length), score, place={"length": length})
+                records.append(replace(one, facts=(1.0, 0.5) if each is cell else (1.0, 1.0)))
+    rows = summarise(records)
+    places = [(row.task, row.length) for row in rows if row.label == "claa"]
+    of_tasks = [("a", 200), ("a", 1000), ("a", 2000), ("beyond-short", None)]
+    assert places == [(None, None), (None, 200), (None, 1000), (None, 2000), *of_tasks]
+    found = {(row.task, row.length): row for row in rows if row.label == "claa"}
+    assert found[None, 1000].worst_task == "a, 1,000" and found[None, 1000].worst == 0
+    assert found[None, None].groups == 4 and found[None, None].prompts == 6
+    assert (found["a", 200].facts, found["a", 200].whole_facts) == (0.75, 0.5)
+    text = as_markdown(rows, "full")
+    assert "| 1,000 | claa |" in text and "0.75 (0.50 whole)" in text
+    assert "| all | claa |" in text and "| beyond-short | claa |" in text
 
 
 def test_the_baseline_is_the_cell_of_the_same_settings():
@@ -481,6 +546,7 @@ def test_the_baseline_is_the_cell_of_the_same_settings():
     rows = summarise(
         [one for cell, mean in means.items() for one in scored(cell, {"a": [mean, mean]})], "fastkv"
     )
+    assert all(row.is_total for row in rows)  # there is one task
     assert [row.difference and row.difference.mean for row in rows] == [None] + [-4.0] * 4 + [
         None
     ] * 4

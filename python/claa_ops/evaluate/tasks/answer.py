@@ -13,7 +13,6 @@ from claa_ops.huggingface.decoding import end_tokens, greedy
 from claa_ops.huggingface.transformers_api import cache_argument
 from claa_ops.prefill import Prefilled
 
-
 Enough = Callable[[str], bool] | None
 
 

@@ -58,6 +58,11 @@ class Example:
     source: str = ""
 
     @property
+    def questions(self) -> list[Example]:
+        """This one, and the second question if there is one."""
+        return [self] if self.then is None else [self, self.then]
+
+    @property
     def where(self) -> str:
         """What a user finds the prompt by."""
         return self.source or f"{self.task}, {self.name}"
