@@ -1,7 +1,9 @@
 """One recorded prefill serves every method as prefilling anew would, to the bit."""
 
 import contextlib
-from dataclasses import replace
+import itertools
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from claa_ops.methods import (
     LazyLLM,
     Oracle,
     PromptDistill,
+    Pruning,
     PyramidInfer,
     PyramidKV,
     Random,
@@ -294,3 +297,64 @@ def test_the_state_has_the_ranking_of_a_layer(lengths):
         assert torch.equal(recorded.state(method, layer).importance, cache.state.importance)
     with pytest.raises(ValueError, match="must have the last 65 rows, .* got 64"):
         recorded.state(CLAA(window=65, layer=2), 1)
+
+
+@dataclass(frozen=True)
+class Reads(Pruning):
+    """Ranks by the hidden states of the layers before its selection."""
+
+    reads_hidden = True
+
+    def informs(self, state, layer):
+        return layer <= max(self.stages(state.num_layers))
+
+    def rank(self, layer, before):
+        now = layer.hidden[:, : layer.context].float().norm(dim=-1)
+        return now if before is None else before + now
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_method_that_reads_hidden_states_is_replayed(family):
+    model, method = attach(build(family)), Reads(keep=0.4, layer=1)
+    (ids, mask), computed = prompt(60, 41), []
+    expected = prefill(model, ids, method, mask)
+    recorded = RecordedPrefill(model, ids, mask)
+    state = recorded.state(method, 1)
+    assert torch.equal(state.importance, expected.state.importance)
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: computed.append(index))
+    prefilled = recorded.run(method)
+    assert computed == [2, 3]
+    assert torch.equal(prefilled.logits, expected.logits)
+    assert_same_cache(prefilled.cache, expected.cache)
+    for row, tokens in enumerate((60, 41)):
+        alone = prefill(model, ids[row : row + 1, -tokens:], method)
+        torch.testing.assert_close(
+            recorded.row(row).run(method).logits, alone.logits, atol=1e-5, rtol=1e-5
+        )
+    # Of one layer alone is no record that it could read.
+    few = RecordedPrefill(model, ids, mask, layers=[1])
+    computed.clear()
+    assert torch.equal(few.run(method).logits, expected.logits) and computed == [0, 1, 2, 3]
+
+
+def test_seconds_are_those_of_what_is_computed_and_of_the_layers_that_were(monkeypatch):
+    seconds = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(seconds)))
+    monkeypatch.setattr("claa_ops.huggingface.replay.time", clock)
+    model = attach(build("llama"))
+    recorded = RecordedPrefill(model, prompt(60, 60)[0])
+    assert recorded.seconds == 6  # a look before, at the beginning of 4 layers, and two at the end
+    for method, layers in (
+        (CLAA(keep=0.4, layer=1), 2),
+        (FullKV(), 4),
+        (GemFilter(keep=0.4, layer=2), 3),
+        (StreamingLLM(keep=0.4), 4),
+    ):
+        prefilled = recorded.run(method)
+        assert (prefilled.seconds, prefilled.full_seconds) == (1 + layers, 6)
+        alone = recorded.row(1).run(method)
+        assert (alone.seconds, alone.full_seconds) == (1 + layers / 2, 3)
+    oracle = Oracle(keep=0.4, layer=1, max_new_tokens=3)
+    for _ in range(2):  # its answer is asked for once, and counts each time
+        assert recorded.run(oracle).seconds == 1 + 2 + 1

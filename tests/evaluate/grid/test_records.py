@@ -1,22 +1,24 @@
 """Records: computed once, equal to a prefill of their own, and summed up as they should be."""
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from tokenizers import Regex, decoders
 
-from claa_ops.evaluate.grid.cells import make_cells
+from claa_ops.evaluate.grid.cells import Cell, make_cells
 from claa_ops.evaluate.grid.journal import Journal
 from claa_ops.evaluate.grid.picture import plot_frontier, plot_needles
 from claa_ops.evaluate.grid.records import Record, evaluate_model
 from claa_ops.evaluate.grid.table import as_markdown, summarise
 from claa_ops.evaluate.spec import MethodSpec
 from claa_ops.evaluate.tasks import Example, TaskSettings, examples
-from claa_ops.evaluate.tasks.answer import force
+from claa_ops.evaluate.tasks.answer import decode_until, force
 from claa_ops.huggingface.replay import RecordedPrefill
-from claa_ops.prefill import attach, prefill
+from claa_ops.huggingface.turns import ask_again
+from claa_ops.methods import Pruning
+from claa_ops.prefill import attach, decode, prefill
 from support.tiny_checkpoint import CONTEXT, LAYERS, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -275,6 +277,133 @@ def test_what_a_batch_lacks_is_computed_and_nothing_else(model, tmp_path, uneven
     before = kept(tmp_path)
     found = evaluate(model, tmp_path, grid("claa", keeps=[0.3]), uneven, batch_size=8)
     assert kept(tmp_path) == len(found) == 2 * len(uneven) and before == 2 * len(uneven[::2])
+
+
+# Two questions about a prompt.
+
+
+def ask_twice(name, prompt, question, *, new_tokens=5, **values):
+    """The questions' facts are the first two words of the prompt."""
+    graded = {"task": "two", "name": name, "grade": lambda answer: len(answer) / 10}
+    words = prompt.split()
+    begin = len(words[0]) + 1
+    second = Example(
+        **graded, prompt=question, answer_prefix="So", max_new_tokens=3,
+        facts=((begin, begin + len(words[1])),),
+    )  # fmt: skip
+    return Example(
+        **graded, prompt=prompt, max_new_tokens=new_tokens, then=second,
+        facts=((0, len(words[0])),), **values,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def twice():
+    return [
+        ask_twice("0", "first second " + "word " * 40, "and the other?"),
+        ask_twice("1", "one two " + "word " * 52, "and?", new_tokens=2, answer_prefix="It is"),
+        ask_twice("2", "word " * 40, "and what else does it say?", new_tokens=7),
+    ]
+
+
+def test_the_second_question_goes_on_from_the_first_one_s_cache(model, tmp_path, twice):
+    cells = grid(*METHODS[:4], layers=[1, 3], keeps=[0.3])
+    for found in evaluate(model, tmp_path, cells, twice):
+        example = next(one for one in twice if one.name == found.name)
+        method = found.cell.method.for_prompt(f"two {found.name}")
+        text = f"<s>{example.prompt}</s><s>{example.answer_prefix}"
+        ids = torch.tensor([TOKENIZER(text, add_special_tokens=False).input_ids])
+        prefilled = prefill(model, ids, method)
+        said = decode(model, prefilled, max_new_tokens=example.max_new_tokens)[0]
+        said = said[said != 257]
+        turn = TOKENIZER(f"</s><s>{example.then.prompt}</s><s>So", add_special_tokens=False)
+        prefilled = ask_again(model, prefilled, [said], [torch.tensor(turn.input_ids)])
+        (second,) = decode_until(model, TOKENIZER, prefilled, [3], [()])
+        assert found.answers == (TOKENIZER.decode(said), second)
+        assert found.scores == tuple(len(answer) / 10 for answer in found.answers)
+        assert found.score == pytest.approx(sum(found.scores) / 2)
+
+
+def test_facts_are_those_of_both_questions(model, tmp_path, twice):
+    for found in evaluate(model, tmp_path, grid(*METHODS[:4], keeps=[0.3]), twice[:2]):
+        example = next(one for one in twice if one.name == found.name)
+        if found.cell.label == "full":
+            assert found.facts == (1.0, 1.0)
+            continue
+        text = f"<s>{example.prompt}</s><s>{example.answer_prefix}"
+        ids = torch.tensor([TOKENIZER(text, add_special_tokens=False).input_ids])
+        method = found.cell.method.for_prompt(f"two {found.name}")
+        kept = set(prefill(model, ids, method).positions[0].tolist())
+        assert found.kept == len(kept)
+        # A token is a byte, and one comes before the prompt.
+        spans = [range(*example.facts[0]), range(*example.then.facts[0])]
+        shares = [sum(place + 1 in kept for place in span) / len(span) for span in spans]
+        assert found.facts == pytest.approx(shares, abs=1e-4)
+
+
+def test_two_questions_of_a_batch_are_those_of_each_prompt_alone(model, tmp_path, twice):
+    cells = grid(*BATCHED[:-1], keeps=[0.3])
+    prompts = [*twice, *(replace(one, name=f"{one.name} alone", then=None) for one in twice)]
+    told = {"on_problem": lambda problem: None}  # some methods refuse so short prompts
+    alone = evaluate(model, tmp_path / "1", cells, prompts, **told)
+    found = evaluate(model, tmp_path / "2", cells, prompts, batch_size=3, **told)
+    assert len(found) > 60 and {len(one.answers) for one in found} == {1, 2}
+    for ours, theirs in zip(found, alone, strict=True):
+        assert untimed(replace(ours, work=0)) == untimed(replace(theirs, work=0))
+
+
+def test_a_second_question_is_part_of_the_key(model, tmp_path, twice):
+    cells, one = grid("claa", keeps=[0.3]), twice[0]
+    computed = []
+    for other in (
+        one,
+        replace(one, then=None),
+        replace(one, then=replace(one.then, prompt="and now?")),
+        replace(one, then=replace(one.then, max_new_tokens=2)),
+        replace(one, then=replace(one.then, facts=())),
+        replace(one, then=replace(one.then, grade=lambda answer: 0.5)),
+    ):
+        before = (
+            len((tmp_path / "records.jsonl").read_bytes()) and kept(tmp_path) if computed else 0
+        )
+        found = evaluate(model, tmp_path, cells, [other])
+        computed.append(kept(tmp_path) - before)
+    assert computed == [2] * 5 + [0] and [one.scores[1] for one in found] == [0.5, 0.5]
+
+
+def test_both_questions_need_a_grade_and_room(model, tmp_path, twice):
+    problems, one = [], twice[0]
+    bad = [
+        replace(one, name="a", then=replace(one.then, grade=None)),
+        replace(one, name="b", then=replace(one.then, max_new_tokens=CONTEXT)),
+        replace(one, name="c", then=replace(one.then, prompt="word " * 99)),
+    ]
+    assert evaluate(model, tmp_path, grid("claa"), bad, on_problem=problems.append) == []
+    assert "two questions about a prompt must both have a grade" in problems[0]
+    assert all("context holds 512" in problem for problem in problems[1:]) and len(problems) == 3
+
+
+@dataclass(frozen=True)
+class Reads(Pruning):
+    """Ranks by hidden states."""
+
+    reads_hidden = True
+
+    def rank(self, layer, before):
+        return layer.hidden[:, : layer.context].float().norm(dim=-1)
+
+
+def test_a_method_that_reads_hidden_states_shares_the_prefill(model, tmp_path, uneven, monkeypatch):
+    cells = [*grid("claa", keeps=[0.3]), Cell.of("reads", Reads(keep=0.3, layer=2))]
+    alone = evaluate(model, tmp_path / "1", cells, uneven)
+    computed = []
+    layer = model.model.layers[0].mlp
+    handle = layer.register_forward_hook(lambda *given: computed.append(given[1][0].shape[1]))
+    found = evaluate(model, tmp_path / "2", cells, uneven, batch_size=8)
+    handle.remove()
+    assert sum(tokens > 40 for tokens in computed) == 2  # batches: with targets, and without
+    assert [one.answers for one in found] == [one.answers for one in alone]
+    assert [one.facts for one in found] == [one.facts for one in alone]
 
 
 # What ends the work before all is done.
