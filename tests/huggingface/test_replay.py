@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +19,6 @@ from claa_ops.methods import (
     LazyLLM,
     Oracle,
     PromptDistill,
-    Pruning,
     PyramidInfer,
     PyramidKV,
     Random,
@@ -30,6 +29,7 @@ from claa_ops.methods import (
     UniPrefill,
 )
 from claa_ops.prefill import ClaaCache, attach, decode, prefill
+from support.own_methods import Mass, Norms
 from support.tiny_models import build, prompt
 
 LENGTHS = {"alone": (50,), "padded batch": (50, 41)}
@@ -299,23 +299,9 @@ def test_the_state_has_the_ranking_of_a_layer(lengths):
         recorded.state(CLAA(window=65, layer=2), 1)
 
 
-@dataclass(frozen=True)
-class Reads(Pruning):
-    """Ranks by the hidden states of the layers before its selection."""
-
-    reads_hidden = True
-
-    def informs(self, state, layer):
-        return layer <= max(self.stages(state.num_layers))
-
-    def rank(self, layer, before):
-        now = layer.hidden[:, : layer.context].float().norm(dim=-1)
-        return now if before is None else before + now
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_method_that_reads_hidden_states_is_replayed(family):
-    model, method = attach(build(family)), Reads(keep=0.4, layer=1)
+    model, method = attach(build(family)), Norms(keep=0.4, layer=1)
     (ids, mask), computed = prompt(60, 41), []
     expected = prefill(model, ids, method, mask)
     recorded = RecordedPrefill(model, ids, mask)
@@ -336,6 +322,30 @@ def test_a_method_that_reads_hidden_states_is_replayed(family):
     few = RecordedPrefill(model, ids, mask, layers=[1])
     computed.clear()
     assert torch.equal(few.run(method).logits, expected.logits) and computed == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("length", [40, 80])  # fewer tokens than rows that are recorded, and more
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_prompts_of_one_length_may_keep_different_numbers(family, length):
+    model, method = attach(build(family)), Mass(layer=1, keep_kv=1.0, share=0.6)
+    ids, _ = prompt(length, length, length)
+    recorded, computed = RecordedPrefill(model, ids), []
+    with pytest.raises(ValueError, match="a batch must be padded or one prompt"):
+        recorded.run(method)
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: computed.append(index))
+    together = recorded.padded().run(method)
+    assert computed == [2, 3]
+    reached, shares, cached = together.reached(), together.work_shares(), together.cache_bytes()
+    logits = continue_greedily(model, together)
+    for row in range(3):
+        alone = prefill(model, ids[row : row + 1], method)
+        assert reached[row].nonzero()[:, 0].tolist() == alone.positions[0].tolist()
+        assert shares[row] == pytest.approx(alone.work_share, rel=1e-12)
+        assert cached[row] == alone.cache.nbytes()
+        own = continue_greedily(model, alone)[:, 0]
+        torch.testing.assert_close(logits[:, row], own, atol=1e-4, rtol=1e-4)
+    assert len({int(row.sum()) for row in reached}) > 1
 
 
 def test_seconds_are_those_of_what_is_computed_and_of_the_layers_that_were(monkeypatch):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from claa_ops.huggingface.answer import ModelReader
@@ -112,7 +113,7 @@ class Replayed(Prefilled):
         """For each prompt ``[N]``, bool: which of its tokens reached the last layer."""
         if self.positions is None:
             return [torch.ones(tokens, dtype=torch.bool) for tokens in self.full]
-        padded = max(self.full)
+        padded = self.state.prompt_length
         reached = []
         for positions, tokens in zip(self.positions.cpu(), self.full, strict=True):
             row = torch.zeros(padded, dtype=torch.bool)
@@ -161,6 +162,7 @@ class RecordedPrefill:
         self.input_ids = input_ids.to(model.device)
         self.attention_mask = None if attention_mask is None else attention_mask.to(model.device)
         self._outputs: dict[int, Any] = {}
+        self._unseen = 0  # tokens of padding that were not in the recorded forward
         self._prepared: dict[tuple[Any, ...], tuple[Preparation, float]] = {}
         blocks = decoder_of(model).layers
         clock = _Clock(model.device)
@@ -231,6 +233,27 @@ class RecordedPrefill:
         alone._given = [x[row if len(x) > 1 else slice(1), -tokens:] for x in self._given]
         alone._calls = [call.row(row, tokens) for call in self._calls]
         return alone
+
+    def padded(self) -> RecordedPrefill:
+        """The record of the same prompts, of one length, with a token of padding before each.
+
+        That is for a method that keeps more of one prompt than of another, which needs a mask
+        after its selection. The layers before it never see the padding.
+        """
+        batch, tokens = self.input_ids.shape
+        wider = copy.copy(self)
+        wider.input_ids = pad(self.input_ids, (1, 0))
+        wider.attention_mask = pad(torch.ones_like(self.input_ids), (1, 0))
+        wider._start = self.input_ids.new_ones(batch)
+        wider._prepared = {}
+        wider._outputs = {
+            layer: _each(output, lambda x: pad(x, (0, 0, 1, 0)))
+            for layer, output in self._outputs.items()
+        }
+        wider._given = [pad(x, (0, 0, 1, 0)) for x in self._given]
+        wider._unseen = 1
+        wider._calls = [call.padded(tokens) for call in self._calls]
+        return wider
 
     @property
     def _whole(self) -> Seen:
@@ -342,11 +365,15 @@ class RecordedPrefill:
         assert cache.state is not None  # a prefill has one
         given = _given(arguments)
         same = all(x.shape == y.shape for x, y in zip(given, self._given, strict=True))
+        first = self._unseen
         return (
             same
             and cache.method.rows(cache.state) <= _ROWS
             and (not cache.method.reads_hidden or len(self._outputs) == len(self._calls))
-            and all(map(torch.equal, given, self._given))
+            and all(
+                torch.equal(x[:, first:], y[:, first:])
+                for x, y in zip(given, self._given, strict=True)
+            )
         )
 
     def hand_out(self, layer: int, cache: ClaaCache) -> Any:
@@ -479,6 +506,15 @@ class _Call:
             if rest[name] is not None:
                 rest[name] = rest[name][row, :, -tokens:]
         return _Call(self.query[row, :, -tokens:], self.key[row, :, -tokens:], rest)
+
+    def padded(self, tokens: int) -> _Call:
+        """The same with a token of padding before all ``tokens``."""
+        rest = {**self.rest, "value": pad(self.rest["value"], (0, 0, 1, 0))}
+        query, lse = self.query, rest["lse"]
+        if query.shape[2] == tokens:  # all rows are recorded
+            query = pad(query, (0, 0, 1, 0))
+            rest["lse"] = None if lse is None else pad(lse, (1, 0))
+        return _Call(query, pad(self.key, (0, 0, 1, 0)), rest)
 
 
 class _RecordingState(PrefillState):

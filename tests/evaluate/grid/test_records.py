@@ -1,7 +1,7 @@
 """Records: computed once, equal to a prefill of their own, and summed up as they should be."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ from claa_ops.evaluate.tasks import Example, TaskSettings, examples
 from claa_ops.evaluate.tasks.answer import decode_until, force
 from claa_ops.huggingface.replay import RecordedPrefill
 from claa_ops.huggingface.turns import ask_again
-from claa_ops.methods import Pruning
 from claa_ops.prefill import attach, decode, prefill
+from support.own_methods import Mass, Norms
 from support.tiny_checkpoint import CONTEXT, LAYERS, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -383,18 +383,8 @@ def test_both_questions_need_a_grade_and_room(model, tmp_path, twice):
     assert all("context holds 512" in problem for problem in problems[1:]) and len(problems) == 3
 
 
-@dataclass(frozen=True)
-class Reads(Pruning):
-    """Ranks by hidden states."""
-
-    reads_hidden = True
-
-    def rank(self, layer, before):
-        return layer.hidden[:, : layer.context].float().norm(dim=-1)
-
-
 def test_a_method_that_reads_hidden_states_shares_the_prefill(model, tmp_path, uneven, monkeypatch):
-    cells = [*grid("claa", keeps=[0.3]), Cell.of("reads", Reads(keep=0.3, layer=2))]
+    cells = [*grid("claa", keeps=[0.3]), Cell.of("norms", Norms(keep=0.3, layer=2))]
     alone = evaluate(model, tmp_path / "1", cells, uneven)
     computed = []
     layer = model.model.layers[0].mlp
@@ -404,6 +394,25 @@ def test_a_method_that_reads_hidden_states_shares_the_prefill(model, tmp_path, u
     assert sum(tokens > 40 for tokens in computed) == 2  # batches: with targets, and without
     assert [one.answers for one in found] == [one.answers for one in alone]
     assert [one.facts for one in found] == [one.facts for one in alone]
+
+
+def test_prompts_of_one_length_that_keep_different_numbers_are_one_batch(
+    model, tmp_path, prompts, monkeypatch
+):
+    cells = [*grid("claa", keeps=[0.3]), Cell.of("mass", Mass(layer=2, share=0.6))]
+    texts = ["word and " * 30, "some rain " * 27, "a door or " * 27]
+    alike = [replace(prompts[-1], name=text, prompt=text) for text in texts]
+    alone = evaluate(model, tmp_path / "1", cells, alike)
+    assert len({one.tokens for one in alone}) == 1 and len({one.kept for one in alone}) > 3
+    rows, run = [], RecordedPrefill.run
+    monkeypatch.setattr(
+        RecordedPrefill, "run", lambda self, x: rows.append(len(self.input_ids)) or run(self, x)
+    )
+    found = evaluate(model, tmp_path / "2", cells, alike, batch_size=3)
+    assert rows == [3, 3, 3]
+    for ours, theirs in zip(found, alone, strict=True):
+        assert ours.work == pytest.approx(theirs.work, rel=1e-12)
+        assert untimed(replace(ours, work=0)) == untimed(replace(theirs, work=0))
 
 
 # What ends the work before all is done.

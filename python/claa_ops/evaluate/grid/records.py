@@ -201,7 +201,7 @@ class _Work:
 
     def _answer_together(self, prefills: _Prefills, place: int, method: Method) -> bool:
         """Answer the whole batch in a cell, if that is possible; whether it was."""
-        batch, together = prefills.batch, prefills.together
+        batch, together = prefills.batch, prefills.for_all(method)
         draws = any(method.for_prompt(prompt.draw) is not method for prompt in batch)
         # A ranking from before the prefill is one of all prompts, whose work cannot be told apart.
         if together is None or draws or method.needs_ranking or not method.serves_batches:
@@ -301,6 +301,7 @@ class _Prefills:
     ) -> None:
         self.batch = batch
         self.together: RecordedPrefill | None = None
+        self._padded: RecordedPrefill | None = None
         self.alone: dict[int, RecordedPrefill | None] = {}
         num_layers = model.config.get_text_config().num_hidden_layers
         # A method that reads hidden states may do so in any layer.
@@ -312,6 +313,18 @@ class _Prefills:
             # Where they do not fit into memory together, they may alone.
             with contextlib.suppress(Exception):
                 self.together = RecordedPrefill(model, ids, mask, layers=self._layers)
+
+    def for_all(self, method: Method) -> RecordedPrefill | None:
+        """The prefill of all prompts that a method can continue from, if there is one."""
+        if not method.differs_by_row or self.together is None:
+            return self.together
+        if self.together.attention_mask is not None:
+            return self.together
+        # Without padding there is no mask, which rows that keep different numbers need.
+        if self._padded is None:
+            with contextlib.suppress(Exception):
+                self._padded = self.together.padded()
+        return self._padded
 
     def take_alone(self, row: int) -> None:
         """Have the prefill of one prompt; what it raises, it raises once, and is None then."""
