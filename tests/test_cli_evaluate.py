@@ -198,7 +198,7 @@ def test_batches_change_no_table(checkpoint, filler, tmp_path):
     assert tables[0] == tables[1] and tables[0].count("TIME") == 3
 
 
-def test_suites_at_once_with_two_questions_and_lengths(checkpoint, filler, tmp_path):
+def test_suites_at_once(checkpoint, filler, tmp_path):
     command = ["evaluate", "--model", checkpoint, "--device", "cpu", "--filler", filler]
     command += ["--suite", "ruler", "--suite", "beyond", "--method", "claa", "--keep", "0.3"]
     command += ["--prompts", "2", "--lengths", "470", "--batch-size", "3", "--min-full", "0"]
@@ -207,8 +207,6 @@ def test_suites_at_once_with_two_questions_and_lengths(checkpoint, filler, tmp_p
     facts = json.loads((tmp_path / "results.json").read_text())
     places = {(row["task"], row["length"]) for row in facts["table"]}
     assert {("beyond-short", None), ("beyond-keys", 470), (None, None)} <= places
-    twice = [record for record in facts["records"] if record["task"] == "beyond-two-questions"]
-    assert len(twice) == 2 * 2 and all(len(record["answers"]) == 2 for record in twice)
     # The tiny model's tokens are bytes: most tasks have no room in its context.
     assert all("at least" in problem or "may follow" in problem for problem in facts["problems"])
     again = RUNNER.invoke(app, [*command, "--no-chat", "--out", str(tmp_path), "--json"])
