@@ -1,5 +1,7 @@
 """The families of models that the tests build: those that attach, and those that are refused."""
 
+import copy
+
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -299,10 +301,25 @@ MULTIMODAL: dict[str, tuple[str, dict, dict]] = {
     "qwen3_5": (
         "qwen3_5_text",
         {**_DELTA, **_QWEN_ROPE},
-        {"vision_config": {**_QWEN_VISION, "hidden_size": 16, "num_position_embeddings": 16}, **_QWEN_IDS},
+        {
+            "vision_config": {**_QWEN_VISION, "hidden_size": 16, "num_position_embeddings": 16},
+            **_QWEN_IDS,
+        },
     ),
-    "lfm2_vl": ("lfm2", _CONV, {"vision_config": {**_VISION, "model_type": "siglip2_vision_model"}, **_ID}),
-    "gemma4": ("gemma4_text", SERVED["gemma4_text"], {"vision_config": {**_VISION, "model_type": "gemma4_vision", "head_dim": 8}, "audio_config": None, **_ID}),
+    "lfm2_vl": (
+        "lfm2",
+        _CONV,
+        {"vision_config": {**_VISION, "model_type": "siglip2_vision_model"}, **_ID},
+    ),
+    "gemma4": (
+        "gemma4_text",
+        SERVED["gemma4_text"],
+        {
+            "vision_config": {**_VISION, "model_type": "gemma4_vision", "head_dim": 8},
+            "audio_config": None,
+            **_ID,
+        },
+    ),
     "smolvlm": ("llama", {}, {"vision_config": {**_VISION, "model_type": "smolvlm_vision"}, **_ID}),
 }
 
@@ -328,7 +345,8 @@ def build_family(family: str, attention: str | None = None) -> PreTrainedModel:
     if family not in MULTIMODAL:
         return build(family, attention, **_settings(family))
     text, changes, around = MULTIMODAL[family]
-    text_config = {**COMMON, **EXTRA.get(text, {}), **changes, "model_type": text}
+    # Copies: configurations change what they are given.
+    text_config = {**COMMON, **EXTRA.get(text, {}), **copy.deepcopy(changes), "model_type": text}
     config = AutoConfig.for_model(family, text_config=text_config, **around)
     return initialized(lambda: AutoModelForImageTextToText.from_config(config))
 
@@ -351,6 +369,33 @@ loops written by hand (tests/huggingface/hand_loop.py).
 |---|---|---|
 {served}
 
+## Hybrid decoders
+
+Most of their layers, or a part of each layer, hand a state of fixed size from token to token
+instead of attending. The same holds for them, and `keep < 1` is also compared with a loop written
+by hand around the plain layers, in several turns (tests/support/layer_loop.py). Real models were
+not at hand: **what a selection costs in accuracy was not measured**, and a state that reads only
+the kept tokens is another state than one of the whole prompt.
+
+- Layers that attend rank and have caches that are compressed. After the selection all layers, the
+  recurrent ones too, read the kept tokens alone, in their order; states of earlier layers are of
+  the whole prompt. In a padded batch the padding stays hidden from them.
+- `layer` names any layer of the model: tokens are dropped after it, by the ranking of the layers
+  with attention up to it. There must be one of these up to it, and one after it. A default that
+  finds none moves to the nearest layer that has both.
+- All else that a method counts is layers with attention: `last_n`, `first_full`, `equal_cache`
+  and the depth of a pyramid.
+- `cache.lengths` is 0 where nothing attends, `cache.nbytes()` has the states, and the work that is
+  reported has the weights of all layers and the attention of those that attend.
+
+| family | besides full attention | with these releases |
+|---|---|---|
+{hybrid}
+
+A turn of several tokens is what the plain model makes of it: in Jamba that forgets the states of
+the prompt. `StaticClaaCache` holds states, but no layers that attend and recur at once
+(`falcon_h1`).
+
 ## Served with prompts of text
 
 The decoders of models that read images too. Prompts with images were not tested.
@@ -360,6 +405,9 @@ The decoders of models that read images too. Prompts with images were not tested
 {multimodal}
 
 ## Refused
+
+Also `gemma4_text` and `gemma4` where layers use the keys of others (`num_kv_shared_layers`), as in
+E2B and E4B.
 
 | family | because |
 |---|---|
@@ -380,6 +428,7 @@ def page(releases: str) -> str:
 
     lines = {
         "served": [f"| `{name}` | {attention(name)} | {tested(name)} |" for name in SERVED],
+        "hybrid": [f"| `{name}` | {what} | {tested(name)} |" for name, (what, _) in HYBRID.items()],
         "multimodal": [
             f"| `{name}` | `{text}` | {tested(name)} |" for name, (text, *_) in MULTIMODAL.items()
         ],

@@ -88,7 +88,7 @@ class LayerLoop:
         return forward
 
     def _mask(self, index: int, new: list[int]) -> Tensor | None:
-        """Additive, ``[1, 1, n, entries]``; entries that heads hold apart come before all of these."""
+        """Additive, ``[1, 1, n, entries]``."""
         kind = self.model.config.layer_types[index]
         if kind not in ("full_attention", "sliding_attention", "hybrid"):
             return None

@@ -480,7 +480,7 @@ class StateLayer(LinearAttentionLayer):
                     states[name] = change(state)
 
 
-class HybridLayer(StateLayer, FullLayer):
+class HybridLayer(StateLayer, FullLayer):  # type: ignore[misc, override]  # as in transformers
     """All entries of the attention in a layer, and the states beside it."""
 
     is_compileable = False
@@ -489,9 +489,14 @@ class HybridLayer(StateLayer, FullLayer):
         FullLayer.__init__(self)
         StateLayer.__init__(self, number_of_states)
 
-    def lazy_initialization(self, *entries: Tensor, **states: Any) -> None:
+    def lazy_initialization(  # type: ignore[override]
+        self, *entries: Tensor, **states: Any
+    ) -> None:
         """Of the entries, keys and values; or of one of the states, by its name."""
-        (FullLayer if entries else StateLayer).lazy_initialization(self, *entries, **states)
+        if entries:
+            FullLayer.lazy_initialization(self, *entries)
+        else:
+            StateLayer.lazy_initialization(self, **states)
 
     def get_seq_length(self) -> int:
         """How many entries."""

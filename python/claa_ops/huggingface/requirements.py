@@ -46,6 +46,11 @@ def layers_and_attentions(
     if reason is not None:
         raise ValueError(f"attach: {name} is not served: {reason}")
     attending = [index for index, kind in enumerate(kinds) if kind.attends]
+    if len(attending) < 2:
+        raise TypeError(
+            f"attach: {name} is not served: a selection goes between two layers that attend, "
+            f"got {len(attending)}"
+        )
     attentions = [each for index in attending for each in _attentions(layers[index])]
     if len(attentions) != len(attending):
         raise TypeError(
@@ -72,8 +77,8 @@ def _unserved_form(model: PreTrainedModel, decoder: nn.Module) -> str | None:
     if not layers:
         return f"its decoder, {type(decoder).__name__}, has no list of layers"
     block, taken = type(layers[0]).__name__, parameters(layers[0])
-    attending = sum(kind.attends for kind in cache_layers(model.config))
-    if attending == 0 or "state" in taken:
+    kinds = cache_layers(model.config)
+    if all(kind.states and not kind.attends for kind in kinds) or "state" in taken:
         return f"its layers ({block}) are recurrent alone, and a ranking is made of attention"
     if has_alibi(config, taken):
         return (
@@ -94,8 +99,6 @@ def _unserved_form(model: PreTrainedModel, decoder: nn.Module) -> str | None:
         return f"its layers ({block}) take no cache, got {', '.join(taken)}"
     if not attention_can_be_set(decoder):
         return f"{type(decoder).__name__} computes attention by code of its own that cannot be set"
-    if attending < 2:
-        return "it has one layer that attends, and a selection goes between two"
     return None
 
 

@@ -195,7 +195,8 @@ class Dimensions:
     """The sizes of a text model, as its configuration has them.
 
     Attributes:
-        hidden_size, vocab_size, heads, head_dim: as in the configuration.
+        hidden_size, vocab_size, heads, head_dim: as in the configuration; the last of the first
+            layer, where layers differ.
         kinds: of each layer.
         experts, experts_used: how many experts a layer has, and how many a token goes to; None
             for dense layers.
@@ -214,12 +215,14 @@ def dimensions(config: PreTrainedConfig) -> Dimensions:
     """Read the sizes of a text model from its configuration."""
     config = config.get_text_config(decoder=True)
     heads = config.num_attention_heads
+    # Where layers differ, the configuration has one for each, from 5.24 on.
+    first = next(iter(getattr(config, "per_layer_config", None) or [config]))
     experts = (getattr(config, name, None) for name in ("num_local_experts", "num_experts"))
     return Dimensions(
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         heads=heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=getattr(first, "head_dim", None) or config.hidden_size // heads,
         kinds=cache_layers(config),
         experts=next(filter(None, experts), None),
         experts_used=getattr(config, "num_experts_per_tok", None),
