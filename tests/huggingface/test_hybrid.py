@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
+from claa_ops.huggingface.replay import RecordedPrefill
 from claa_ops.huggingface.static import StaticClaaCache
 from claa_ops.huggingface.work import count_work
 from claa_ops.methods import (
@@ -179,6 +180,41 @@ def test_adaptive_layers(deep, passes):
     assert prefilled.work == (
         count_work(deep, [60] * 4 + [20] * 2) if passes == 1 else first + second
     )
+
+
+# A record.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "falcon_h1", "olmo_hybrid"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_replayed_prefill_is_the_prefill(family, layer):
+    if layer == 0 and family != "falcon_h1":
+        layer = None
+    model, method = attach(build_family(family)), CLAA(keep=0.4, layer=layer, first_full=1)
+    ids, mask = prompt(50, 41)
+    recorded = RecordedPrefill(model, ids, mask)
+    for _ in range(2):  # decoding left the record as it was
+        expected = prefill(model, ids, method, mask)
+        replayed = recorded.run(method)
+        assert torch.equal(replayed.logits, expected.logits)
+        assert torch.equal(replayed.positions, expected.positions)
+        assert replayed.work == expected.work
+        assert replayed.cache.nbytes() == expected.cache.nbytes()
+        of_rows = replayed.cache_bytes()
+        later = decoded(model, replayed)[0], decoded(model, expected)[0]
+        assert torch.equal(*later)
+    alone = prefill(model, ids[1:, -41:], method)
+    row = recorded.row(1).run(method)
+    assert of_rows[1:] == row.cache_bytes() == [alone.cache.nbytes()]
+    assert size(row.logits - alone.logits) <= 1e-4 * size(alone.logits)
+    assert size(decoded(model, row)[0] - decoded(model, alone)[0]) <= 1e-4 * size(later[0])
+
+
+def test_a_record_ranks_by_the_layers_with_attention(deep):
+    recorded = RecordedPrefill(deep, prompt(60)[0])
+    one, two, four = (recorded.state(CLAA(last_n=2), layer).importance for layer in (1, 3, 4))
+    assert torch.equal(two, four) and not torch.equal(one, two)
 
 
 # The cache.

@@ -451,6 +451,7 @@ class StateLayer(LinearAttentionLayer):
     """The states of a layer without attention, of all tokens that it saw; there may be none."""
 
     is_sliding = False
+    keys = values = None
 
     def get_seq_length(self) -> int:
         """None of them has an entry of its own."""
@@ -460,6 +461,15 @@ class StateLayer(LinearAttentionLayer):
         """The states, once there are any."""
         held = (*self.conv_states.values(), *self.recurrent_states.values())
         return [state for state in held if state is not None]
+
+    def take(self, other: StateLayer) -> None:
+        """Hold copies of the states of another layer."""
+        for index, state in other.conv_states.items():
+            if state is not None:
+                self.update_conv_state(state, index)
+        for index, state in other.recurrent_states.items():
+            if state is not None:
+                self.update_recurrent_state(state, index)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the batch for beam search."""

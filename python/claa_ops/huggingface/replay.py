@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from claa_ops.huggingface.answer import ModelReader
-from claa_ops.huggingface.cache import ClaaCache
+from claa_ops.huggingface.cache import ClaaCache, StateLayer
 from claa_ops.huggingface.decoding import count_positions
 from claa_ops.huggingface.prefill import Prefilled, prefill
 from claa_ops.huggingface.transformers_api import cache_argument, cache_of, decoder_of
@@ -99,6 +99,11 @@ class Replayed(Prefilled):
             return [self.cache.nbytes()]
         total = [0] * batch
         for layer, seen in zip(self.cache.layers, self.seen[-1], strict=True):
+            if isinstance(layer, StateLayer):
+                states = sum(state.nbytes for state in StateLayer.tensors(layer)) // batch
+                total = [before + states for before in total]
+            if layer.keys is None:
+                continue
             of_an_entry = sum(
                 held.shape[1] * held.shape[3] * held.element_size()
                 for held in (layer.keys, layer.values)
@@ -188,7 +193,13 @@ class RecordedPrefill:
                 handle.remove()
         assert isinstance(recorder.state, _RecordingState)  # the forward made it
         self._start = recorder.state.start
-        self._calls = recorder.state.calls
+        self._attending, self._depth = recorder.attending, len(blocks)
+        self._calls = dict(zip(recorder.attending, recorder.state.calls, strict=True))
+        self._states = {
+            index: layer
+            for index, layer in enumerate(recorder.layers)
+            if isinstance(layer, StateLayer)
+        }
         self.logits: Tensor = output.logits[:, -1]
         self.seconds, self._layer_seconds = clock.seconds, clock.between_ticks()
 
@@ -231,7 +242,10 @@ class RecordedPrefill:
         }
         # Of the angles there may be one row for all prompts.
         alone._given = [x[row if len(x) > 1 else slice(1), -tokens:] for x in self._given]
-        alone._calls = [call.row(row, tokens) for call in self._calls]
+        alone._calls = {layer: call.row(row, tokens) for layer, call in self._calls.items()}
+        alone._states = copy.deepcopy(self._states)
+        for layer in alone._states.values():
+            StateLayer.batch_select_indices(layer, torch.tensor([index]))
         return alone
 
     def padded(self) -> RecordedPrefill:
@@ -252,7 +266,7 @@ class RecordedPrefill:
         }
         wider._given = [pad(x, (0, 0, 1, 0)) for x in self._given]
         wider._unseen = 1
-        wider._calls = [call.padded(tokens) for call in self._calls]
+        wider._calls = {layer: call.padded(tokens) for layer, call in self._calls.items()}
         return wider
 
     @property
@@ -263,7 +277,7 @@ class RecordedPrefill:
     @functools.cached_property
     def _weights(self) -> list[int]:
         """Of each layer, the multiply-adds of a token by its weights."""
-        layers = range(len(self._calls))
+        layers = range(self._depth)
         return [count_work(self.model, [0] * layer + [1]).linear for layer in layers]
 
     def _prepare(self, method: Method) -> tuple[Preparation | None, float]:
@@ -300,20 +314,22 @@ class RecordedPrefill:
             ValueError: there is no such layer, or the method reads more queries than the last
                 64, which are recorded.
         """
-        at_depth = method.at_depth(len(self._calls))
+        at_depth = method.at_depth(self._depth)
         if isinstance(getattr(at_depth, "layer", None), int):
             method = replace(at_depth, layer=layer)  # type: ignore[call-arg]
+        method, _ = method.among(self._attending, self._depth)
         state = begin(
             method,
-            num_layers=len(self._calls),
+            num_layers=len(self._attending),
             prompt_length=self.input_ids.shape[1],
             start=self._start,
             ranking=ranking,
             first_pass=method.two_pass,
         )
-        for index in range(layer + 1):
-            call = self._calls[index]
-            state.observe(index, call.query, call.key, **self._shown(index, method))
+        for count, index in enumerate(self._attending):
+            if index <= layer:
+                call = self._calls[index]
+                state.observe(count, call.query, call.key, **self._shown(index, method))
         return state
 
     def _shown(self, layer: int, method: Method) -> dict[str, Any]:
@@ -378,11 +394,14 @@ class RecordedPrefill:
 
     def hand_out(self, layer: int, cache: ClaaCache) -> Any:
         """The output of a layer, whose keys, values and scores the cache gets."""
-        call = self._calls[layer]
-        cache.update(call.key, call.rest["value"], layer)
-        cache.observe(layer, call.query, call.key, **self._shown(layer, cache.method))
+        if layer in self._states:
+            cache.layers[layer].take(self._states[layer])
+        if layer in self._calls:
+            call = self._calls[layer]
+            cache.update(call.key, call.rest["value"], layer)
+            cache.observe(layer, call.query, call.key, **self._shown(layer, cache.method))
         # Where an output was not recorded nobody reads it, but it must have the form of one.
-        return self._outputs.get(layer, self._outputs[len(self._calls) - 1])
+        return self._outputs.get(layer, self._outputs[self._depth - 1])
 
     def require_output(self, layer: int) -> None:
         """Raise ValueError unless the layers after this one can be computed."""
@@ -474,8 +493,8 @@ class _Layer:
 
 
 def _given(arguments: dict[str, Any]) -> list[Tensor]:
-    """What tells one prompt from another: the embedded tokens and their rotary angles."""
-    return [arguments["hidden_states"], *arguments["position_embeddings"]]
+    """What tells one prompt from another: the embedded tokens and any rotary angles."""
+    return [arguments["hidden_states"], *(arguments.get("position_embeddings") or ())]
 
 
 def _each(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
