@@ -43,7 +43,8 @@ class Pruning(Method):
             prompt, and none is larger than the one before it.
         layer: the selection layer, from 0; it still sees every token. An ascending tuple, as
             long as ``keep``, selects once after each of these layers. None for
-            :meth:`default_layer` of the model's depth.
+            :meth:`default_layer` of the model's depth. In a hybrid model it may be a layer without
+            attention: see :meth:`Method.among`.
         keep_kv: tokens that a layer's cache keeps, a rate or a number; the last ``keep`` if None.
         first_full: how many first layers keep their whole caches.
         num_sinks: how many first tokens of the prompt are always kept; a budget that is a number
