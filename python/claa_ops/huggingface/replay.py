@@ -385,7 +385,7 @@ class RecordedPrefill:
         return (
             same
             and cache.method.rows(cache.state) <= _ROWS
-            and (not cache.method.reads_hidden or len(self._outputs) == len(self._calls))
+            and (not cache.method.reads_hidden or len(self._outputs) == self._depth)
             and all(
                 torch.equal(x[:, first:], y[:, first:])
                 for x, y in zip(given, self._given, strict=True)
