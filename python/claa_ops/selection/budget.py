@@ -71,9 +71,10 @@ class Budget:
 
     def exceeds(self, other: Budget) -> bool:
         """Whether this keeps more than ``other``; False between a rate and a number."""
-        if bool(self.per) != bool(other.per):
-            return False
-        return self.count * (other.per or 1) > other.count * (self.per or 1)
+        # In steps: torch.compile, to which numbers may be symbols, compares no conditions.
+        if self.per and other.per:
+            return self.count * other.per > other.count * self.per
+        return not self.per and not other.per and self.count > other.count
 
 
 def equal_share(total: Size, lengths: Sequence[Size]) -> Size:

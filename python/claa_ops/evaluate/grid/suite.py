@@ -60,6 +60,7 @@ SUITES = {
             "uniprefill",  # it has no rate either
             "selective-context",
             "peak",
+            "hops",
             "oracle",
             "random",
             "sinks-random",

@@ -49,7 +49,7 @@ class Example:
     answers: Sequence[str] = ()
     max_new_tokens: int = 0
     stop: tuple[str, ...] = ()
-    enough: Callable[[str], bool] | None = None
+    enough: Callable[[str], bool] | None = field(default=None, compare=False)
     fact: str | None = None
     facts: tuple[tuple[int, int], ...] = ()
     place: Mapping[str, float] = field(default_factory=dict)
