@@ -14,8 +14,8 @@ PUBLIC = {
         score_layer score_tokens score_window select_topk
     """,
     "claa_ops.methods": """
-        ASL CLAA FastKV FastKVDeferral FullKV GemFilter Hops LazyLLM METHODS Method Oracle Peak
-        PromptDistill Pruning PyramidInfer PyramidKV Random SelectiveContext SinksRandom SnapKV
+        ASL CLAA Coarse FastKV FastKVDeferral FullKV GemFilter Hops LazyLLM METHODS Method Oracle
+        Peak PromptDistill Pruning PyramidInfer PyramidKV Random SelectiveContext SinksRandom SnapKV
         SpeculativePrefill StreamingLLM UniPrefill find_method make_method register
     """,
     "claa_ops.prefill": """

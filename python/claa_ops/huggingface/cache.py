@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from claa_ops.huggingface.generation import AttachedCache, Request
 from claa_ops.huggingface.prompt import (
@@ -114,6 +115,8 @@ class ClaaCache(AttachedCache):
         self.given: dict[str, Any] = {}
         # The input of the layer that is running, for a method that reads it.
         self.hidden: Tensor | None = None
+        # What a method may come back to.
+        self.parked: Parked | None = None
         # What the layers after a selection receive, gathered once for each type of layer.
         self.selected: dict[str, dict[str, Any]] = {}
 
@@ -228,7 +231,7 @@ class ClaaCache(AttachedCache):
         """Called by an attached model after its layers."""
         self.given.clear()
         self.selected.clear()
-        self.hidden = None
+        self.hidden = self.parked = None
         self.in_forward = self.prefilling = False
 
     def begin_generate(self, request: Request) -> None:
@@ -296,12 +299,17 @@ class ClaaCache(AttachedCache):
 
     def reset(self) -> None:
         """Forget the request, to use the cache for another."""
-        for layer in self.layers:
-            # Dropped, not zeroed: transformers before 5.18 would keep the old length.
-            layer.keys = layer.values = None
-            layer.is_initialized = False
-            layer.reset()
+        self.forget(range(len(self.layers)))
         self._clear()
+
+    def forget(self, layers: Iterable[int]) -> None:
+        """Drop the entries of these layers."""
+        for layer in layers:
+            held = self.layers[layer]
+            # Dropped, not zeroed: transformers before 5.18 would keep the old length.
+            held.keys = held.values = None
+            held.is_initialized = False
+            held.reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the batch for beam search."""
@@ -337,6 +345,19 @@ class ClaaCache(AttachedCache):
     def activate_past_recording(self) -> None:
         """Refused, for the reason of :meth:`crop`, which it announces."""
         self.crop(0)
+
+
+@dataclass
+class Parked:
+    """What layers after a selection need that run once more, or for more tokens.
+
+    Attributes:
+        hidden: ``[B, n, C]``, the hidden states behind a layer, of all tokens that it saw.
+        calls: each layer after it that has run, and what the model gave it.
+    """
+
+    hidden: Tensor
+    calls: dict[int, tuple[nn.Module, dict[str, Any]]] = field(default_factory=dict)
 
 
 def visible_columns(mask: Tensor, entries: int, start: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from claa_ops.huggingface.attention import check_attention
-from claa_ops.huggingface.cache import ClaaCache, hide_before
+from claa_ops.huggingface.cache import ClaaCache, Parked, hide_before
 from claa_ops.huggingface.generation import AttachedCache, new_cache
 from claa_ops.huggingface.transformers_api import (
     Arguments,
@@ -26,6 +26,7 @@ from claa_ops.huggingface.transformers_api import (
     parameters,
 )
 from claa_ops.ops.gather_tokens import gather_tokens
+from claa_ops.selection.state import PrefillState
 
 
 class FirstPassDone(Exception):
@@ -190,12 +191,10 @@ class ContinueWithSelected(_Hook):
             )
         state = cache.state
         assert state is not None  # begin_forward made it
-        selected = state.select(self.index - 1) if self.index > 0 else None
-        if selected is not None and cache.first_pass:
-            raise FirstPassDone
-        if selected is not None:
-            cache.selected.clear()
-            hidden = gather_tokens(hidden, selected)
+        if not state.between_layers:
+            hidden = self._select(cache, state, hidden)
+        if cache.parked is not None:
+            cache.parked.calls[self.index] = module, dict(arguments)
         if state.positions is not None:
             # The model hands the same tensors to all layers of a type, so gather them once.
             kind = cache.layer_types[self.index]
@@ -205,6 +204,31 @@ class ContinueWithSelected(_Hook):
         if cache.method.reads_hidden:
             cache.hidden = hidden
         return (hidden,), arguments
+
+    def _select(self, cache: ClaaCache, state: PrefillState, hidden: Tensor) -> Tensor:
+        """The hidden states ``[B, k, C]`` of what continues, of those after the layer before."""
+        selected = state.select(self.index - 1)
+        if selected is not None and cache.first_pass:
+            raise FirstPassDone
+        if state.parked == self.index - 1:
+            cache.parked = Parked(hidden)
+        if selected is None:
+            return hidden
+        cache.selected.clear()
+        if state.layer == self.index - 1:
+            return gather_tokens(hidden, selected)
+        # The method went back: the layers since then run anew, on other tokens.
+        parked = cache.parked
+        assert parked is not None  # the layer to which it went back
+        again = range(state.layer + 1, self.index)
+        cache.forget(again)
+        cache.parked = None
+        hidden = gather_tokens(parked.hidden, selected)
+        for layer in again:
+            block, arguments = parked.calls[layer]
+            output = block(hidden, **arguments)
+            hidden = output[0] if isinstance(output, tuple) else output
+        return self._select(cache, state, hidden)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from claa_ops.huggingface.transformers_api import (
 from claa_ops.selection.work import Work
 
 
-def count_work(model: PreTrainedModel, tokens: Sequence[int], logits: int = 1) -> Work:
+def count_work(model: PreTrainedModel, tokens: Sequence[int], logits: int = 1, first: int = 0) -> Work:
     """Count the multiply-adds of a forward whose i-th layer sees ``tokens[i]`` tokens.
 
     A prompt and the T - 1 tokens that were decoded from it count as one forward over all of them:
@@ -24,12 +24,14 @@ def count_work(model: PreTrainedModel, tokens: Sequence[int], logits: int = 1) -
 
     Args:
         model: the model.
-        tokens: of each layer that ran, from the first on.
+        tokens: of each layer that ran, from layer ``first`` on.
         logits: of how many tokens the head is computed.
+        first: the first layer that ran.
     """
     sizes = dimensions(model.config)
     linear = attention = 0
-    layers = zip(tokens, decoder_of(model).layers, sizes.windows, strict=False)
+    blocks = decoder_of(model).layers
+    layers = zip(tokens, blocks[first:], sizes.windows[first:], strict=False)
     for seen, block, window in layers:
         linear += seen * _weights_per_token(block, sizes)
         attention += 2 * sizes.heads * sizes.head_dim * _visible_pairs(seen, window)

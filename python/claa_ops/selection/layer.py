@@ -71,7 +71,7 @@ class Layer:
     @property
     def rows(self) -> int:
         """W: how many of the last query rows the method reads."""
-        return self.state.method.rows(self.state)
+        return self.state.rows
 
     @property
     def context(self) -> int:

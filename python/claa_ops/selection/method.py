@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from claa_ops.selection.layer import Layer
     from claa_ops.selection.state import PrefillState
+    from claa_ops.selection.turn import Turn
 
 
 class Preparation(NamedTuple):
@@ -180,7 +181,27 @@ class Method:
         return None
 
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
-        """The tokens that continue to the layers after this one, ``[B, k]``; None for all."""
+        """The tokens that continue to the layers after this one, ``[B, k]``; None for all.
+
+        A method that parked an earlier layer may call ``state.go_back()`` here; then it returns
+        the tokens that continue to the layers after that one.
+        """
+        return None
+
+    def parks(self, state: PrefillState, layer: int) -> bool:
+        """Whether the hidden states behind a layer that dropped tokens are held, all of them."""
+        return False
+
+    # In a later turn.
+
+    def take_up(self, turn: Turn, layer: int) -> Tensor | None:
+        """Tokens of the prompt that the layers after this one do not hold and now take up.
+
+        Returns:
+            ``[B, r]``, int64, ascending, places in the prompt, after -1 where a row takes up
+            fewer; None if there are none. Asked at the layers up to the parked one; its hidden
+            states are what continues.
+        """
         return None
 
     # Help for overriding the decisions.

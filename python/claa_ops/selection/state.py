@@ -43,6 +43,14 @@ def begin(
         if index is not None:
             hidden = claa_ops.gather_tokens(hidden, index)   # and cos, sin, position ids
 
+    With a method that goes back, such as :class:`claa_ops.methods.Coarse`, or looks a second time
+    in a later turn, the hidden states behind one layer are parked. Between these two::
+
+        if state.parked == layer:
+            parked = hidden
+        if state.layer < layer:       # back behind that layer, whose tokens are selected anew
+            layer, hidden = state.layer, parked
+
     Args:
         method: such as :class:`claa_ops.methods.CLAA`.
         num_layers: how many layers the model has.
@@ -143,6 +151,10 @@ class PrefillState:
             next layer may update it in place. After a selection it still ranks the tokens that
             were selected from.
         running: ``importance`` if it ranks the tokens that the current layer sees, else None.
+        parked: the layer behind which the caller holds the hidden states of all tokens that it
+            saw, because the method may come back to them; None if there is none.
+        ahead: of each pass that ran ahead and was given up, its first layer, and how many tokens
+            each of its layers saw.
         reduce: what merges the scores of heads on several devices; None if all heads are here.
         notes: whatever else the method has to remember.
         lengths: for each observed layer, how many tokens it saw.
@@ -176,6 +188,10 @@ class PrefillState:
         self.running: Tensor | None = None
         self.notes: dict[str, Any] = {}
         self.lengths: list[int] = []
+        self.parked: int | None = None
+        self.ahead: list[tuple[int, list[int]]] = []
+        # What the parked layer saw: its tokens, their start and their positions.
+        self._seen_there: tuple[int, Tensor | None, Tensor | None] = prompt_length, start, None
         self.scores: dict[int, Tensor] = {}
         self._keep_scores = keep_scores
         self._observed: Layer | None = None
@@ -197,6 +213,11 @@ class PrefillState:
         """Called by the method: its ranking ``[B, M]`` after the current layer."""
         # Not a property's setter, which torch 2.11 leaves out of a compiled graph.
         self.importance = self.running = ranking
+
+    @property
+    def rows(self) -> int:
+        """W: how many of the last query rows the method reads."""
+        return self.method.rows(self)
 
     @property
     def observed(self) -> Layer:
@@ -307,8 +328,8 @@ class PrefillState:
         """Which tokens continue to the layers after an observed layer.
 
         Returns:
-            ``[B, k]``, int64, ascending, into the n tokens of this layer; None if all do.
-            The caller gathers hidden states, position embeddings and ids with
+            ``[B, k]``, int64, ascending, into the n tokens of this layer, or of the parked one if
+            ``state.layer`` says that the method went back to it; None if all continue. The caller gathers hidden states, position embeddings and ids with
             :func:`claa_ops.gather_tokens`, which gives zeros where the index is -1, in rows that
             keep fewer tokens than others. Attention must not see anything before the new
             ``start``.
@@ -318,7 +339,35 @@ class PrefillState:
         """
         self._advance(layer, "select")
         self.release()
-        return self._keep(self.method.select(self, layer))
+        index = self.method.select(self, layer)
+        if index is not None and self.layer == layer and self.method.parks(self, layer):
+            self.parked = layer
+            self._seen_there = self.length, self.start, self.positions
+        return self._keep(index)
+
+    def go_back(self) -> None:
+        """Called by the method in ``select``: the layers after the parked one run anew.
+
+        What ``select`` then returns is an index into the tokens which the parked layer saw, and
+        the caches of the layers after it are filled anew. These are no longer parked, unless a
+        later ``select`` parks again.
+
+        Raises:
+            RuntimeError: no layer before this one is parked.
+        """
+        if self.parked is None or self.parked >= self.layer:
+            raise RuntimeError(
+                f"go_back: a layer before {self.layer} must be parked, got {self.parked}"
+            )
+        self.layer, self.parked = self.parked, None
+        self.length, self.start, self.positions = self._seen_there
+        self.ahead.append((self.layer + 1, self.lengths[self.layer + 1 :]))
+        del self.lengths[self.layer + 1 :]
+
+    @property
+    def between_layers(self) -> bool:
+        """Whether the last call was ``select``, so that the next layer may be observed."""
+        return self._call == "select"
 
     def choose(self) -> Tensor | None:
         """Before any layer: the tokens of a second pass, ``[B, k]``, if they are already known."""
