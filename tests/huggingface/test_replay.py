@@ -11,6 +11,7 @@ from claa_ops.huggingface.replay import RecordedPrefill
 from claa_ops.methods import (
     ASL,
     CLAA,
+    Coarse,
     FastKV,
     FullKV,
     GemFilter,
@@ -59,7 +60,15 @@ def assert_same_cache(cache, expected):
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
-@pytest.mark.parametrize("method", [FullKV(), CLAA(keep=0.4, layer=1), CLAA(keep=0.4, layer=2)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        FullKV(),
+        CLAA(keep=0.4, layer=1),
+        CLAA(keep=0.4, layer=2),
+        Coarse(keep=0.4, layer=0, ahead=2, window=8),
+    ],
+)
 def test_a_replayed_prefill_is_the_prefill(family, lengths, method):
     model = attach(build(family))
     ids, mask = prompt(*lengths)
@@ -116,6 +125,7 @@ BATCHED = {
     "lazyllm": LazyLLM(keep=0.2),
     "promptdistill": PromptDistill(keep=0.4),
     "uniprefill": UNIPREFILL,
+    "coarse": Coarse(keep=0.4, layer=0, ahead=2, window=8),
 }
 
 
