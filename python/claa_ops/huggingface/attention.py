@@ -134,8 +134,9 @@ def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
             output, lse = base(module, query, key, value, attention_mask, **kwargs), None
         else:
             output, lse = (fused[0].transpose(1, 2).contiguous(), None), fused[1]
-        if isinstance(claa_cache, ClaaCache) and claa_cache.prefilling:
-            claa_cache.observe(
+        if isinstance(claa_cache, ClaaCache) and (claa_cache.prefilling or claa_cache.turn):
+            see = claa_cache.observe if claa_cache.prefilling else claa_cache.look_again
+            see(
                 layer,
                 query,
                 key,

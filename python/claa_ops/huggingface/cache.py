@@ -15,10 +15,13 @@ from claa_ops.huggingface.prompt import (
     check_positions,
     check_same_padding,
     first_valid,
+    require,
 )
 from claa_ops.huggingface.transformers_api import DynamicLayer, PreTrainedConfig, cache_layers
+from claa_ops.ops.gather_kv import gather_kv
 from claa_ops.selection.method import Method
 from claa_ops.selection.state import PrefillState, begin, check_method
+from claa_ops.selection.turn import Turn
 
 
 class ClaaCache(AttachedCache):
@@ -85,6 +88,11 @@ class ClaaCache(AttachedCache):
         layers: list[Any] = []
         for layer, (kind, window) in enumerate(kinds):
             if kind == "sliding_attention" and window is not None:
+                if method.looks_again:
+                    raise ValueError(
+                        f"ClaaCache: a second look needs whole caches, got a sliding window in "
+                        f"layer {layer}"
+                    )
                 layers.append(SlidingLayer(window))
             elif kind == "full_attention":
                 layers.append(FullLayer())
@@ -105,6 +113,8 @@ class ClaaCache(AttachedCache):
         self.in_forward = False
         # Of the prompt, [B]: the first token of each row that is not padding; None without any.
         self.start: Tensor | None = None
+        # The turn whose forward this is, if it may take up dropped tokens.
+        self.turn: Turn | None = None
         # Prompt and answer of the last `generate`, [B, T]; None if unknown.
         self.tokens: Tensor | None = None
         self.holds_beams = False
@@ -126,13 +136,11 @@ class ClaaCache(AttachedCache):
         return [layer.get_seq_length() for layer in self.layers]
 
     def nbytes(self) -> int:
-        """Bytes of the keys and values held."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for layer in self.layers
-            if layer.is_initialized
-            for tensor in (layer.keys, layer.values)
-        )
+        """Bytes of the keys and values held, and of parked hidden states."""
+        filled = [layer for layer in self.layers if layer.is_initialized]
+        held = [tensor for layer in filled for tensor in (layer.keys, layer.values)]
+        parked = [] if self.parked is None else self.parked.tensors()
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*held, *parked))
 
     @property
     def has_selected(self) -> bool:
@@ -169,6 +177,8 @@ class ClaaCache(AttachedCache):
             )
         else:
             self._check_turn(batch, new, attention_mask)
+            if new > 1 and self.parked is not None:
+                self._begin_turn(seen, new, attention_mask)
         if (
             position_ids is not None
             and position_ids.dim() == 2
@@ -198,6 +208,32 @@ class ClaaCache(AttachedCache):
         if new > 1 or not attention_mask.is_cuda:  # no step of decoding waits for a GPU
             assert self.state is not None  # the prefill made it
             check_same_padding(attention_mask[:, : self.state.prompt_length], self.start)
+
+    def _begin_turn(self, seen: int, new: int, attention_mask: Tensor | None) -> None:
+        """Begin a turn that may take up dropped tokens."""
+        assert self.state is not None  # the prefill made it
+        if attention_mask is not None:
+            require(
+                attention_mask[:, self.state.prompt_length :].all(),
+                "ClaaCache: a second look needs an attention_mask that is 1 after the prompt, "
+                "got padding",
+            )
+        self.turn = self.state.turn(seen, new)
+
+    def look_again(self, layer: int, query: Tensor, key: Tensor, **seen: Any) -> None:
+        """Take in what a layer saw of a turn; or order its entries, if it took up tokens.
+
+        Args:
+            layer, query, key, seen: as :meth:`PrefillState.observe` takes them.
+        """
+        turn, held = self.turn, self.layers[layer]
+        assert turn is not None and turn.parked is not None  # begin_forward made it
+        if layer <= turn.parked:
+            turn.observe(layer, query, key, **seen)
+        elif turn.taken is not None:
+            held.keys, held.values = gather_kv(held.keys, held.values, turn.taken.order())
+            assert self.state is not None  # the prefill made it
+            held.start = self.state.start
 
     def observe(self, layer: int, query: Tensor, key: Tensor, **seen: Any) -> None:
         """Take in what a layer of the prompt saw, and keep what the method keeps of its entries.
@@ -231,7 +267,10 @@ class ClaaCache(AttachedCache):
         """Called by an attached model after its layers."""
         self.given.clear()
         self.selected.clear()
-        self.hidden = self.parked = None
+        self.hidden = self.turn = None
+        if self.prefilling and self.parked is not None:
+            waits = self.state is not None and self.state.parked is not None
+            self.parked = self.parked.after_prefill(self.layer_types) if waits else None
         self.in_forward = self.prefilling = False
 
     def begin_generate(self, request: Request) -> None:
@@ -329,6 +368,11 @@ class ClaaCache(AttachedCache):
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self.tokens = None
         self.start = None if self.start is None else change(self.start)
+        if self.parked is None:
+            return
+        self.parked = self.parked.change_rows(change)
+        assert self.state is not None  # the prefill made it
+        self.state.change_rows(change)
 
     @property
     def is_croppable(self) -> bool:
@@ -353,11 +397,46 @@ class Parked:
 
     Attributes:
         hidden: ``[B, n, C]``, the hidden states behind a layer, of all tokens that it saw.
-        calls: each layer after it that has run, and what the model gave it.
+        calls: during the prefill, each layer after it that has run, and what the model gave it.
+        of_tokens: afterwards, for each type of layer, its arguments with an entry for each token.
     """
 
     hidden: Tensor
     calls: dict[int, tuple[nn.Module, dict[str, Any]]] = field(default_factory=dict)
+    of_tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def after_prefill(self, layer_types: list[str]) -> Parked:
+        """What a later turn needs of it."""
+        kept = "position_embeddings", "position_ids"
+        given = {layer_types[layer]: given for layer, (_, given) in self.calls.items()}
+        return Parked(
+            self.hidden,
+            of_tokens={
+                kind: {name: each[name] for name in kept if each.get(name) is not None}
+                for kind, each in given.items()
+            },
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All that is held between forwards, each tensor once."""
+        angles = [each["position_embeddings"] for each in self.of_tokens.values()]
+        return [self.hidden, *{id(x): x for pair in angles for x in pair}.values()]
+
+    def change_rows(self, change: Callable[[Tensor], Tensor]) -> Parked:
+        """The same with other rows of the batch."""
+
+        def of_rows(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return tuple(map(of_rows, x))
+            return change(x) if x.shape[0] == self.hidden.shape[0] else x  # one row serves all
+
+        return Parked(
+            change(self.hidden),
+            of_tokens={
+                kind: {name: of_rows(x) for name, x in each.items()}
+                for kind, each in self.of_tokens.items()
+            },
+        )
 
 
 def visible_columns(mask: Tensor, entries: int, start: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ from claa_ops.huggingface.generation import AttachedCache, new_cache
 from claa_ops.huggingface.transformers_api import (
     Arguments,
     PreTrainedModel,
+    attention_name,
     bind,
     cache_argument,
     cache_layers,
@@ -27,6 +28,7 @@ from claa_ops.huggingface.transformers_api import (
 )
 from claa_ops.ops.gather_tokens import gather_tokens
 from claa_ops.selection.state import PrefillState
+from claa_ops.selection.turn import TakenUp, Turn
 
 
 class FirstPassDone(Exception):
@@ -131,6 +133,11 @@ class BeginForward(_Hook):
         check_attention(module)
         if isinstance(cache, ClaaCache):
             arguments.update(cache.given)
+            name = attention_name(module)
+            if cache.method.looks_again and "flash" in name:
+                raise ValueError(
+                    f"ClaaCache: a second look needs sdpa or eager attention, got {name}"
+                )
         name, layers = type(cache).__name__, len(self.kinds)
         if module.training:
             raise ValueError(f"{name}: the model must be in eval mode, call model.eval()")
@@ -167,8 +174,12 @@ class EndForward(_Hook):
     ) -> None:
         """Act on a cache of an attached model."""
         cache = cache_of(self._arguments(args, kwargs))
-        if isinstance(cache, AttachedCache):
-            cache.end_forward()
+        if not isinstance(cache, AttachedCache):
+            return
+        turn = cache.turn if isinstance(cache, ClaaCache) else None
+        cache.end_forward()
+        if turn is not None and turn.taken is not None:  # its tokens alone
+            output.last_hidden_state = output.last_hidden_state[:, -turn.turn_length :]
 
 
 @dataclass(frozen=True)
@@ -181,8 +192,10 @@ class ContinueWithSelected(_Hook):
         """Act on a ClaaCache."""
         arguments = self._arguments(args, kwargs)
         cache = cache_of(arguments)
-        if not isinstance(cache, ClaaCache) or not cache.prefilling:
+        if not isinstance(cache, ClaaCache) or not (cache.prefilling or cache.turn):
             return None
+        if cache.turn is not None:
+            return self._look_again(cache, cache.turn, arguments)
         hidden = arguments.pop("hidden_states")
         if hidden.dim() != 3:
             raise TypeError(
@@ -230,6 +243,21 @@ class ContinueWithSelected(_Hook):
             hidden = output[0] if isinstance(output, tuple) else output
         return self._select(cache, state, hidden)
 
+    def _look_again(self, cache: ClaaCache, turn: Turn, arguments: Arguments) -> Any:
+        """Hand on the tokens of a turn, and from the parked layer on those that it takes up."""
+        assert turn.parked is not None and cache.parked is not None  # or there were no turn
+        hidden = arguments.pop("hidden_states")
+        if self.index == turn.parked + 1 and turn.take_up() is not None:
+            assert turn.taken is not None
+            hidden = torch.cat([gather_tokens(cache.parked.hidden, turn.taken.index), hidden], 1)
+        if self.index > turn.parked and turn.taken is not None:
+            kind = cache.layer_types[self.index]
+            if kind not in cache.selected:
+                of_tokens = cache.parked.of_tokens[kind]
+                cache.selected[kind] = _join(arguments, of_tokens, turn.taken)
+            arguments.update(cache.selected[kind])
+        return (hidden,), arguments
+
 
 @dataclass(frozen=True)
 class PassCache(_Hook):
@@ -264,18 +292,8 @@ def _gather(arguments: Arguments, positions: Tensor, start: Tensor | None) -> Ar
         positions: ``[B, k]``, -1 for padding.
         start: ``[B]``: the first of these that is not padding; None without padding.
     """
-    unknown = sorted(
-        name
-        for name, value in arguments.items()
-        if name not in _OF_TOKENS and isinstance(value, Tensor) and value.dim() > 1
-    )
-    if unknown:
-        raise TypeError(f"layers must take nothing else of each token, got {', '.join(unknown)}")
-    embeddings = arguments["position_embeddings"]
-    if not isinstance(embeddings, tuple) or any(x.dim() != 3 for x in embeddings):
-        raise TypeError("position_embeddings must be cosines and sines [batch, tokens, D]")
     # Some models transpose theirs, and gather_tokens moves whole rows.
-    rows = (gather_tokens(x.contiguous(), positions) for x in embeddings)
+    rows = (gather_tokens(x.contiguous(), positions) for x in _angles(arguments))
     selected: Arguments = {"position_embeddings": tuple(rows)}
     if start is not None:
         positions = positions.clamp_min(0)
@@ -292,3 +310,47 @@ def _gather(arguments: Arguments, positions: Tensor, start: Tensor | None) -> Ar
     if mask is not None:
         selected["attention_mask"] = mask if start is None else hide_before(mask, start)
     return selected
+
+
+def _angles(arguments: Arguments) -> tuple[Tensor, ...]:
+    """Cosines and sines ``[batch, tokens, D]``, the only ones of a layer's tokens."""
+    unknown = sorted(
+        name
+        for name, value in arguments.items()
+        if name not in _OF_TOKENS and isinstance(value, Tensor) and value.dim() > 1
+    )
+    if unknown:
+        raise TypeError(f"layers must take nothing else of each token, got {', '.join(unknown)}")
+    angles = arguments["position_embeddings"]
+    if not isinstance(angles, tuple) or any(x.dim() != 3 for x in angles):
+        raise TypeError("position_embeddings must be cosines and sines [batch, tokens, D]")
+    return angles
+
+
+def _join(arguments: Arguments, of_tokens: Arguments, taken: TakenUp) -> Arguments:
+    """The arguments that go with the tokens that were taken up and, after them, a turn's.
+
+    Args:
+        arguments: those of a layer, for the tokens of the turn.
+        of_tokens: those that were parked, for all tokens of the prompt.
+        taken: which of them go before the turn.
+    """
+    batch = taken.index.shape[0]
+    joined: Arguments = {
+        "position_embeddings": tuple(
+            torch.cat([gather_tokens(old.contiguous(), taken.index), new.expand(batch, -1, -1)], 1)
+            for old, new in zip(of_tokens["position_embeddings"], _angles(arguments), strict=True)
+        )
+    }
+    if (ids := arguments.get("position_ids")) is not None:
+        old = of_tokens["position_ids"].expand(batch, -1).gather(1, taken.index.clamp_min(0))
+        joined["position_ids"] = torch.cat([old, ids.expand(batch, -1)], dim=1)
+    mask = arguments.get("attention_mask")
+    if mask is None or mask.dim() != 4:
+        raise TypeError("a second look needs an attention with a mask [batch, heads, tokens, keys]")
+    visible = taken.visible()[:, None]
+    if mask.is_floating_point():
+        hidden = torch.finfo(mask.dtype).min
+        visible = torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, hidden)
+    joined["attention_mask"] = visible
+    return joined

@@ -15,7 +15,9 @@ from claa_ops.huggingface.transformers_api import (
 from claa_ops.selection.work import Work
 
 
-def count_work(model: PreTrainedModel, tokens: Sequence[int], logits: int = 1, first: int = 0) -> Work:
+def count_work(
+    model: PreTrainedModel, tokens: Sequence[int], logits: int = 1, first: int = 0
+) -> Work:
     """Count the multiply-adds of a forward whose i-th layer sees ``tokens[i]`` tokens.
 
     A prompt and the T - 1 tokens that were decoded from it count as one forward over all of them:

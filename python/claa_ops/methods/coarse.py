@@ -51,7 +51,7 @@ class Coarse(Peak):
     every: int = 2
     kernel_size: int = field(default=25, kw_only=True)
 
-    ranks_turns: ClassVar[bool] = False
+    can_look_again: ClassVar[bool] = False  # a turn has no part that runs ahead
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +59,7 @@ class Coarse(Peak):
         self.require(self.pool_mode == "avg", "pool_mode", "'avg'")
         self.require(is_count(self.every, 1), "every", "a positive integer")
         if self.ahead is not None:
-            first = 1 if self.layer is None else self.layer + 1
+            first = 1 + self.layer if isinstance(self.layer, int) else 1
             later = f"an integer of at least {first}, after the selection layer"
             self.require(is_count(self.ahead, first), "ahead", later)
 

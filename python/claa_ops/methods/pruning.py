@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from claa_ops.ops.select_topk import select_topk
 from claa_ops.selection.budget import (
     Budget,
     Size,
@@ -22,6 +24,9 @@ from claa_ops.selection.budget import (
 from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method
 from claa_ops.selection.state import PrefillState
+
+if TYPE_CHECKING:
+    from claa_ops.selection.turn import Turn
 
 Keep = float | int
 
@@ -50,6 +55,11 @@ class Pruning(Method):
             layers together hold ``keep_kv`` of the entries of full prefill, whole caches
             included, so that the method can be compared at equal bytes with one that has
             ``first_full=0``.
+        second_look: park the hidden states behind the selection layer. A later turn of the
+            conversation then ranks the prompt anew, by its own last tokens, and the best of what
+            the later layers do not hold, as many as ``keep`` says, are taken up again. All
+            caches are whole (``keep_kv=1.0``), and there is one selection layer. The parked
+            states take as much memory as keys and values of a few layers.
         window, kernel_size, pool_mode: see :class:`Method`.
 
     Budgets are of the whole prompt at every layer, and never below the window: a prompt that is
@@ -77,6 +87,9 @@ class Pruning(Method):
     first_full: int = 0
     num_sinks: int = 0
     equal_cache: bool = False
+    second_look: bool = field(default=False, kw_only=True)
+
+    can_look_again: ClassVar[bool] = True  # whether it ranks by what the layers of a turn see
 
     # Parsed here, once: torch.compile traces what a prefill calls, but not fractions.
     _keeps: tuple[Budget, ...] = field(init=False, repr=False, compare=False)
@@ -101,7 +114,10 @@ class Pruning(Method):
         self.require(is_count(self.num_sinks, 0), "num_sinks", "an integer of at least 0")
         self.require(isinstance(self.equal_cache, bool), "equal_cache", "True or False")
         object.__setattr__(self, "_keeps", tuple(budgets))
-        cached = budgets[-1] if self.keep_kv is None else self.budget("keep_kv")
+        self._check_second_look()
+        whole = self.second_look and self.keep_kv is None
+        last = Budget(1, 1) if whole else budgets[-1]
+        cached = last if self.keep_kv is None else self.budget("keep_kv")
         object.__setattr__(self, "_keep_kv", cached)
         self._require_room_for_sinks("keep", budgets)
         self._require_room_for_sinks("keep_kv", [cached])
@@ -111,6 +127,14 @@ class Pruning(Method):
         values = list(value) if isinstance(value, tuple) else [value]
         self.require(len(values) > 0, name, "one value or more")
         return values
+
+    def _check_second_look(self) -> None:
+        self.require(isinstance(self.second_look, bool), "second_look", "True or False")
+        if self.second_look:
+            self.require(self.can_look_again, "second_look", "False")
+            whole = self.keep_kv in (None, 1.0) and not isinstance(self.keep_kv, int)
+            self.require(whole, "keep_kv", "1.0 with second_look")
+            self.require(not self.equal_cache, "equal_cache", "False with second_look")
 
     def _require_room_for_sinks(self, name: str, budgets: list[Budget]) -> None:
         least = self.window + self.num_sinks
@@ -154,7 +178,9 @@ class Pruning(Method):
         if num_layers < 2:
             raise ValueError(f"{name}: the model must have at least 2 layers, got {num_layers}")
         allowed = f"in [0, {num_layers - 2}], before the last of the model's {num_layers} layers"
-        self.require(max(self.stages(num_layers)) <= num_layers - 2, "layer", allowed)
+        stages = self.stages(num_layers)
+        self.require(max(stages) <= num_layers - 2, "layer", allowed)
+        self.require(not self.second_look or len(stages) == 1, "layer", "one with second_look")
 
     def capacity(self, sizes: Sizes[Size], layer: int) -> Size:
         """How many entries the cache of this layer may keep."""
@@ -204,6 +230,26 @@ class Pruning(Method):
         if layer not in self.stages(state.num_layers) or not self._drops(state, layer):
             return None
         return self._best_at(state, layer)
+
+    @property
+    def looks_again(self) -> bool:
+        """Whether it takes a second look."""
+        return self.second_look
+
+    def parks(self, state: PrefillState, layer: int) -> bool:
+        """Behind the selection layer, if a later turn may look again."""
+        return self.second_look
+
+    def take_up(self, turn: Turn) -> Tensor | None:
+        """The most important tokens that later layers do not hold, as many as continued."""
+        assert turn.importance is not None  # every layer that informs it was observed
+        missing = turn.not_held()
+        ranking = turn.importance[:, : turn.prompt_length].masked_fill(~missing, -torch.inf)
+        sizes: Sizes[Any] = turn.row_sizes or turn.sizes
+        allowed = self._tokens(sizes, turn.layer)
+        counts = missing.sum(dim=1).clamp_max(allowed)
+        most = int(counts.max())
+        return select_topk(ranking, most, counts=counts) if most > 0 else None
 
     def _best_at(self, state: PrefillState, stage: int) -> Tensor:
         """The most important tokens, as many as continue after a selection layer."""

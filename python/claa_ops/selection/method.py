@@ -194,13 +194,17 @@ class Method:
 
     # In a later turn.
 
-    def take_up(self, turn: Turn, layer: int) -> Tensor | None:
-        """Tokens of the prompt that the layers after this one do not hold and now take up.
+    @property
+    def looks_again(self) -> bool:
+        """Whether a later turn of the conversation may take up tokens that were dropped."""
+        return False
+
+    def take_up(self, turn: Turn) -> Tensor | None:
+        """Tokens of the prompt that the layers after the parked one do not hold and now take up.
 
         Returns:
-            ``[B, r]``, int64, ascending, places in the prompt, after -1 where a row takes up
-            fewer; None if there are none. Asked at the layers up to the parked one; its hidden
-            states are what continues.
+            ``[B, r]``, int64, ascending places in the prompt, after -1 where a row takes up fewer;
+            None if there are none.
         """
         return None
 

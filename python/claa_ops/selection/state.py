@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Integral
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from claa_ops.ops.gather_kv import gather_kv
 from claa_ops.selection.budget import Sizes
 from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method
+
+if TYPE_CHECKING:
+    from claa_ops.selection.turn import Turn
 
 _CALLS = ("observe", "compress", "select")
 
@@ -153,6 +156,7 @@ class PrefillState:
         running: ``importance`` if it ranks the tokens that the current layer sees, else None.
         parked: the layer behind which the caller holds the hidden states of all tokens that it
             saw, because the method may come back to them; None if there is none.
+        seen_when_parked: ``length``, ``start`` and ``positions`` of that layer.
         ahead: of each pass that ran ahead and was given up, its first layer, and how many tokens
             each of its layers saw.
         reduce: what merges the scores of heads on several devices; None if all heads are here.
@@ -190,8 +194,7 @@ class PrefillState:
         self.lengths: list[int] = []
         self.parked: int | None = None
         self.ahead: list[tuple[int, list[int]]] = []
-        # What the parked layer saw: its tokens, their start and their positions.
-        self._seen_there: tuple[int, Tensor | None, Tensor | None] = prompt_length, start, None
+        self.seen_when_parked: tuple[int, Tensor | None, Tensor | None] = prompt_length, start, None
         self.scores: dict[int, Tensor] = {}
         self._keep_scores = keep_scores
         self._observed: Layer | None = None
@@ -329,7 +332,8 @@ class PrefillState:
 
         Returns:
             ``[B, k]``, int64, ascending, into the n tokens of this layer, or of the parked one if
-            ``state.layer`` says that the method went back to it; None if all continue. The caller gathers hidden states, position embeddings and ids with
+            ``state.layer`` says that the method went back to it; None if all continue. The caller
+            gathers hidden states, position embeddings and ids with
             :func:`claa_ops.gather_tokens`, which gives zeros where the index is -1, in rows that
             keep fewer tokens than others. Attention must not see anything before the new
             ``start``.
@@ -342,7 +346,7 @@ class PrefillState:
         index = self.method.select(self, layer)
         if index is not None and self.layer == layer and self.method.parks(self, layer):
             self.parked = layer
-            self._seen_there = self.length, self.start, self.positions
+            self.seen_when_parked = self.length, self.start, self.positions
         return self._keep(index)
 
     def go_back(self) -> None:
@@ -360,9 +364,37 @@ class PrefillState:
                 f"go_back: a layer before {self.layer} must be parked, got {self.parked}"
             )
         self.layer, self.parked = self.parked, None
-        self.length, self.start, self.positions = self._seen_there
+        self.length, self.start, self.positions = self.seen_when_parked
         self.ahead.append((self.layer + 1, self.lengths[self.layer + 1 :]))
         del self.lengths[self.layer + 1 :]
+
+    def turn(self, seen: int, new: int) -> Turn | None:
+        """A later turn of the conversation, which may take up tokens that the prefill dropped.
+
+        Args:
+            seen: how many tokens the caches have seen, prompt and padding included.
+            new: how many tokens the turn has.
+
+        Returns:
+            Its state; None if nothing is parked, so that a turn is like any other forward.
+        """
+        from claa_ops.selection.turn import Turn
+
+        return None if self.parked is None else Turn(self, seen, new)
+
+    def hold(self, positions: Tensor) -> None:
+        """Note the tokens ``[B, k]`` that the layers after the parked one hold by now."""
+        if self.start is not None:
+            self.start = (positions < 0).sum(dim=1)
+        self.positions, self.length = positions, positions.shape[1]
+
+    def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Between forwards: the batch has other rows from now on, as in a beam search."""
+        length, start, positions = self.seen_when_parked
+        tensors = start, positions, self.start, self.positions, self.row_lengths
+        changed = [None if x is None else change(x) for x in tensors]
+        self.seen_when_parked = length, changed[0], changed[1]
+        self.start, self.positions, self.row_lengths = changed[2:]
 
     @property
     def between_layers(self) -> bool:
