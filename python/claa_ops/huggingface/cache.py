@@ -20,8 +20,8 @@ from claa_ops.huggingface.prompt import (
 from claa_ops.huggingface.transformers_api import DynamicLayer, PreTrainedConfig, cache_layers
 from claa_ops.ops.gather_kv import gather_kv
 from claa_ops.selection.method import Method
-from claa_ops.selection.state import PrefillState, begin, check_method
-from claa_ops.selection.turn import Turn
+from claa_ops.selection.state import PrefillState, Turn, begin, check_method
+from claa_ops.selection.taken import TakenUp
 
 
 class ClaaCache(AttachedCache):
@@ -115,6 +115,8 @@ class ClaaCache(AttachedCache):
         self.start: Tensor | None = None
         # The turn whose forward this is, if it may take up dropped tokens.
         self.turn: Turn | None = None
+        # The tokens that were taken up and run in the layer that is running.
+        self.taken: TakenUp | None = None
         # Prompt and answer of the last `generate`, [B, T]; None if unknown.
         self.tokens: Tensor | None = None
         self.holds_beams = False
@@ -221,19 +223,22 @@ class ClaaCache(AttachedCache):
         self.turn = self.state.turn(seen, new)
 
     def look_again(self, layer: int, query: Tensor, key: Tensor, **seen: Any) -> None:
-        """Take in what a layer saw of a turn; or order its entries, if it took up tokens.
+        """Take in what a layer saw of a turn, up to the parked one.
 
         Args:
             layer, query, key, seen: as :meth:`PrefillState.observe` takes them.
         """
-        turn, held = self.turn, self.layers[layer]
+        turn = self.turn
         assert turn is not None and turn.parked is not None  # begin_forward made it
         if layer <= turn.parked:
             turn.observe(layer, query, key, **seen)
-        elif turn.taken is not None:
-            held.keys, held.values = gather_kv(held.keys, held.values, turn.taken.order())
-            assert self.state is not None  # the prefill made it
-            held.start = self.state.start
+
+    def put_in_order(self, layer: int, taken: TakenUp) -> None:
+        """Order the entries of a layer, of which those that were taken up came last."""
+        assert self.state is not None  # the prefill made it
+        held = self.layers[layer]
+        held.keys, held.values = gather_kv(held.keys, held.values, taken.order())
+        held.start = self.state.start
 
     def observe(self, layer: int, query: Tensor, key: Tensor, **seen: Any) -> None:
         """Take in what a layer of the prompt saw, and keep what the method keeps of its entries.
@@ -267,7 +272,7 @@ class ClaaCache(AttachedCache):
         """Called by an attached model after its layers."""
         self.given.clear()
         self.selected.clear()
-        self.hidden = self.turn = None
+        self.hidden = self.turn = self.taken = None
         if self.prefilling and self.parked is not None:
             waits = self.state is not None and self.state.parked is not None
             self.parked = self.parked.after_prefill(self.layer_types) if waits else None

@@ -27,8 +27,8 @@ from claa_ops.huggingface.transformers_api import (
     parameters,
 )
 from claa_ops.ops.gather_tokens import gather_tokens
-from claa_ops.selection.state import PrefillState
-from claa_ops.selection.turn import TakenUp, Turn
+from claa_ops.selection.state import PrefillState, Turn
+from claa_ops.selection.taken import TakenUp
 
 
 class FirstPassDone(Exception):
@@ -196,6 +196,8 @@ class ContinueWithSelected(_Hook):
             return None
         if cache.turn is not None:
             return self._look_again(cache, cache.turn, arguments)
+        if cache.taken is not None:
+            return None  # called by the hook of a later layer, which has prepared all
         hidden = arguments.pop("hidden_states")
         if hidden.dim() != 3:
             raise TypeError(
@@ -220,6 +222,9 @@ class ContinueWithSelected(_Hook):
 
     def _select(self, cache: ClaaCache, state: PrefillState, hidden: Tensor) -> Tensor:
         """The hidden states ``[B, k, C]`` of what continues, of those after the layer before."""
+        taken = None if state.parked is None else state.take_up(self.index - 1)
+        if taken is not None:
+            hidden = self._take_up(cache, state, taken, hidden)
         selected = state.select(self.index - 1)
         if selected is not None and cache.first_pass:
             raise FirstPassDone
@@ -239,22 +244,42 @@ class ContinueWithSelected(_Hook):
         hidden = gather_tokens(parked.hidden, selected)
         for layer in again:
             block, arguments = parked.calls[layer]
-            output = block(hidden, **arguments)
-            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = _output(block(hidden, **arguments))
         return self._select(cache, state, hidden)
+
+    def _take_up(
+        self, cache: ClaaCache, state: PrefillState, taken: TakenUp, hidden: Tensor
+    ) -> Tensor:
+        """Take parked tokens through the layers up to this one, and put them among the others."""
+        parked = cache.parked
+        assert parked is not None and state.parked is not None  # or none could be taken up
+        joining = gather_tokens(parked.hidden, taken.among_parked)
+        cache.selected.clear()
+        cache.taken = taken
+        for layer in range(state.parked + 1, self.index):
+            block, given = parked.calls[layer]
+            kind = cache.layer_types[layer]
+            if kind not in cache.selected:
+                cache.selected[kind] = _of_taken(given, taken, given.get("attention_mask"))
+            joining = _output(block(joining, **{**given, **cache.selected[kind]}))
+        cache.selected.clear()
+        cache.taken = None
+        return gather_tokens(torch.cat([hidden, joining], dim=1), taken.order())
 
     def _look_again(self, cache: ClaaCache, turn: Turn, arguments: Arguments) -> Any:
         """Hand on the tokens of a turn, and from the parked layer on those that it takes up."""
         assert turn.parked is not None and cache.parked is not None  # or there were no turn
         hidden = arguments.pop("hidden_states")
-        if self.index == turn.parked + 1 and turn.take_up() is not None:
-            assert turn.taken is not None
-            hidden = torch.cat([gather_tokens(cache.parked.hidden, turn.taken.index), hidden], 1)
-        if self.index > turn.parked and turn.taken is not None:
+        if self.index == turn.parked + 1:
+            cache.taken = taken = turn.take_up(turn.parked)
+            if taken is not None:
+                joining = gather_tokens(cache.parked.hidden, taken.among_parked)
+                hidden = torch.cat([joining, hidden], dim=1)
+        if cache.taken is not None:
             kind = cache.layer_types[self.index]
             if kind not in cache.selected:
-                of_tokens = cache.parked.of_tokens[kind]
-                cache.selected[kind] = _join(arguments, of_tokens, turn.taken)
+                given = cache.parked.of_tokens[kind]
+                cache.selected[kind] = _with_turn(given, cache.taken, arguments)
             arguments.update(cache.selected[kind])
         return (hidden,), arguments
 
@@ -327,30 +352,39 @@ def _angles(arguments: Arguments) -> tuple[Tensor, ...]:
     return angles
 
 
-def _join(arguments: Arguments, of_tokens: Arguments, taken: TakenUp) -> Arguments:
-    """The arguments that go with the tokens that were taken up and, after them, a turn's.
+def _of_taken(given: Arguments, taken: TakenUp, mask: Tensor | None) -> Arguments:
+    """The arguments that go with tokens that were taken up.
 
     Args:
-        arguments: those of a layer, for the tokens of the turn.
-        of_tokens: those that were parked, for all tokens of the prompt.
-        taken: which of them go before the turn.
+        given: those of a layer, for all tokens of the prompt.
+        taken: which of them they are.
+        mask: one that the layer's attention takes: theirs has its form.
     """
-    batch = taken.index.shape[0]
-    joined: Arguments = {
-        "position_embeddings": tuple(
-            torch.cat([gather_tokens(old.contiguous(), taken.index), new.expand(batch, -1, -1)], 1)
-            for old, new in zip(of_tokens["position_embeddings"], _angles(arguments), strict=True)
-        )
-    }
-    if (ids := arguments.get("position_ids")) is not None:
-        old = of_tokens["position_ids"].expand(batch, -1).gather(1, taken.index.clamp_min(0))
-        joined["position_ids"] = torch.cat([old, ids.expand(batch, -1)], dim=1)
-    mask = arguments.get("attention_mask")
-    if mask is None or mask.dim() != 4:
-        raise TypeError("a second look needs an attention with a mask [batch, heads, tokens, keys]")
+    rows = (gather_tokens(x.contiguous(), taken.index) for x in _angles(given))
+    of_taken: Arguments = {"position_embeddings": tuple(rows)}
+    if (ids := given.get("position_ids")) is not None:
+        ids = ids.expand(taken.index.shape[0], -1)
+        of_taken["position_ids"] = ids.gather(1, taken.index.clamp_min(0))
     visible = taken.visible()[:, None]
-    if mask.is_floating_point():
+    if mask is not None and mask.is_floating_point():
         hidden = torch.finfo(mask.dtype).min
         visible = torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, hidden)
-    joined["attention_mask"] = visible
+    return {**of_taken, "attention_mask": visible}
+
+
+def _with_turn(given: Arguments, taken: TakenUp, arguments: Arguments) -> Arguments:
+    """The same, and after them those of a turn, whose own ``arguments`` are."""
+    joined = _of_taken(given, taken, arguments.get("attention_mask"))
+    batch = taken.index.shape[0]
+    joined["position_embeddings"] = tuple(
+        torch.cat([old, new.expand(batch, -1, -1)], dim=1)
+        for old, new in zip(joined["position_embeddings"], _angles(arguments), strict=True)
+    )
+    if (ids := arguments.get("position_ids")) is not None:
+        joined["position_ids"] = torch.cat([joined["position_ids"], ids.expand(batch, -1)], dim=1)
     return joined
+
+
+def _output(output: Any) -> Tensor:
+    """The hidden states that a layer returns, in some models with other things."""
+    return output[0] if isinstance(output, tuple) else output

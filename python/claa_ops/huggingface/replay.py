@@ -102,8 +102,9 @@ class Replayed(Prefilled):
                 for held in (layer.keys, layer.values)
             )
             held = Seen(layer.keys.shape[2], None if layer.is_sliding else layer.start)
-            # A sliding window of a short prompt is not full.
-            entries = map(min, held.of_rows(batch), last[index].of_rows(batch))
+            entries = held.of_rows(batch)
+            if layer.is_sliding:  # that of a short prompt is not full
+                entries = list(map(min, entries, last[index].of_rows(batch)))
             total = [before + own * of_an_entry for before, own in zip(total, entries, strict=True)]
         return total
 
@@ -353,7 +354,8 @@ class _Layer:
             replay.active = replay.record.begins(arguments, cache)
             replay.seen.append([])
         tokens = arguments["hidden_states"].shape[1]
-        replay.seen[-1].append(Seen(tokens, cache.state.start, self._index))
+        start = cache.state.start if cache.taken is None else cache.taken.start
+        replay.seen[-1].append(Seen(tokens, start, self._index))
         if replay.active and cache.has_selected:
             replay.record.require_output(self._index - 1)
             replay.active = False

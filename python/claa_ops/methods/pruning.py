@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,10 +23,7 @@ from claa_ops.selection.budget import (
 )
 from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method
-from claa_ops.selection.state import PrefillState
-
-if TYPE_CHECKING:
-    from claa_ops.selection.turn import Turn
+from claa_ops.selection.state import PrefillState, Turn
 
 Keep = float | int
 
@@ -240,13 +237,15 @@ class Pruning(Method):
         """Behind the selection layer, if a later turn may look again."""
         return self.second_look
 
-    def take_up(self, turn: Turn) -> Tensor | None:
-        """The most important tokens that later layers do not hold, as many as continued."""
-        assert turn.importance is not None  # every layer that informs it was observed
-        missing = turn.not_held()
-        ranking = turn.importance[:, : turn.prompt_length].masked_fill(~missing, -torch.inf)
-        sizes: Sizes[Any] = turn.row_sizes or turn.sizes
-        allowed = self._tokens(sizes, turn.layer)
+    def take_up(self, state: PrefillState, layer: int) -> Tensor | None:
+        """In a later turn the most important of what was dropped, as many as ``keep`` says."""
+        if not isinstance(state, Turn):
+            return None
+        assert state.importance is not None  # every layer that informs it was observed
+        missing = state.missing()
+        ranking = state.importance[:, : state.prompt_length].masked_fill(~missing, -torch.inf)
+        sizes: Sizes[Any] = state.row_sizes or state.sizes
+        allowed = self._tokens(sizes, layer)
         counts = missing.sum(dim=1).clamp_max(allowed)
         most = int(counts.max())
         return select_topk(ranking, most, counts=counts) if most > 0 else None

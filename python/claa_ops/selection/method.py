@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from claa_ops.selection.layer import Layer
     from claa_ops.selection.state import PrefillState
-    from claa_ops.selection.turn import Turn
 
 
 class Preparation(NamedTuple):
@@ -192,19 +191,22 @@ class Method:
         """Whether the hidden states behind a layer that dropped tokens are held, all of them."""
         return False
 
-    # In a later turn.
+    # Of what was dropped and parked.
 
     @property
     def looks_again(self) -> bool:
-        """Whether a later turn of the conversation may take up tokens that were dropped."""
+        """Whether tokens that were dropped may be taken up, now or in a later turn."""
         return False
 
-    def take_up(self, turn: Turn) -> Tensor | None:
-        """Tokens of the prompt that the layers after the parked one do not hold and now take up.
+    def take_up(self, state: PrefillState, layer: int) -> Tensor | None:
+        """The parked tokens that were dropped and now join those that this layer sees.
+
+        In the prefill it is asked at each layer after the parked one, before ``select``; in a
+        later turn, whose state is a :class:`Turn`, at the parked one.
 
         Returns:
-            ``[B, r]``, int64, ascending places in the prompt, after -1 where a row takes up fewer;
-            None if there are none.
+            ``[B, r]``, int64, ascending places in the prompt, of which ``state.missing()`` says
+            which may be there, after -1 where a row takes up fewer; None if there are none.
         """
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,11 +13,9 @@ from claa_ops.ops.gather_kv import gather_kv
 from claa_ops.selection.budget import Sizes
 from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method
+from claa_ops.selection.taken import TakenUp
 
-if TYPE_CHECKING:
-    from claa_ops.selection.turn import Turn
-
-_CALLS = ("observe", "compress", "select")
+_CALLS = ("observe", "compress", "take_up", "select")
 
 Reduce = Callable[[Tensor, Literal["max", "sum"]], Tensor]
 
@@ -53,6 +51,8 @@ def begin(
             parked = hidden
         if state.layer < layer:       # back behind that layer, whose tokens are selected anew
             layer, hidden = state.layer, parked
+
+    A method may also ask, before ``select``, for parked tokens to join: :meth:`take_up`.
 
     Args:
         method: such as :class:`claa_ops.methods.CLAA`.
@@ -349,6 +349,71 @@ class PrefillState:
             self.seen_when_parked = self.length, self.start, self.positions
         return self._keep(index)
 
+    def take_up(self, layer: int) -> TakenUp | None:
+        """Which of the parked tokens, that were dropped, join those of an observed layer.
+
+        Asked before :meth:`select`. The caller gathers their hidden states, takes them through the
+        layers after the parked one up to this one, and puts them among those that are there::
+
+            taken = state.take_up(layer)
+            if taken is not None:
+                joining = gather_tokens(parked, taken.among_parked)
+                ...     # in each of the layers, attend to what taken.visible() says, and then
+                key, value = gather_kv(key, value, taken.order())   # all entries of the layer
+                hidden = gather_tokens(torch.cat([hidden, joining], dim=1), taken.order())
+
+        From then on they are tokens that the layer saw.
+
+        Returns:
+            None if there are none.
+
+        Raises:
+            RuntimeError: the layer was not observed just before, or is asked a second time.
+        """
+        self._advance(layer, "take_up")
+        self.release()
+        if self.parked is None or self.parked >= layer:
+            return None
+        index = self.method.take_up(self, layer)
+        if index is None:
+            return None
+        taken = self._taken(index, self.prompt_length, 0)
+        again = range(self.parked + 1, layer + 1)
+        for each in again:
+            self.lengths[each] += index.shape[1]
+        self.running = None
+        self.hold(taken.all_held())
+        return taken
+
+    def missing(self) -> Tensor:
+        """``[B, N]``, bool: the tokens of the prompt that were parked and are not held now."""
+        parked, held = self._among_prompt(self.seen_when_parked[2]), self._among_prompt(self.held)
+        start = self.seen_when_parked[1]
+        if start is not None and self.seen_when_parked[2] is None:
+            parked = parked & (torch.arange(parked.shape[1], device=held.device) >= start[:, None])
+        return parked & ~held
+
+    @property
+    def held(self) -> Tensor:
+        """``[B, k]``: the tokens of the prompt that the layers after the parked one hold."""
+        assert self.positions is not None  # something was dropped, or nothing would be parked
+        return self.positions
+
+    def _among_prompt(self, positions: Tensor | None) -> Tensor:
+        """``[B, N]``, bool: which tokens of the prompt these are; all, padding too, if None."""
+        batch, beyond = self.held.shape[0], 1 + self.prompt_length  # padding goes before them
+        among = torch.zeros(batch, beyond, dtype=torch.bool, device=self.held.device)
+        if positions is None:
+            return ~among[:, 1:]
+        return among.scatter(1, 1 + positions, True)[:, 1:]
+
+    def _taken(self, index: Tensor, seen: int, new: int) -> TakenUp:
+        """What it takes for tokens at ``[B, r]`` of the prompt to join."""
+        among, parked = index, self.seen_when_parked[2]
+        if parked is not None:
+            among = torch.searchsorted(parked, index.contiguous()).masked_fill(index < 0, -1)
+        return TakenUp(index, among, self.held, self.prompt_length, seen, new)
+
     def go_back(self) -> None:
         """Called by the method in ``select``: the layers after the parked one run anew.
 
@@ -378,8 +443,6 @@ class PrefillState:
         Returns:
             Its state; None if nothing is parked, so that a turn is like any other forward.
         """
-        from claa_ops.selection.turn import Turn
-
         return None if self.parked is None else Turn(self, seen, new)
 
     def hold(self, positions: Tensor) -> None:
@@ -450,3 +513,70 @@ class PrefillState:
                 f"the last call was {self._call} for layer {self.layer}"
             )
         self.layer, self._call = layer, call
+
+
+class Turn(PrefillState):
+    """What a later turn of a conversation has seen, which may take up dropped tokens of the prompt.
+
+    Made by :meth:`PrefillState.turn`. The layers up to the parked one hold all tokens, and the
+    turn's last tokens rank those of the prompt there. In the layer loop of the turn, of these::
+
+        turn.observe(layer, query, key)     # after its attention, of the turn's queries to all keys
+
+    Behind the parked layer::
+
+        taken = turn.take_up(layer)
+        if taken is not None:
+            joining = gather_tokens(parked, taken.among_parked)
+            hidden = torch.cat([joining, hidden], dim=1)    # and cos, sin
+
+    In the layers after it, these tokens attend to what ``taken.visible()`` says, and afterwards
+    the cache has to hold its entries in the order of their positions::
+
+        key, value = gather_kv(key, value, taken.order())
+
+    Attributes:
+        turn_length: how many tokens the turn has.
+        taken: what :meth:`take_up` returned.
+
+    The other attributes are those of :class:`PrefillState`, for the layers up to the parked one.
+    """
+
+    def __init__(self, prefill: PrefillState, seen: int, new: int) -> None:
+        vars(self).update(vars(prefill))
+        _, self.start, self.positions = prefill.seen_when_parked
+        self.turn_length, self.length = new, seen + new
+        self.taken: TakenUp | None = None
+        self.importance = self.running = None
+        self.notes, self.lengths, self.scores, self.ahead = {}, [], {}, []
+        self.layer, self._call = -1, "select"
+        self._prefill = prefill
+
+    @property
+    def rows(self) -> int:
+        """W: how many of the last query rows rank; all of a turn that has fewer."""
+        return min(super().rows, self.turn_length)
+
+    @property
+    def held(self) -> Tensor:
+        """``[B, k]``: the tokens of the prompt that the layers after the parked one hold."""
+        return self._prefill.held
+
+    def take_up(self, layer: int) -> TakenUp | None:
+        """Which tokens of the prompt continue with the turn's behind the parked layer.
+
+        From then on the state of the prefill counts them among those that later layers hold.
+
+        Returns:
+            None if there are none.
+
+        Raises:
+            RuntimeError: the layer was not observed just before, or is asked a second time.
+        """
+        self._advance(layer, "take_up")
+        self.release()
+        index = self.method.take_up(self, layer) if layer == self.parked else None
+        if index is not None:
+            self.taken = self._taken(index, self.length, self.turn_length)
+            self._prefill.hold(self.taken.all_held())
+        return self.taken
