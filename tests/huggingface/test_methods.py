@@ -263,6 +263,10 @@ def slow_pyramidinfer(llama, ids, **settings):
     return llama.run(ids, STEPS, select=select)
 
 
+def slow_revival(llama, ids, *, kept, layer):
+    return slow_methods.revival(llama, ids, STEPS, stages_of(layer, kept, len(ids)))
+
+
 def slow_promptdistill(llama, ids, *, kept, layer=2, kernel=5):
     stages = stages_of(layer, kept, len(ids))
 
@@ -618,6 +622,14 @@ CASES = {
         LazyLLM(keep=(0.7, 0.4), layer=(1, 4), keep_kv=0.3),
         partial(slow_layered, kept=(0.7, 0.4), cached=0.3, layer=(1, 4), window=1, kernel=1),
     ),
+    "lazyllm, revived": (
+        LazyLLM(keep=(40, 35, 30), layer=(0, 1, 3), revive=True),
+        partial(slow_revival, kept=(40, 35, 30), layer=(0, 1, 3)),
+    ),
+    "lazyllm, revived, rates": (
+        LazyLLM(keep=(0.5, 0.4, 0.3), layer=(0, 2, 4), revive=True),
+        partial(slow_revival, kept=(0.5, 0.4, 0.3), layer=(0, 2, 4)),
+    ),
     "promptdistill": (PromptDistill(keep=30), partial(slow_promptdistill, kept=30)),
     "promptdistill, staged rates": (
         PromptDistill(keep=(0.63, 0.31), layer=(1, 3), kernel_size=3),
@@ -746,6 +758,18 @@ def test_one_padded_prompt_is_the_slow_version(model, llama, case):
     padding = LENGTH - SHORT
     expected = slow(llama, ids[1, padding:].tolist())
     assert_same(prefilled, (logits[0], new[0]), 0, padding, expected)
+
+
+def test_tokens_are_revived(llama):
+    """Or these cases would say nothing: in both rows of the batch, a number of its own."""
+    ids, _ = prompt(LENGTH, SHORT)
+    for case in ("lazyllm, revived", "lazyllm, revived, rates"):
+        slow = CASES[case][1]
+        revived = [
+            slow(llama, row[padding:].tolist()).revived
+            for row, padding in zip(ids, (0, LENGTH - SHORT), strict=True)
+        ]
+        assert 0 < min(revived) < max(revived)
 
 
 def test_every_method_is_compared_with_a_slow_version():

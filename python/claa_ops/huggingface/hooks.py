@@ -228,12 +228,11 @@ class ContinueWithSelected(_Hook):
         selected = state.select(self.index - 1)
         if selected is not None and cache.first_pass:
             raise FirstPassDone
-        if state.parked == self.index - 1:
-            cache.parked = Parked(hidden)
         if selected is None:
             return hidden
         cache.selected.clear()
         if state.layer == self.index - 1:
+            cache.parked = None if state.parked is None else Parked(hidden)
             return gather_tokens(hidden, selected)
         # The method went back: the layers since then run anew, on other tokens.
         parked = cache.parked

@@ -90,11 +90,13 @@ class Replayed(Prefilled):
         ]
 
     def cache_bytes(self) -> list[int]:
-        """For each prompt the bytes of its keys and values, before any decoding, were it alone."""
+        """For each prompt the bytes that its cache holds before any decoding, were it alone."""
         batch = len(self.full)
         if batch == 1:
             return [self.cache.nbytes()]
-        total = [0] * batch
+        parked = [] if self.cache.parked is None else self.cache.parked.tensors()
+        of_a_token = sum(x.shape[-1] * x.element_size() for x in parked)
+        total = [tokens * of_a_token for tokens in self.full]
         last = {seen.layer: seen for seen in self.seen[-1]}  # of a layer that ran twice
         for index, layer in enumerate(self.cache.layers):
             of_an_entry = sum(

@@ -344,8 +344,8 @@ class PrefillState:
         self._advance(layer, "select")
         self.release()
         index = self.method.select(self, layer)
-        if index is not None and self.layer == layer and self.method.parks(self, layer):
-            self.parked = layer
+        if index is not None and self.layer == layer:
+            self.parked = layer if self.method.parks(self, layer) else None
             self.seen_when_parked = self.length, self.start, self.positions
         return self._keep(index)
 
@@ -387,7 +387,7 @@ class PrefillState:
 
     def missing(self) -> Tensor:
         """``[B, N]``, bool: the tokens of the prompt that were parked and are not held now."""
-        parked, held = self._among_prompt(self.seen_when_parked[2]), self._among_prompt(self.held)
+        parked, held = self.among_prompt(self.seen_when_parked[2]), self.among_prompt(self.held)
         start = self.seen_when_parked[1]
         if start is not None and self.seen_when_parked[2] is None:
             parked = parked & (torch.arange(parked.shape[1], device=held.device) >= start[:, None])
@@ -399,7 +399,7 @@ class PrefillState:
         assert self.positions is not None  # something was dropped, or nothing would be parked
         return self.positions
 
-    def _among_prompt(self, positions: Tensor | None) -> Tensor:
+    def among_prompt(self, positions: Tensor | None) -> Tensor:
         """``[B, N]``, bool: which tokens of the prompt these are; all, padding too, if None."""
         batch, beyond = self.held.shape[0], 1 + self.prompt_length  # padding goes before them
         among = torch.zeros(batch, beyond, dtype=torch.bool, device=self.held.device)
@@ -411,7 +411,7 @@ class PrefillState:
         """What it takes for tokens at ``[B, r]`` of the prompt to join."""
         among, parked = index, self.seen_when_parked[2]
         if parked is not None:
-            among = torch.searchsorted(parked, index.contiguous()).masked_fill(index < 0, -1)
+            among = torch.searchsorted(parked.contiguous(), index).masked_fill(index < 0, -1)
         return TakenUp(index, among, self.held, self.prompt_length, seen, new)
 
     def go_back(self) -> None:
