@@ -23,7 +23,7 @@ PUBLIC = {
         generate prefill tuned_method
     """,
     "claa_ops.selection": """
-        Answer Budget Layer Method PrefillState Preparation Reader Sizes Work begin
+        Answer Budget Layer Method PrefillState Preparation Reader Sizes TakenUp Turn Work begin
     """,
 }
 NAMES = [(module, name) for module, names in PUBLIC.items() for name in names.split()]
