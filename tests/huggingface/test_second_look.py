@@ -11,6 +11,7 @@ from claa_ops.methods import (
     Coarse,
     FastKV,
     FullKV,
+    Hops,
     LazyLLM,
     Oracle,
     Peak,
@@ -94,6 +95,7 @@ def test_a_padded_batch_is_the_slow_version_of_each_row(model, llama, kept):
 METHODS = {
     "peak": PEAK,
     "peak, sinks": replace(PEAK, num_sinks=4),
+    "hops": Hops(keep=20, layer=2, window=8, kernel_size=5, num_seeds=6, least=5, second_look=True),
     "claa": CLAA(keep=20, layer=2, last_n=2, second_look=True),
     "claa, z-scored": CLAA(keep=0.3, layer=2, zscore=True, second_look=True),
     "fastkv": FastKV(keep=20, layer=2, second_look=True),
@@ -245,6 +247,7 @@ def test_what_cannot_look_again_says_so(model):
             (each, {}, f"{each.__name__}: second_look must be False, got True")
             for each in (ASL, Coarse, Oracle, Random)
         ),
+        (Hops, {"states": "hidden"}, "Hops: second_look must be False, got True"),
     ]:
         with pytest.raises(ValueError) as error:
             method(**{"second_look": True, **settings})

@@ -128,7 +128,8 @@ class Pruning(Method):
     def _check_second_look(self) -> None:
         self.require(isinstance(self.second_look, bool), "second_look", "True or False")
         if self.second_look:
-            self.require(self.can_look_again, "second_look", "False")
+            able = self.can_look_again and not self.reads_hidden
+            self.require(able, "second_look", "False")
             whole = self.keep_kv in (None, 1.0) and not isinstance(self.keep_kv, int)
             self.require(whole, "keep_kv", "1.0 with second_look")
             self.require(not self.equal_cache, "equal_cache", "False with second_look")
