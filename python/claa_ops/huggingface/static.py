@@ -19,7 +19,7 @@ class StaticClaaCache(AttachedCache):
 
     Every step of decoding then has the same shapes and addresses, so ``generate`` compiles it,
     and a CUDA graph can replay it. The layers keep their different lengths; the model must be
-    attached.
+    attached. It takes no second look: turns that may take up tokens need the other cache.
 
     Args:
         cache: the cache of a prompt that has been prefilled. It can be dropped afterwards.
