@@ -256,9 +256,35 @@ def test_what_cannot_look_again_says_so(model):
         LazyLLM(second_look=True).check(12)
     with pytest.raises(ValueError, match="a second look needs whole caches, got a sliding window"):
         ClaaCache(build("gemma2").config, replace(PEAK, layer=1))
-    ids, mask = prompt(LENGTH, SHORT)
-    cache = ClaaCache(model.config, PEAK)
-    talk(model, cache, [ids], mask)
-    mask = torch.cat([mask, torch.tensor([[1, 1], [0, 1]])], dim=1)
-    with pytest.raises(ValueError, match="needs an attention_mask that is 1 after the prompt"):
-        model(turns_of(2, (2,))[0], attention_mask=mask, past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("lengths", [(LENGTH, SHORT, 52), (LENGTH,) * 3], ids=["padded", "even"])
+def test_turns_may_be_padded(model, name, lengths):
+    """Tokens after a shorter answer are hidden, and a shorter turn begins later."""
+    ids, mask = prompt(*lengths)
+    cache, seen = ClaaCache(model.config, METHODS[name]), mask
+    alone = [ClaaCache(model.config, METHODS[name]) for _ in lengths]
+    turns = [(ids, mask)]
+    for tokens, own in ((1, [1, 1, 0]), (1, [1, 0, 0]), (12, [12, 5, 9]), (1, [1, 1, 1])):
+        turn, _ = prompt(*[tokens] * 3, seed=tokens)
+        place = torch.arange(tokens)
+        later = tokens > 1  # a turn is padded on the left
+        valid = [place >= tokens - n if later else place < n for n in own]
+        turns.append((turn, torch.stack(valid).long()))
+    turns.append((prompt(4, 4, 4, seed=9)[0], torch.tensor([[0, 0, 0, 1], [0, 1, 1, 1], [1] * 4])))
+    for step, (turn, valid) in enumerate(turns):
+        seen = valid if step == 0 else torch.cat([seen, valid], dim=1)
+        positions = (seen.cumsum(dim=1) - 1).clamp_min(0)[:, -turn.shape[1] :]
+        together = model(
+            turn, attention_mask=seen, position_ids=positions, past_key_values=cache
+        ).logits
+        for row, held in enumerate(alone):
+            own = turn[row : row + 1, valid[row].bool()]
+            if own.shape[1] == 0:
+                continue
+            expected = model(own, past_key_values=held).logits[0]
+            actual = together[row, -len(expected) :]
+            torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)
+    assert len({held.lengths[-1] for held in alone}) > 1

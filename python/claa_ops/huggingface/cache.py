@@ -15,7 +15,6 @@ from claa_ops.huggingface.prompt import (
     check_positions,
     check_same_padding,
     first_valid,
-    require,
 )
 from claa_ops.huggingface.transformers_api import DynamicLayer, PreTrainedConfig, cache_layers
 from claa_ops.ops.gather_kv import gather_kv
@@ -30,8 +29,8 @@ class ClaaCache(AttachedCache):
     Pass it to an attached model: ``model.generate(ids, past_key_values=ClaaCache(...))``. Its
     first forward is the prompt, which is scored, selected from and compressed. Later forwards,
     tokens one by one or whole turns of a conversation, are kept in full and attend to what is left
-    of the prompt; with a method's ``second_look`` a turn of several tokens takes up more of it first,
-    eagerly, from hidden states that the cache holds. Prompts of different lengths are padded on the left. After a selection the first
+    of the prompt; with a method's ``second_look`` a turn of several tokens first takes up more of it.
+    Prompts of different lengths are padded on the left. After a selection the first
     forward returns logits of the selected tokens only; the last one is always among them. Hidden
     states and attentions, if asked for, are likewise those of the tokens that a layer sees.
 
@@ -215,13 +214,11 @@ class ClaaCache(AttachedCache):
     def _begin_turn(self, seen: int, new: int, attention_mask: Tensor | None) -> None:
         """Begin a turn that may take up dropped tokens."""
         assert self.state is not None  # the prefill made it
+        valid = None
         if attention_mask is not None:
-            require(
-                attention_mask[:, self.state.prompt_length :].all(),
-                "ClaaCache: a second look needs an attention_mask that is 1 after the prompt, "
-                "got padding",
-            )
-        self.turn = self.state.turn(seen, new)
+            valid = attention_mask[:, self.state.prompt_length :].bool()
+        padded = valid is not None and not valid.all()
+        self.turn = self.state.turn(seen, new, valid if padded else None)
 
     def look_again(self, layer: int, query: Tensor, key: Tensor, **seen: Any) -> None:
         """Take in what a layer saw of a turn, up to the parked one.

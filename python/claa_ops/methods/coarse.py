@@ -87,6 +87,11 @@ class Coarse(Peak):
             return self.ahead
         return max(Peak.default_layer(num_layers), self.stage(num_layers) + 1)
 
+    @property
+    def may_park(self) -> bool:
+        """True: the part is taken from all hidden states, to which the prefill comes back."""
+        return True
+
     def parks(self, state: PrefillState, layer: int) -> bool:
         """At the selection layer, as long as a part runs ahead."""
         return "part" in state.notes

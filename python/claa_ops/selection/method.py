@@ -188,7 +188,10 @@ class Method:
         return None
 
     def parks(self, state: PrefillState, layer: int) -> bool:
-        """Whether the hidden states behind a layer that dropped tokens are held, all of them."""
+        """Whether the hidden states behind a layer that dropped tokens are held, all of them.
+
+        A method for which this may be true says so by :attr:`may_park`.
+        """
         return False
 
     # Of what was dropped and parked.
@@ -197,6 +200,11 @@ class Method:
     def looks_again(self) -> bool:
         """Whether tokens that were dropped may be taken up, now or in a later turn."""
         return False
+
+    @property
+    def may_park(self) -> bool:
+        """Whether it may need hidden states of tokens that it drops."""
+        return self.looks_again
 
     def take_up(self, state: PrefillState, layer: int) -> Tensor | None:
         """The parked tokens that were dropped and now join those that this layer sees.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from numbers import Integral
 from typing import Any, Literal
@@ -407,12 +408,12 @@ class PrefillState:
             return ~among[:, 1:]
         return among.scatter(1, 1 + positions, True)[:, 1:]
 
-    def _taken(self, index: Tensor, seen: int, new: int) -> TakenUp:
+    def _taken(self, index: Tensor, seen: int, new: int, valid: Tensor | None = None) -> TakenUp:
         """What it takes for tokens at ``[B, r]`` of the prompt to join."""
         among, parked = index, self.seen_when_parked[2]
         if parked is not None:
             among = torch.searchsorted(parked.contiguous(), index).masked_fill(index < 0, -1)
-        return TakenUp(index, among, self.held, self.prompt_length, seen, new)
+        return TakenUp(index, among, self.held, self.prompt_length, seen, new, valid)
 
     def go_back(self) -> None:
         """Called by the method in ``select``: the layers after the parked one run anew.
@@ -433,17 +434,39 @@ class PrefillState:
         self.ahead.append((self.layer + 1, self.lengths[self.layer + 1 :]))
         del self.lengths[self.layer + 1 :]
 
-    def turn(self, seen: int, new: int) -> Turn | None:
+    def turn(self, seen: int, new: int, valid: Tensor | None = None) -> Turn | None:
         """A later turn of the conversation, which may take up tokens that the prefill dropped.
 
         Args:
             seen: how many tokens the caches have seen, prompt and padding included.
-            new: how many tokens the turn has.
+            new: how many tokens the turn has, padding included.
+            valid: ``[B, seen - N + new]``, bool: which tokens after the prompt are no padding; None
+                if none is. Rows then rank by themselves, and the host reads which these are.
 
         Returns:
             Its state; None if nothing is parked, so that a turn is like any other forward.
         """
-        return None if self.parked is None else Turn(self, seen, new)
+        return None if self.parked is None else Turn(self, seen, new, valid)
+
+    def row(self, row: int) -> PrefillState:
+        """The state after the prefill of one prompt of the batch, as if it had been alone."""
+        alone = copy.copy(self)
+        padding = 0
+        if self.row_lengths is not None:
+            padding = self.prompt_length - int(self.row_lengths[row])
+
+        def own(positions: Tensor | None) -> Tensor | None:
+            if positions is None:
+                return None
+            return (positions[row][positions[row] >= 0] - padding)[None]
+
+        alone.prompt_length -= padding
+        alone.start = alone.row_lengths = None
+        alone.positions = own(self.positions)
+        parked = own(self.seen_when_parked[2])
+        tokens = alone.prompt_length if parked is None else parked.shape[1]
+        alone.seen_when_parked = tokens, None, parked
+        return alone
 
     def hold(self, positions: Tensor) -> None:
         """Note the tokens ``[B, k]`` that the layers after the parked one hold by now."""
@@ -542,7 +565,9 @@ class Turn(PrefillState):
     The other attributes are those of :class:`PrefillState`, for the layers up to the parked one.
     """
 
-    def __init__(self, prefill: PrefillState, seen: int, new: int) -> None:
+    def __init__(
+        self, prefill: PrefillState, seen: int, new: int, valid: Tensor | None = None
+    ) -> None:
         vars(self).update(vars(prefill))
         _, self.start, self.positions = prefill.seen_when_parked
         self.turn_length, self.length = new, seen + new
@@ -550,7 +575,31 @@ class Turn(PrefillState):
         self.importance = self.running = None
         self.notes, self.lengths, self.scores, self.ahead = {}, [], {}, []
         self.layer, self._call = -1, "select"
-        self._prefill = prefill
+        self._prefill, self._valid = prefill, valid
+        # With padding after the prompt each row ranks by itself.
+        self._alone = [] if valid is None else [self._row(row) for row in range(len(valid))]
+
+    def _row(self, row: int) -> Turn:
+        assert self._valid is not None  # there is padding
+        valid = self._valid[row]
+        alone, new = self._prefill.row(row), int(valid[-self.turn_length :].sum())
+        return Turn(alone, alone.prompt_length + int(valid.sum()) - new, new)
+
+    def see(self, layer: Layer) -> None:
+        """Like :meth:`observe`, with a view of the layer that the caller has made."""
+        if self._valid is None:
+            super().see(layer)
+            return
+        self._advance(layer.index, "observe")
+        for row, alone in enumerate(self._alone):
+            own = torch.cat([self._of_prompt(row), self._valid[row]])
+            alone.see(layer.of_row(alone, row, own))
+
+    def _of_prompt(self, row: int) -> Tensor:
+        """``[N]``, bool: which tokens are no padding."""
+        assert self._valid is not None  # there is padding
+        place = torch.arange(self.prompt_length, device=self._valid.device)
+        return place >= (0 if self.start is None else self.start[row])
 
     @property
     def rows(self) -> int:
@@ -575,8 +624,22 @@ class Turn(PrefillState):
         """
         self._advance(layer, "take_up")
         self.release()
-        index = self.method.take_up(self, layer) if layer == self.parked else None
+        if layer != self.parked:
+            return None
+        index = self._of_rows(layer) if self._alone else self.method.take_up(self, layer)
         if index is not None:
-            self.taken = self._taken(index, self.length, self.turn_length)
+            self.taken = self._taken(index, self.length, self.turn_length, self._valid)
             self._prefill.hold(self.taken.all_held())
         return self.taken
+
+    def _of_rows(self, layer: int) -> Tensor | None:
+        """``[B, r]``: what each row takes up by itself; a turn of one token takes up nothing."""
+        none = self.held[0, :0]
+        rows = []
+        for alone in self._alone:
+            taken = alone.take_up(layer) if alone.turn_length > 1 else None
+            padding = self.prompt_length - alone.prompt_length
+            rows.append(none if taken is None else taken.index[0] + padding)
+        most = max(map(len, rows))
+        filled = [torch.nn.functional.pad(row, (most - len(row), 0), value=-1) for row in rows]
+        return torch.stack(filled) if most > 0 else None

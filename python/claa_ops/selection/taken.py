@@ -24,6 +24,8 @@ class TakenUp:
         prompt_length: N, padding included.
         seen: how many tokens the conversation has, those of the turn included.
         new: how many of these are the turn's.
+        valid: ``[B, seen - prompt_length]``, bool: which tokens after the prompt are no padding;
+            None if none is.
     """
 
     index: Tensor
@@ -32,6 +34,7 @@ class TakenUp:
     prompt_length: int
     seen: int
     new: int
+    valid: Tensor | None = None
 
     @property
     def start(self) -> Tensor:
@@ -58,6 +61,10 @@ class TakenUp:
         places, queries = self.places, self.index.shape[1] + self.new
         before = places.shape[1] - queries
         seen = (places[:, None] >= 0) & (places[:, None] <= places[:, before:, None])
+        if self.valid is not None:
+            between, turn = self.valid.tensor_split([self.valid.shape[1] - self.new], dim=1)
+            parts = torch.ones_like(self.held, dtype=torch.bool), between, self.index >= 0, turn
+            seen = seen & torch.cat(parts, dim=1)[:, None]
         itself = torch.eye(queries, dtype=torch.bool, device=places.device)
         return seen | torch.nn.functional.pad(itself, (before, 0))
 
