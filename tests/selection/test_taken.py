@@ -179,6 +179,7 @@ class TakesAll(CLAA):
     """Takes up at one layer all that an earlier one dropped."""
 
     at: int = 0
+    looks_again = True
 
     def parks(self, state: PrefillState, layer: int) -> bool:
         return True

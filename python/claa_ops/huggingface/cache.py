@@ -29,9 +29,9 @@ class ClaaCache(AttachedCache):
     Pass it to an attached model: ``model.generate(ids, past_key_values=ClaaCache(...))``. Its
     first forward is the prompt, which is scored, selected from and compressed. Later forwards,
     tokens one by one or whole turns of a conversation, are kept in full and attend to what is left
-    of the prompt; with a method's ``second_look`` a turn of several tokens first takes up more of it.
-    Prompts of different lengths are padded on the left. After a selection the first
-    forward returns logits of the selected tokens only; the last one is always among them. Hidden
+    of the prompt; with a method's ``second_look`` a turn of several tokens first takes up more of
+    it. Prompts of different lengths are padded on the left. After a selection the first forward
+    returns logits of the selected tokens only; the last one is always among them. Hidden
     states and attentions, if asked for, are likewise those of the tokens that a layer sees.
 
     The prompt must be one forward, so chunked prefill (``prefill_chunk_size``), speculative

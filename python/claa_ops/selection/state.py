@@ -346,7 +346,8 @@ class PrefillState:
         self.release()
         index = self.method.select(self, layer)
         if index is not None and self.layer == layer:
-            self.parked = layer if self.method.parks(self, layer) else None
+            parks = self.method.may_park and self.method.parks(self, layer)
+            self.parked = layer if parks else None
             self.seen_when_parked = self.length, self.start, self.positions
         return self._keep(index)
 
