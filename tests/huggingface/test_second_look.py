@@ -218,8 +218,8 @@ def test_rows_that_change_places_keep_what_was_parked(model):
 
 def test_parked_states_are_counted_and_dropped_with_the_request(model):
     ids, _ = prompt(LENGTH)
-    caches = [ClaaCache(model.config, replace(PEAK, second_look=look)) for look in (True, False)]
-    caches[1].method = replace(caches[1].method, keep_kv=1.0)
+    methods = [replace(PEAK, second_look=look, keep_kv=1.0) for look in (True, False)]
+    caches = [ClaaCache(model.config, method) for method in methods]
     for cache in caches:
         talk(model, cache, [ids])
     assert caches[0].lengths == caches[1].lengths == [LENGTH] * 3 + [20] * 3
@@ -254,7 +254,9 @@ def test_what_cannot_look_again_says_so(model):
         assert str(error.value) == message
     with pytest.raises(ValueError, match="LazyLLM: layer must be one with second_look"):
         LazyLLM(second_look=True).check(12)
-    with pytest.raises(ValueError, match="a second look needs whole caches, got a sliding window"):
+    with pytest.raises(
+        ValueError, match="a second look needs layers with full attention, got sliding"
+    ):
         ClaaCache(build("gemma2").config, replace(PEAK, layer=1))
 
 

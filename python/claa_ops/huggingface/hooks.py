@@ -18,6 +18,7 @@ from claa_ops.huggingface.cache import ClaaCache, Parked, hide_before
 from claa_ops.huggingface.generation import AttachedCache, new_cache
 from claa_ops.huggingface.transformers_api import (
     Arguments,
+    LayerKind,
     PreTrainedModel,
     attention_name,
     bind,
@@ -122,7 +123,7 @@ class NoteArguments(_Hook):
 class BeginForward(_Hook):
     """Before the decoder: check that the cache fits, and tell it what comes."""
 
-    kinds: tuple[tuple[str, int | None], ...]  # of each layer, as `cache_layers` returns them
+    kinds: tuple[LayerKind, ...]  # of each layer
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
         """Act on a cache of an attached model."""
@@ -160,9 +161,8 @@ class BeginForward(_Hook):
         cache.begin_forward(tokens, arguments.get("attention_mask"), arguments.get("position_ids"))
 
 
-def _described(kind: tuple[str, int | None]) -> str:
-    name, window = kind
-    return name if window is None else f"{name} over {window} tokens"
+def _described(kind: LayerKind) -> str:
+    return kind.name if kind.window is None else f"{kind.name} over {kind.window} tokens"
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,7 @@ class ContinueWithSelected(_Hook):
             hidden = self._select(cache, state, hidden)
         if cache.parked is not None:
             cache.parked.calls[self.index] = module, dict(arguments)
+        cache.seen.append(hidden.shape[1])
         if state.positions is not None:
             # The model hands the same tensors to all layers of a type, so gather them once.
             kind = cache.layer_types[self.index]
@@ -222,16 +223,16 @@ class ContinueWithSelected(_Hook):
 
     def _select(self, cache: ClaaCache, state: PrefillState, hidden: Tensor) -> Tensor:
         """The hidden states ``[B, k, C]`` of what continues, of those after the layer before."""
-        taken = None if state.parked is None else state.take_up(self.index - 1)
+        taken = None if cache.parked is None else state.take_up(self.index - 1)
         if taken is not None:
             hidden = self._take_up(cache, state, taken, hidden)
-        selected = state.select(self.index - 1)
+        selected = cache.select(self.index - 1)
         if selected is not None and cache.first_pass:
             raise FirstPassDone
         if selected is None:
             return hidden
         cache.selected.clear()
-        if state.layer == self.index - 1:
+        if not cache.method.may_park or state.layer == self.index - 1:
             cache.parked = None if state.parked is None else Parked(hidden)
             return gather_tokens(hidden, selected)
         # The method went back: the layers since then run anew, on other tokens.
@@ -239,6 +240,7 @@ class ContinueWithSelected(_Hook):
         assert parked is not None  # the layer to which it went back
         again = range(state.layer + 1, self.index)
         cache.forget(again)
+        del cache.seen[state.layer + 1 :]
         cache.parked = None
         hidden = gather_tokens(parked.hidden, selected)
         for layer in again:
@@ -261,6 +263,7 @@ class ContinueWithSelected(_Hook):
             if kind not in cache.selected:
                 cache.selected[kind] = _of_taken(given, taken, given.get("attention_mask"))
             joining = _output(block(joining, **{**given, **cache.selected[kind]}))
+            cache.seen[layer] += joining.shape[1]
         cache.selected.clear()
         cache.taken = None
         return gather_tokens(torch.cat([hidden, joining], dim=1), taken.order())
@@ -305,7 +308,8 @@ class PassCache(_Hook):
         return (), {**arguments, "claa_cache": cache}
 
 
-_OF_TOKENS = ("position_embeddings", "position_ids", "attention_mask")
+_MASKS = ("attention_mask", "mamba_attention_mask")  # the latter of layers that have two
+_OF_TOKENS = ("position_embeddings", "position_ids", *_MASKS)
 
 
 def _gather(arguments: Arguments, positions: Tensor, start: Tensor | None) -> Arguments:
@@ -316,28 +320,26 @@ def _gather(arguments: Arguments, positions: Tensor, start: Tensor | None) -> Ar
         positions: ``[B, k]``, -1 for padding.
         start: ``[B]``: the first of these that is not padding; None without padding.
     """
-    # Some models transpose theirs, and gather_tokens moves whole rows.
-    rows = (gather_tokens(x.contiguous(), positions) for x in _angles(arguments))
-    selected: Arguments = {"position_embeddings": tuple(rows)}
+    angles = _angles(arguments)
+    selected: Arguments = {}
+    if angles:  # recurrences know the order of the tokens without them
+        # Some models transpose theirs, and gather_tokens moves whole rows.
+        rows = (gather_tokens(x.contiguous(), positions) for x in angles)
+        selected["position_embeddings"] = tuple(rows)
     if start is not None:
         positions = positions.clamp_min(0)
-    ids, mask = arguments.get("position_ids"), arguments.get("attention_mask")
+    ids = arguments.get("position_ids")
     if ids is not None:
         selected["position_ids"] = ids.expand(positions.shape[0], -1).gather(1, positions)
-    if mask is not None and mask.dim() == 2:
-        mask = mask.gather(1, positions)
-    elif mask is not None:
-        row = torch.arange(positions.shape[0], device=positions.device)[:, None, None]
-        mask = mask.expand(positions.shape[0], -1, -1, -1)
-        kept = mask[row, :, positions[:, :, None], positions[:, None, :]]  # [B, k, k, heads]
-        mask = kept.movedim(-1, 1)
-    if mask is not None:
-        selected["attention_mask"] = mask if start is None else hide_before(mask, start)
+    for name in _MASKS:
+        if (mask := arguments.get(name)) is not None:
+            mask = _gather_mask(mask, positions)
+            selected[name] = mask if start is None else hide_before(mask, start)
     return selected
 
 
 def _angles(arguments: Arguments) -> tuple[Tensor, ...]:
-    """Cosines and sines ``[batch, tokens, D]``, the only ones of a layer's tokens."""
+    """Cosines and sines ``[batch, tokens, D]``, the only ones of a layer's tokens; or none."""
     unknown = sorted(
         name
         for name, value in arguments.items()
@@ -345,7 +347,9 @@ def _angles(arguments: Arguments) -> tuple[Tensor, ...]:
     )
     if unknown:
         raise TypeError(f"layers must take nothing else of each token, got {', '.join(unknown)}")
-    angles = arguments["position_embeddings"]
+    angles = arguments.get("position_embeddings")
+    if angles is None:
+        return ()
     if not isinstance(angles, tuple) or any(x.dim() != 3 for x in angles):
         raise TypeError("position_embeddings must be cosines and sines [batch, tokens, D]")
     return angles
@@ -387,3 +391,13 @@ def _with_turn(given: Arguments, taken: TakenUp, arguments: Arguments) -> Argume
 def _output(output: Any) -> Tensor:
     """The hidden states that a layer returns, in some models with other things."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def _gather_mask(mask: Tensor, positions: Tensor) -> Tensor:
+    """A mask ``[B, N]`` or ``[B, heads, N, N]`` at the positions ``[B, k]``."""
+    if mask.dim() == 2:
+        return mask.gather(1, positions)
+    row = torch.arange(positions.shape[0], device=positions.device)[:, None, None]
+    mask = mask.expand(positions.shape[0], -1, -1, -1)
+    kept = mask[row, :, positions[:, :, None], positions[:, None, :]]  # [B, k, k, heads]
+    return kept.movedim(-1, 1)

@@ -91,6 +91,7 @@ class Hops(Peak):
     def rank(self, layer: Layer, before: Tensor | None) -> Tensor:
         """Peak's ranking; at a selection layer, the order in which tokens enter the budget."""
         peaks = super().rank(layer, before)
+        layer.state.notes["evidence"] = peaks
         if not (self.hops or self.question) or not self._selects(layer):
             return peaks
         direct, seeds = peaks[:, None], peaks
@@ -105,6 +106,10 @@ class Hops(Peak):
             layer, seeds, hops=self.hops, num_seeds=self.num_seeds, kernel_size=self.kernel_size
         )
         return -self._entries(_places(direct, layer.start), _places(linked, layer.start))
+
+    def evidence(self, state: PrefillState) -> Tensor:
+        """Peak's scores: the order of a budget has no mass."""
+        return state.notes["evidence"]
 
     def _selects(self, layer: Layer) -> bool:
         return layer.index in self.stages(layer.state.num_layers)

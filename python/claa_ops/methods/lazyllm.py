@@ -70,6 +70,7 @@ class LazyLLM(Pruning):
             self.require(whole, "keep_kv", "1.0 with revive")
             self.require(not self.equal_cache, "equal_cache", "False with revive")
             self.require(not self.second_look, "second_look", "False with revive")
+            self.require(self.mass is None, "mass", "None with revive")
 
     def _each(self, name: str) -> list[Any]:
         """The values of ``layer`` or ``keep``; one budget is stretched over several layers."""
@@ -102,7 +103,7 @@ class LazyLLM(Pruning):
     @property
     def differs_by_row(self) -> bool:
         """With ``revive``: one prompt may take up more than another."""
-        return self.revive
+        return self.revive or super().differs_by_row
 
     def parks(self, state: PrefillState, layer: int) -> bool:
         """With ``revive``, behind every selection layer that another one follows."""
@@ -169,4 +170,7 @@ class LazyLLM(Pruning):
 def _steps(last: Budget, stages: int) -> list[Budget]:
     """Budgets of stages that end in ``last``: before it twice, three times it, at most all."""
     counts = [last.count * (stages - stage) for stage in range(stages)]
-    return [Budget(min(count, last.per) if last.per else count, last.per) for count in counts]
+    return [
+        Budget(min(count, last.per) if last.per else count, last.per, last.least)
+        for count in counts
+    ]

@@ -176,7 +176,7 @@ class Race:
         for record in self._evaluate([asked(x) for x in prompts if known(x) is None], [self.full]):
             place = record.task, record.name
             example = next(each for each in prompts if (each.task, each.name) == place)
-            target = answered(example, record.answer or "", self.rounds.count)
+            target = answered(example, "".join(record.answers), self.rounds.count)
             self.scores[self.full][place] = Score(record.score, record.score)
             if target is None:  # it says nothing of a setting, but something of the task
                 self.scores[self.full][place] = Score(0.0, 0.0)
