@@ -19,6 +19,7 @@ from claa_ops.methods import (
     Random,
 )
 from claa_ops.prefill import ClaaCache, StaticClaaCache, attach
+from support.families import build_family
 from support.slow_methods import Conversation, Llama
 from support.tiny_models import build, generate, prompt
 
@@ -258,6 +259,10 @@ def test_what_cannot_look_again_says_so(model):
         ValueError, match="a second look needs layers with full attention, got sliding"
     ):
         ClaaCache(build("gemma2").config, replace(PEAK, layer=1))
+    with pytest.raises(
+        ValueError, match="Coarse runs tokens through layers a second time, which ne"
+    ):
+        ClaaCache(build_family("lfm2").config, Coarse())
 
 
 @torch.no_grad()
