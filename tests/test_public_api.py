@@ -14,8 +14,8 @@ PUBLIC = {
         score_layer score_tokens score_window select_topk
     """,
     "claa_ops.methods": """
-        ASL CLAA FastKV FastKVDeferral FullKV GemFilter Hops LazyLLM METHODS Method Oracle Peak
-        PromptDistill Pruning PyramidInfer PyramidKV Random SelectiveContext SinksRandom SnapKV
+        ASL CLAA Coarse FastKV FastKVDeferral FullKV GemFilter Hops LazyLLM METHODS Method Oracle
+        Peak PromptDistill Pruning PyramidInfer PyramidKV Random SelectiveContext SinksRandom SnapKV
         SpeculativePrefill StreamingLLM UniPrefill find_method make_method register
     """,
     "claa_ops.prefill": """
@@ -23,7 +23,7 @@ PUBLIC = {
         generate prefill tuned_method
     """,
     "claa_ops.selection": """
-        Answer Budget Layer Method PrefillState Preparation Reader Sizes Work begin
+        Answer Budget Layer Method PrefillState Preparation Reader Sizes TakenUp Turn Work begin
     """,
 }
 NAMES = [(module, name) for module, names in PUBLIC.items() for name in names.split()]

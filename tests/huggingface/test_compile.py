@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from claa_ops.methods import CLAA, FastKV, LazyLLM, PromptDistill
+from claa_ops.methods import CLAA, Coarse, FastKV, LazyLLM, Peak, PromptDistill
 from claa_ops.prefill import ClaaCache, attach
 from support.tiny_models import build, prompt
 
@@ -32,6 +32,8 @@ def prefill_and_decode(forward, cache, ids, mask, steps=2):
         ("llama", STAGED, False),
         ("llama", LazyLLM(keep=0.3), False),
         ("llama", PromptDistill(keep=0.4), False),
+        ("llama", Coarse(keep=0.4, layer=0, ahead=1), False),
+        ("llama", Peak(keep=0.4, layer=1, second_look=True), False),
         ("gemma3_text", ABSOLUTE, True),
     ],
 )

@@ -10,6 +10,7 @@ from claa_ops.methods import (
     ASL,
     CLAA,
     METHODS,
+    Coarse,
     FastKV,
     FastKVDeferral,
     FullKV,
@@ -199,6 +200,41 @@ def slow_hops(llama, ids, *, hops, question, seeds, temperature, least, kernel, 
     return slow_peak(llama, ids, kernel=kernel, rank=rank, **settings)
 
 
+def slow_coarse(llama, ids, *, kept, cached, layer, ahead, every, kernel, window=8, num_sinks=0):
+    """Two prefills: the first ends with the part's last layer, the second knows what is kept."""
+    length, peak, part = len(ids), torch.zeros(len(ids) - window).double(), []
+    context = [j for j in range(length - window) if j < num_sinks or j % every == 0]
+
+    def take_part(seen):
+        if seen.layer == layer and tokens(kept, length) < length:
+            part.extend(context + list(range(length - window, length)))
+            return part
+        if seen.layer > layer and part:
+            key = seen.key.repeat_interleave(seen.query.shape[0] // seen.key.shape[0], dim=0)
+            logits = seen.query[:, -window:] @ key.transpose(1, 2) / key.shape[-1] ** 0.5
+            highest = logits.softmax(-1).amax((0, 1))[:-window]
+            peak[context] = torch.maximum(peak[context], highest)
+
+    first = llama.run(ids, 1, select=take_part, last_layer=ahead)
+    ranking = slow_methods.pool(peak, kernel)
+
+    def select(seen):
+        if seen.layer == layer:
+            return llama.best(ranking, tokens(kept, length), window, seen, num_sinks)
+
+    compress, _ = by_layer_scores(
+        llama,
+        stages={},
+        capacity=lambda seen: tokens(cached, length),
+        window=window,
+        kernel=kernel,
+        num_sinks=num_sinks,
+    )
+    result = llama.run(ids, STEPS, compress=compress, select=select)
+    result.work += first.work - (layer + 1) * length if part else 0
+    return result
+
+
 def slow_streaming(llama, ids, *, cached, num_sinks):
     def compress(seen):
         capacity = max(num_sinks + 1, tokens(cached, seen.length))
@@ -225,6 +261,10 @@ def slow_pyramidkv(llama, ids, *, cached, beta=20, window=8):
 def slow_pyramidinfer(llama, ids, **settings):
     select = slow_methods.pyramidinfer(llama, len(ids), **settings)
     return llama.run(ids, STEPS, select=select)
+
+
+def slow_revival(llama, ids, *, kept, layer):
+    return slow_methods.revival(llama, ids, STEPS, stages_of(layer, kept, len(ids)))
 
 
 def slow_promptdistill(llama, ids, *, kept, layer=2, kernel=5):
@@ -557,6 +597,26 @@ CASES = {
             temperature=0.05,
         ),
     ),
+    "coarse": (
+        Coarse(keep=30, layer=1, ahead=3, num_sinks=0, kernel_size=9, window=8),
+        partial(slow_coarse, kept=30, cached=30, layer=1, ahead=3, every=2, kernel=9),
+    ),
+    "coarse, rates, sinks, every third": (
+        Coarse(keep=0.4, keep_kv=0.3, layer=0, ahead=4, every=3, kernel_size=7, window=8),
+        partial(
+            slow_coarse, kept=0.4, cached=0.3, layer=0, ahead=4, every=3, kernel=7, num_sinks=4
+        ),
+    ),
+    "coarse, caches whole": (
+        Coarse(keep=0.2, keep_kv=1.0, layer=2, num_sinks=3, kernel_size=5, window=8),
+        partial(
+            slow_coarse, kept=0.2, cached=1.0, layer=2, ahead=3, every=2, kernel=5, num_sinks=3
+        ),
+    ),
+    "coarse, padding stays": (
+        Coarse(keep=80, layer=1, ahead=3, num_sinks=0, kernel_size=9, window=8),
+        partial(slow_coarse, kept=80, cached=80, layer=1, ahead=3, every=2, kernel=9),
+    ),
     "pyramidinfer": (
         PyramidInfer(rho=0.3, recent=0.2, least=10),
         partial(slow_pyramidinfer, rho=0.3, recent=0.2, weight=1.2, num_sinks=4, least=10),
@@ -578,6 +638,14 @@ CASES = {
     "lazyllm, given stages, caches cut": (
         LazyLLM(keep=(0.7, 0.4), layer=(1, 4), keep_kv=0.3),
         partial(slow_layered, kept=(0.7, 0.4), cached=0.3, layer=(1, 4), window=1, kernel=1),
+    ),
+    "lazyllm, revived": (
+        LazyLLM(keep=(40, 35, 30), layer=(0, 1, 3), revive=True),
+        partial(slow_revival, kept=(40, 35, 30), layer=(0, 1, 3)),
+    ),
+    "lazyllm, revived, rates": (
+        LazyLLM(keep=(0.5, 0.4, 0.3), layer=(0, 2, 4), revive=True),
+        partial(slow_revival, kept=(0.5, 0.4, 0.3), layer=(0, 2, 4)),
     ),
     "promptdistill": (PromptDistill(keep=30), partial(slow_promptdistill, kept=30)),
     "promptdistill, staged rates": (
@@ -707,6 +775,18 @@ def test_one_padded_prompt_is_the_slow_version(model, llama, case):
     padding = LENGTH - SHORT
     expected = slow(llama, ids[1, padding:].tolist())
     assert_same(prefilled, (logits[0], new[0]), 0, padding, expected)
+
+
+def test_tokens_are_revived(llama):
+    """Or these cases would say nothing: in both rows of the batch, a number of its own."""
+    ids, _ = prompt(LENGTH, SHORT)
+    for case in ("lazyllm, revived", "lazyllm, revived, rates"):
+        slow = CASES[case][1]
+        revived = [
+            slow(llama, row[padding:].tolist()).revived
+            for row, padding in zip(ids, (0, LENGTH - SHORT), strict=True)
+        ]
+        assert 0 < min(revived) < max(revived)
 
 
 def test_every_method_is_compared_with_a_slow_version():

@@ -13,11 +13,13 @@ from claa_ops.huggingface.replay import RecordedPrefill
 from claa_ops.methods import (
     ASL,
     CLAA,
+    Coarse,
     FastKV,
     FullKV,
     GemFilter,
     LazyLLM,
     Oracle,
+    Peak,
     PromptDistill,
     PyramidInfer,
     PyramidKV,
@@ -62,7 +64,15 @@ def assert_same_cache(cache, expected):
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
-@pytest.mark.parametrize("method", [FullKV(), CLAA(keep=0.4, layer=1), CLAA(keep=0.4, layer=2)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        FullKV(),
+        CLAA(keep=0.4, layer=1),
+        CLAA(keep=0.4, layer=2),
+        Coarse(keep=0.4, layer=0, ahead=2, window=8),
+    ],
+)
 def test_a_replayed_prefill_is_the_prefill(family, lengths, method):
     model = attach(build(family))
     ids, mask = prompt(*lengths)
@@ -119,13 +129,26 @@ BATCHED = {
     "lazyllm": LazyLLM(keep=0.2),
     "promptdistill": PromptDistill(keep=0.4),
     "uniprefill": UNIPREFILL,
+    "coarse": Coarse(keep=0.4, layer=0, ahead=2, window=8),
 }
+WITHOUT_WINDOWS = {  # what these park could not pass through a layer with a sliding window
+    "peak, second look": Peak(keep=0.4, layer=1, window=8, second_look=True),
+    "lazyllm, revived": LazyLLM(keep=(0.5, 0.45, 0.3), layer=(0, 1, 2), revive=True),
+}
+METHODS = BATCHED | WITHOUT_WINDOWS
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
-@pytest.mark.parametrize("name", BATCHED)
+def on(*families):
+    """Each family with each method that serves it."""
+    cases = [(family, name) for family in families for name in BATCHED]
+    return pytest.mark.parametrize(
+        ("family", "name"), [*cases, *(("llama", name) for name in WITHOUT_WINDOWS)]
+    )
+
+
+@on("llama", "gemma2", "gpt_oss")
 def test_a_padded_batch_decodes_as_without_a_record(family, name):
-    model, method = attach(build(family)), BATCHED[name]
+    model, method = attach(build(family)), METHODS[name]
     ids, mask = prompt(80, 61)
     expected = prefill(model, ids, method, mask)
     prefilled = RecordedPrefill(model, ids, mask).run(method)
@@ -134,11 +157,10 @@ def test_a_padded_batch_decodes_as_without_a_record(family, name):
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-@pytest.mark.parametrize("name", BATCHED)
+@on("llama", "gemma2")
 def test_a_row_of_a_batch_is_the_prompt_alone(family, name):
     """What it keeps and costs exactly, its logits but for the rounding of another batch size."""
-    model, method = attach(build(family)), BATCHED[name]
+    model, method = attach(build(family)), METHODS[name]
     ids, mask = prompt(80, 61)
     batch = RecordedPrefill(model, ids, mask)
     together = batch.run(method)

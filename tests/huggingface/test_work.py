@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from claa_ops.huggingface.work import count_work
-from claa_ops.methods import SpeculativePrefill
-from claa_ops.prefill import prefill
+from claa_ops.methods import Coarse, LazyLLM, Peak, SpeculativePrefill
+from claa_ops.prefill import attach, prefill
 from claa_ops.selection.work import Work
 from support.tiny_checkpoint import LAYERS, tiny_model
 
@@ -51,6 +51,27 @@ def test_forwards_add_up():
     assert both.linear == first.linear + second.linear
     assert both.attention == first.attention + second.attention and both.head == second.head
     assert both + Work() == both
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Coarse(keep=30, layer=1, ahead=3),
+        LazyLLM(keep=(50, 40, 30), layer=(0, 1, 3), revive=True),
+        Peak(keep=30, layer=2, second_look=True),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_a_prefill_counts_what_runs_ahead_and_what_is_taken_up(method):
+    model = attach(tiny_model())
+    ids = torch.arange(100)[None]
+    prefill(model, ids, method)  # what attach tests is not counted
+    counter = FlopCounterMode(display=False)
+    with counter:
+        work = prefill(model, ids, method).work
+    flops = counter.get_flop_counts()["Global"]
+    linear = sum(flops.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    assert 2 * (work.linear + work.head) == linear
 
 
 def test_decoding_is_more_of_the_same_forward():

@@ -13,6 +13,7 @@ from claa_ops.methods import (
     ASL,
     CLAA,
     METHODS,
+    Coarse,
     FastKV,
     FastKVDeferral,
     GemFilter,
@@ -64,7 +65,8 @@ def trace_over(method, query, key, ranking, start):
     )
     result = Trace(state, [], [], {})
     positions = torch.arange(length).expand(batch, -1)
-    for layer in range(LAYERS):
+    layer, parked = 0, positions
+    while layer < LAYERS:
         rows = [
             gather_kv(x, x, positions[:, None].expand(-1, x.shape[1], -1).contiguous())[0]
             for x in (query[layer], key[layer])
@@ -73,9 +75,19 @@ def trace_over(method, query, key, ranking, start):
         place = (1 + positions)[:, None, :, None].expand(-1, groups, -1, -1)  # padding gives 0
         result.seen.append(state.length)
         result.held.append(state.compress(layer, place, place)[0][..., 0] - 1)
+        if (taken := state.take_up(layer)) is not None:
+            positions = taken.all_held()
+            for between in range(state.parked + 1, layer + 1):
+                result.held[between] = positions[:, None].expand(-1, groups, -1)
         if layer < LAYERS - 1 and (index := state.select(layer)) is not None:
             result.selected[layer] = index
+            if state.parked == layer:
+                parked = positions
+            if state.layer < layer:
+                layer, positions = state.layer, parked
+                del result.seen[layer + 1 :], result.held[layer + 1 :]
             positions = gather_tokens((1 + positions)[..., None].contiguous(), index)[..., 0] - 1
+        layer += 1
     return result
 
 
@@ -88,6 +100,15 @@ PADDED = {  # each method with the rates a and b, and other numbers that depend 
     "pyramidinfer": lambda a, b: PyramidInfer(rho=a, recent=b / 2, least=9),
     "lazyllm": lambda a, b: LazyLLM(keep=a),
     "lazyllm-count": lambda a, b: LazyLLM(keep=12, keep_kv=b),
+    "lazyllm-revived": lambda a, b: LazyLLM(
+        keep=(max(a, b), min(a, b), 0.9 * min(a, b)), layer=(0, 2, 3), revive=True
+    ),
+    "lazyllm-revived-mixed": lambda a, b: LazyLLM(
+        keep=(60, 40, a), layer=(0, 2, 3), num_sinks=3, revive=True
+    ),
+    "coarse": lambda a, b: Coarse(keep=a, layer=1, ahead=3, every=1 + int(4 * b), window=5),
+    "coarse-count": lambda a, b: Coarse(keep=30, keep_kv=b, layer=0, ahead=4, window=5),
+    "coarse-left-alone": lambda a, b: Coarse(keep=a, keep_kv=45, layer=1, ahead=2, window=5),
     "promptdistill": lambda a, b: PromptDistill(keep=(max(a, b), min(a, b)), layer=(1, 3)),
     "uniprefill": lambda a, b: UniPrefill(top_p=a, block=1 + int(9 * b), num_sinks=3, window=5),
     "fastkv": lambda a, b: FastKV(keep=a, keep_kv=b, layer=2, window=5),

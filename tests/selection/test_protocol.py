@@ -15,6 +15,7 @@ from claa_ops.methods import (
     ASL,
     CLAA,
     METHODS,
+    Coarse,
     FastKV,
     GemFilter,
     Hops,
@@ -54,18 +55,30 @@ def trace(method: Method, tensors: list[tuple[Tensor, Tensor]], **options):
     # The same on each device.
     hidden = torch.randn(tokens, 6, generator=torch.Generator().manual_seed(5))
     cached = []
-    for index, (query, key) in enumerate(tensors):
+    index, parked = 0, kept
+    while index < len(tensors):
+        query, key = tensors[index]
         if state.positions is not None:
             at = state.positions.clamp_min(0)[:, None, :, None]
             query, key = (x.gather(2, at.expand(-1, x.shape[1], -1, DIM)) for x in (query, key))
         state.observe(index, query, key, hidden=hidden[kept.long()])
         rows = kept[:, None, :, None].expand(-1, key.shape[1], -1, 1)
         cached.append(state.compress(index, rows, rows)[0][..., 0])
+        if (taken := state.take_up(index)) is not None:
+            kept = taken.all_held().float()
+            for between in range(state.parked + 1, index + 1):
+                cached[between] = kept[:, None].expand(-1, key.shape[1], -1)
         chosen = state.select(index)
+        if state.parked == index:
+            parked = kept
+        if state.layer < index:
+            index, kept = state.layer, parked
+            del cached[index + 1 :]
         if chosen is not None:
             kept = claa_ops.gather_tokens(kept[..., None], chosen)[..., 0]
             if method.two_pass:
                 break
+        index += 1
     return state, cached
 
 
@@ -150,6 +163,8 @@ SPLIT = {
     "gemfilter": GemFilter(keep=20, layer=1),
     "pyramidinfer": PyramidInfer(least=5),
     "lazyllm": LazyLLM(keep=20),
+    "lazyllm, revived": LazyLLM(keep=(30, 28), layer=(0, 2), revive=True),
+    "coarse": Coarse(keep=24, layer=0, ahead=2, window=8),
     "lazyllm, caches cut": LazyLLM(keep=20, keep_kv=12),
     "promptdistill": PromptDistill(keep=20),
     "promptdistill, caches cut": PromptDistill(keep=(30, 20), layer=(0, 2), keep_kv=12),

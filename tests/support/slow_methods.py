@@ -50,6 +50,7 @@ class Result:
     queries: list[list[Tensor]] = field(default_factory=list)  # by forward, by layer: [H, n, D]
     prompt_keys: list[Tensor] = field(default_factory=list)  # by layer: [G, n, D]
     work: float = 0.0  # token-layers
+    revived: int = 0
 
 
 Compress = Callable[[Seen], list[list[int]] | None]  # what each key/value head caches
@@ -374,3 +375,119 @@ def chunks_of(ranking: Tensor, chunk: int, rate: float) -> list[int]:
     means = [float(part.mean()) for part in ranking.split(chunk)]
     best = sorted(range(len(means)), key=lambda c: (-means[c], c))[: ceil(len(means) * rate)]
     return [j for j in range(len(ranking)) if j // chunk in best]
+
+
+class Entries:
+    """The caches of all layers, where entries stand in the order in which they came.
+
+    Who sees whom goes by their places in the conversation.
+    """
+
+    def __init__(self, llama: Llama) -> None:
+        self.llama = llama
+        self.places: list[list[int]] = [[] for _ in range(llama.layers)]
+        self.entries: list[tuple[Tensor, Tensor] | None] = [None] * llama.layers
+        self.work = 0  # token-layers
+
+    def block(self, layer: int, x: Tensor, place: list[int]) -> tuple[Tensor, Tensor]:
+        """The layer's output, and softmax [H, n, entries] of its queries without a mask."""
+        self.work += len(place)
+        llama, prefix = self.llama, f"model.layers.{layer}."
+        states = llama.norm(x, prefix + "input_layernorm")
+        query = llama.rotate(llama.heads(states, prefix + "self_attn.q_proj"), place)
+        key = llama.rotate(llama.heads(states, prefix + "self_attn.k_proj"), place)
+        value = llama.heads(states, prefix + "self_attn.v_proj")
+        before = self.entries[layer]
+        if before is not None:
+            key, value = torch.cat([before[0], key], 1), torch.cat([before[1], value], 1)
+        self.entries[layer] = key, value
+        self.places[layer] += place
+        group = query.shape[0] // key.shape[0]
+        key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
+        logits = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
+        later = torch.tensor(self.places[layer])[None] > torch.tensor(place)[:, None]
+        attended = logits.masked_fill(later, -torch.inf).softmax(-1) @ value
+        attended = attended.transpose(0, 1).flatten(1)
+        x = x + attended @ llama.weights[prefix + "self_attn.o_proj.weight"].T
+        states = llama.norm(x, prefix + "post_attention_layernorm")
+        gate = states @ llama.weights[prefix + "mlp.gate_proj.weight"].T
+        up = states @ llama.weights[prefix + "mlp.up_proj.weight"].T
+        x = x + (F.silu(gate) * up) @ llama.weights[prefix + "mlp.down_proj.weight"].T
+        return x, logits.softmax(-1)
+
+
+class Conversation(Entries):
+    """Peak with a second look: a prompt, then turns that take up what its prefill dropped."""
+
+    def __init__(self, llama: Llama, *, layer: int, kept: int, window: int, kernel: int) -> None:
+        super().__init__(llama)
+        self.layer, self.kept, self.window, self.kernel = layer, kept, window, kernel
+        self.length, self.prompt_length = 0, 0
+        self.taken: list[list[int]] = []  # by turn, the places
+
+    @torch.no_grad()
+    def turn(self, ids: list[int]) -> Tensor:
+        """[n, V]: the logits of its tokens; in the prefill of those that reach the last layer."""
+        place = list(range(self.length, self.length + len(ids)))
+        self.length += len(ids)
+        x = self.llama.weights["model.embed_tokens.weight"][ids]
+        highest, rows = torch.zeros(self.length).double(), min(self.window, len(ids))
+        for layer in range(self.llama.layers):
+            x, attention = self.block(layer, x, place)
+            if layer <= self.layer:
+                highest = torch.maximum(highest, attention[:, -rows:].amax((0, 1)))
+            if layer == self.layer and len(ids) > 1:
+                x, place = self.choose(pool(highest[:-rows], self.kernel), x, place)
+        x = self.llama.norm(x, "model.norm") @ self.llama.weights["lm_head.weight"].T
+        return x[-len(ids) :]
+
+    def choose(self, scores: Tensor, x: Tensor, place: list[int]) -> tuple[Tensor, list[int]]:
+        """What goes on behind the selection layer."""
+        if not self.taken:
+            self.parked, self.prompt_length = x, len(place)
+            kept = range(len(scores), len(place))
+            best = sorted(range(len(scores)), key=lambda j: (-float(scores[j]), j))
+            best = sorted([*best[: self.kept - len(kept)], *kept])
+            self.taken.append(best)
+            return x[best], best
+        held = {j for taken in self.taken for j in taken}
+        missing = [j for j in range(self.prompt_length) if j not in held]
+        best = sorted(sorted(missing, key=lambda j: (-float(scores[j]), j))[: self.kept])
+        self.taken.append(best)
+        return torch.cat([self.parked[best], x]), best + place
+
+
+@torch.no_grad()
+def revival(llama: Llama, ids: list[int], steps: int, stages: dict[int, int]) -> Result:
+    """LazyLLM: what one stage dropped competes at the next, and runs through the layers between."""
+    talk, result, n = Entries(llama), Result(), len(ids)
+    place, score = list(range(n)), {}
+    x, parked, behind = llama.weights["model.embed_tokens.weight"][ids], {}, -1
+    for layer in range(llama.layers):
+        x, attention = talk.block(layer, x, place)
+        if layer not in stages or not (parked or stages[layer] < len(place)):
+            continue
+        score |= dict(zip(place, attention[:, -1].sum(0).tolist(), strict=True))
+        there = dict(zip(place, x, strict=True))
+        candidates = sorted({*place, *parked} - {n - 1}, key=lambda j: (-score[j], j))
+        kept = sorted(candidates[: stages[layer] - 1]) + [n - 1]
+        revived = [j for j in kept if j not in there]
+        result.revived += len(revived)
+        if revived:
+            joining = torch.stack([parked[j] for j in revived])
+            for between in range(behind + 1, layer + 1):
+                joining, _ = talk.block(between, joining, revived)
+            there |= dict(zip(revived, joining, strict=True))
+        parked, behind, place = there, layer, kept
+        x = torch.stack([there[j] for j in kept])
+    result.positions, result.work = place, talk.work
+    for step in range(steps):
+        if step > 0:
+            x = llama.weights["model.embed_tokens.weight"][result.tokens[-1:]]
+            for layer in range(llama.layers):
+                x, _ = talk.block(layer, x, [n + step - 1])
+        last = llama.norm(x[-1:], "model.norm") @ llama.weights["lm_head.weight"].T
+        result.logits.append(last[0])
+        result.tokens.append(int(last.argmax()))
+    result.work += (steps - 1) * llama.layers
+    return result

@@ -134,8 +134,13 @@ def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
             output, lse = base(module, query, key, value, attention_mask, **kwargs), None
         else:
             output, lse = (fused[0].transpose(1, 2).contiguous(), None), fused[1]
-        if isinstance(claa_cache, ClaaCache) and claa_cache.prefilling:
-            claa_cache.observe(
+        if not isinstance(claa_cache, ClaaCache):
+            return output
+        if claa_cache.taken is not None:
+            claa_cache.put_in_order(layer, claa_cache.taken)
+        elif claa_cache.prefilling or claa_cache.turn is not None:
+            see = claa_cache.observe if claa_cache.prefilling else claa_cache.look_again
+            see(
                 layer,
                 query,
                 key,

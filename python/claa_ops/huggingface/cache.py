@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from claa_ops.huggingface.generation import AttachedCache, Request
 from claa_ops.huggingface.prompt import (
@@ -23,8 +24,10 @@ from claa_ops.huggingface.transformers_api import (
     PreTrainedConfig,
     cache_layers,
 )
+from claa_ops.ops.gather_kv import gather_kv
 from claa_ops.selection.method import Method
-from claa_ops.selection.state import PrefillState, begin, check_method
+from claa_ops.selection.state import PrefillState, Turn, begin, check_method
+from claa_ops.selection.taken import TakenUp
 
 
 class ClaaCache(AttachedCache):
@@ -33,8 +36,9 @@ class ClaaCache(AttachedCache):
     Pass it to an attached model: ``model.generate(ids, past_key_values=ClaaCache(...))``. Its
     first forward is the prompt, which is scored, selected from and compressed. Later forwards,
     tokens one by one or whole turns of a conversation, are kept in full and attend to what is left
-    of the prompt. Prompts of different lengths are padded on the left. After a selection the first
-    forward returns logits of the selected tokens only; the last one is always among them. Hidden
+    of the prompt; with a method's ``second_look`` a turn of several tokens first takes up more of
+    it. Prompts of different lengths are padded on the left. After a selection the first forward
+    returns logits of the selected tokens only; the last one is always among them. Hidden
     states and attentions, if asked for, are likewise those of the tokens that a layer sees.
 
     The prompt must be one forward, so chunked prefill (``prefill_chunk_size``), speculative
@@ -95,6 +99,17 @@ class ClaaCache(AttachedCache):
         self.attending = [layer for layer, kind in enumerate(self.kinds) if kind.attends]
         if not self.attending:
             raise ValueError("ClaaCache: a layer must attend, got none")
+        for layer, kind in enumerate(self.kinds):
+            if method.may_park and kind.states:
+                raise ValueError(
+                    f"ClaaCache: {type(method).__name__} runs tokens through layers a second time, "
+                    f"which needs layers without states, got {kind.name} for layer {layer}"
+                )
+            if method.looks_again and kind.name != "full_attention":
+                raise ValueError(
+                    "ClaaCache: a second look needs layers with full attention, "
+                    f"got {kind.name} for layer {layer}"
+                )
         self.method = method
         self._method, after = method.among(self.attending, len(self.kinds))
         # Methods count the layers that attend: their number by the layer, and by that after which
@@ -111,6 +126,10 @@ class ClaaCache(AttachedCache):
         self.in_forward = False
         # Of the prompt, [B]: the first token of each row that is not padding; None without any.
         self.start: Tensor | None = None
+        # The turn whose forward this is, if it may take up dropped tokens.
+        self.turn: Turn | None = None
+        # The tokens that were taken up and run in the layer that is running.
+        self.taken: TakenUp | None = None
         # Prompt and answer of the last `generate`, [B, T]; None if unknown.
         self.tokens: Tensor | None = None
         self.holds_beams = False
@@ -123,6 +142,8 @@ class ClaaCache(AttachedCache):
         self.seen: list[int] = []
         # The input of the layer that is running, for a method that reads it.
         self.hidden: Tensor | None = None
+        # What a method may come back to.
+        self.parked: Parked | None = None
         # What the layers after a selection receive, gathered once for each type of layer.
         self.selected: dict[str, dict[str, Any]] = {}
 
@@ -132,12 +153,10 @@ class ClaaCache(AttachedCache):
         return [layer.get_seq_length() for layer in self.layers]
 
     def nbytes(self) -> int:
-        """Bytes of the keys, values and states held."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for layer in self.layers
-            for tensor in layer.tensors()
-        )
+        """Bytes of the keys, values and states held, parked hidden states included."""
+        held = [tensor for layer in self.layers for tensor in layer.tensors()]
+        parked = [] if self.parked is None else self.parked.tensors()
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*held, *parked))
 
     @property
     def has_selected(self) -> bool:
@@ -166,6 +185,8 @@ class ClaaCache(AttachedCache):
             self.state = self.new_state(new, self.start)
         else:
             self._check_turn(batch, new, attention_mask)
+            if new > 1 and self.parked is not None:
+                self._begin_turn(seen, new, attention_mask)
         if (
             position_ids is not None
             and position_ids.dim() == 2
@@ -208,6 +229,33 @@ class ClaaCache(AttachedCache):
             assert self.state is not None  # the prefill made it
             check_same_padding(attention_mask[:, : self.state.prompt_length], self.start)
 
+    def _begin_turn(self, seen: int, new: int, attention_mask: Tensor | None) -> None:
+        """Begin a turn that may take up dropped tokens."""
+        assert self.state is not None  # the prefill made it
+        valid = None
+        if attention_mask is not None:
+            valid = attention_mask[:, self.state.prompt_length :].bool()
+        padded = valid is not None and not valid.all()
+        self.turn = self.state.turn(seen, new, valid if padded else None)
+
+    def look_again(self, layer: int, query: Tensor, key: Tensor, **seen: Any) -> None:
+        """Take in what a layer saw of a turn, up to the parked one.
+
+        Args:
+            layer, query, key, seen: as :meth:`PrefillState.observe` takes them.
+        """
+        turn = self.turn
+        assert turn is not None and turn.parked is not None  # begin_forward made it
+        if layer <= turn.parked:
+            turn.observe(layer, query, key, **seen)
+
+    def put_in_order(self, layer: int, taken: TakenUp) -> None:
+        """Order the entries of a layer, of which those that were taken up came last."""
+        assert self.state is not None  # the prefill made it
+        held = self.layers[layer]
+        held.keys, held.values = gather_kv(held.keys, held.values, taken.order())
+        held.start = self.state.start
+
     def observe(self, layer: int, query: Tensor, key: Tensor, **seen: Any) -> None:
         """Take in what a layer of the prompt saw, and keep what the method keeps of its entries.
 
@@ -249,7 +297,10 @@ class ClaaCache(AttachedCache):
         """Called by an attached model after its layers."""
         self.given.clear()
         self.selected.clear()
-        self.hidden = None
+        self.hidden = self.turn = self.taken = None
+        if self.prefilling and self.parked is not None:
+            waits = self.state is not None and self.state.parked is not None
+            self.parked = self.parked.after_prefill(self.layer_types) if waits else None
         self.in_forward = self.prefilling = False
 
     def begin_generate(self, request: Request) -> None:
@@ -320,6 +371,11 @@ class ClaaCache(AttachedCache):
         self.layers = _new_layers(self.kinds)
         self._clear()
 
+    def forget(self, layers: Iterable[int]) -> None:
+        """Drop the entries of these layers."""
+        for layer in layers:
+            (self.layers[layer],) = _new_layers(self.kinds[layer : layer + 1])
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the batch for beam search."""
         super().reorder_cache(beam_idx)
@@ -338,6 +394,11 @@ class ClaaCache(AttachedCache):
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self.tokens = None
         self.start = None if self.start is None else change(self.start)
+        if self.parked is None:
+            return
+        self.parked = self.parked.change_rows(change)
+        assert self.state is not None  # the prefill made it
+        self.state.change_rows(change)
 
     @property
     def is_croppable(self) -> bool:
@@ -354,6 +415,54 @@ class ClaaCache(AttachedCache):
     def activate_past_recording(self) -> None:
         """Refused, for the reason of :meth:`crop`, which it announces."""
         self.crop(0)
+
+
+@dataclass
+class Parked:
+    """What layers after a selection need that run once more, or for more tokens.
+
+    Attributes:
+        hidden: ``[B, n, C]``, the hidden states behind a layer, of all tokens that it saw.
+        calls: during the prefill, each layer after it that has run, and what the model gave it.
+        of_tokens: afterwards, for each type of layer, its arguments with an entry for each token.
+    """
+
+    hidden: Tensor
+    calls: dict[int, tuple[nn.Module, dict[str, Any]]] = field(default_factory=dict)
+    of_tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def after_prefill(self, layer_types: list[str]) -> Parked:
+        """What a later turn needs of it."""
+        kept = "position_embeddings", "position_ids"
+        given = {layer_types[layer]: given for layer, (_, given) in self.calls.items()}
+        return Parked(
+            self.hidden,
+            of_tokens={
+                kind: {name: each[name] for name in kept if each.get(name) is not None}
+                for kind, each in given.items()
+            },
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All that is held between forwards, each tensor once."""
+        angles = [each["position_embeddings"] for each in self.of_tokens.values()]
+        return [self.hidden, *{id(x): x for pair in angles for x in pair}.values()]
+
+    def change_rows(self, change: Callable[[Tensor], Tensor]) -> Parked:
+        """The same with other rows of the batch."""
+
+        def of_rows(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return tuple(map(of_rows, x))
+            return change(x) if x.shape[0] == self.hidden.shape[0] else x  # one row serves all
+
+        return Parked(
+            change(self.hidden),
+            of_tokens={
+                kind: {name: of_rows(x) for name, x in each.items()}
+                for kind, each in self.of_tokens.items()
+            },
+        )
 
 
 def visible_columns(mask: Tensor, entries: int, start: Tensor | None) -> Tensor:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from claa_ops.huggingface.attention import check_attention
-from claa_ops.huggingface.cache import ClaaCache, hide_before
+from claa_ops.huggingface.cache import ClaaCache, Parked, hide_before
 from claa_ops.huggingface.generation import AttachedCache, new_cache
 from claa_ops.huggingface.transformers_api import (
     Arguments,
     LayerKind,
     PreTrainedModel,
+    attention_name,
     bind,
     cache_argument,
     cache_layers,
@@ -27,6 +28,8 @@ from claa_ops.huggingface.transformers_api import (
     parameters,
 )
 from claa_ops.ops.gather_tokens import gather_tokens
+from claa_ops.selection.state import PrefillState, Turn
+from claa_ops.selection.taken import TakenUp
 
 
 class FirstPassDone(Exception):
@@ -131,6 +134,11 @@ class BeginForward(_Hook):
         check_attention(module)
         if isinstance(cache, ClaaCache):
             arguments.update(cache.given)
+            name = attention_name(module)
+            if cache.method.looks_again and "flash" in name:
+                raise ValueError(
+                    f"ClaaCache: a second look needs sdpa or eager attention, got {name}"
+                )
         name, layers = type(cache).__name__, len(self.kinds)
         if module.training:
             raise ValueError(f"{name}: the model must be in eval mode, call model.eval()")
@@ -166,8 +174,12 @@ class EndForward(_Hook):
     ) -> None:
         """Act on a cache of an attached model."""
         cache = cache_of(self._arguments(args, kwargs))
-        if isinstance(cache, AttachedCache):
-            cache.end_forward()
+        if not isinstance(cache, AttachedCache):
+            return
+        turn = cache.turn if isinstance(cache, ClaaCache) else None
+        cache.end_forward()
+        if turn is not None and turn.taken is not None:  # its tokens alone
+            output.last_hidden_state = output.last_hidden_state[:, -turn.turn_length :]
 
 
 @dataclass(frozen=True)
@@ -180,8 +192,12 @@ class ContinueWithSelected(_Hook):
         """Act on a ClaaCache."""
         arguments = self._arguments(args, kwargs)
         cache = cache_of(arguments)
-        if not isinstance(cache, ClaaCache) or not cache.prefilling:
+        if not isinstance(cache, ClaaCache) or not (cache.prefilling or cache.turn):
             return None
+        if cache.turn is not None:
+            return self._look_again(cache, cache.turn, arguments)
+        if cache.taken is not None:
+            return None  # called by the hook of a later layer, which has prepared all
         hidden = arguments.pop("hidden_states")
         if hidden.dim() != 3:
             raise TypeError(
@@ -190,12 +206,10 @@ class ContinueWithSelected(_Hook):
             )
         state = cache.state
         assert state is not None  # begin_forward made it
-        selected = cache.select(self.index - 1)
-        if selected is not None and cache.first_pass:
-            raise FirstPassDone
-        if selected is not None:
-            cache.selected.clear()
-            hidden = gather_tokens(hidden, selected)
+        if not state.between_layers:
+            hidden = self._select(cache, state, hidden)
+        if cache.parked is not None:
+            cache.parked.calls[self.index] = module, dict(arguments)
         cache.seen.append(hidden.shape[1])
         if state.positions is not None:
             # The model hands the same tensors to all layers of a type, so gather them once.
@@ -205,6 +219,70 @@ class ContinueWithSelected(_Hook):
             arguments.update(cache.selected[kind])
         if cache.method.reads_hidden:
             cache.hidden = hidden
+        return (hidden,), arguments
+
+    def _select(self, cache: ClaaCache, state: PrefillState, hidden: Tensor) -> Tensor:
+        """The hidden states ``[B, k, C]`` of what continues, of those after the layer before."""
+        taken = None if cache.parked is None else state.take_up(self.index - 1)
+        if taken is not None:
+            hidden = self._take_up(cache, state, taken, hidden)
+        selected = cache.select(self.index - 1)
+        if selected is not None and cache.first_pass:
+            raise FirstPassDone
+        if selected is None:
+            return hidden
+        cache.selected.clear()
+        if not cache.method.may_park or state.layer == self.index - 1:
+            cache.parked = None if state.parked is None else Parked(hidden)
+            return gather_tokens(hidden, selected)
+        # The method went back: the layers since then run anew, on other tokens.
+        parked = cache.parked
+        assert parked is not None  # the layer to which it went back
+        again = range(state.layer + 1, self.index)
+        cache.forget(again)
+        del cache.seen[state.layer + 1 :]
+        cache.parked = None
+        hidden = gather_tokens(parked.hidden, selected)
+        for layer in again:
+            block, arguments = parked.calls[layer]
+            hidden = _output(block(hidden, **arguments))
+        return self._select(cache, state, hidden)
+
+    def _take_up(
+        self, cache: ClaaCache, state: PrefillState, taken: TakenUp, hidden: Tensor
+    ) -> Tensor:
+        """Take parked tokens through the layers up to this one, and put them among the others."""
+        parked = cache.parked
+        assert parked is not None and state.parked is not None  # or none could be taken up
+        joining = gather_tokens(parked.hidden, taken.among_parked)
+        cache.selected.clear()
+        cache.taken = taken
+        for layer in range(state.parked + 1, self.index):
+            block, given = parked.calls[layer]
+            kind = cache.layer_types[layer]
+            if kind not in cache.selected:
+                cache.selected[kind] = _of_taken(given, taken, given.get("attention_mask"))
+            joining = _output(block(joining, **{**given, **cache.selected[kind]}))
+            cache.seen[layer] += joining.shape[1]
+        cache.selected.clear()
+        cache.taken = None
+        return gather_tokens(torch.cat([hidden, joining], dim=1), taken.order())
+
+    def _look_again(self, cache: ClaaCache, turn: Turn, arguments: Arguments) -> Any:
+        """Hand on the tokens of a turn, and from the parked layer on those that it takes up."""
+        assert turn.parked is not None and cache.parked is not None  # or there were no turn
+        hidden = arguments.pop("hidden_states")
+        if self.index == turn.parked + 1:
+            cache.taken = taken = turn.take_up(turn.parked)
+            if taken is not None:
+                joining = gather_tokens(cache.parked.hidden, taken.among_parked)
+                hidden = torch.cat([joining, hidden], dim=1)
+        if cache.taken is not None:
+            kind = cache.layer_types[self.index]
+            if kind not in cache.selected:
+                given = cache.parked.of_tokens[kind]
+                cache.selected[kind] = _with_turn(given, cache.taken, arguments)
+            arguments.update(cache.selected[kind])
         return (hidden,), arguments
 
 
@@ -242,20 +320,11 @@ def _gather(arguments: Arguments, positions: Tensor, start: Tensor | None) -> Ar
         positions: ``[B, k]``, -1 for padding.
         start: ``[B]``: the first of these that is not padding; None without padding.
     """
-    unknown = sorted(
-        name
-        for name, value in arguments.items()
-        if name not in _OF_TOKENS and isinstance(value, Tensor) and value.dim() > 1
-    )
-    if unknown:
-        raise TypeError(f"layers must take nothing else of each token, got {', '.join(unknown)}")
+    angles = _angles(arguments)
     selected: Arguments = {}
-    embeddings = arguments.get("position_embeddings")
-    if embeddings is not None:  # recurrences know the order of the tokens without them
-        if not isinstance(embeddings, tuple) or any(x.dim() != 3 for x in embeddings):
-            raise TypeError("position_embeddings must be cosines and sines [batch, tokens, D]")
+    if angles:  # recurrences know the order of the tokens without them
         # Some models transpose theirs, and gather_tokens moves whole rows.
-        rows = (gather_tokens(x.contiguous(), positions) for x in embeddings)
+        rows = (gather_tokens(x.contiguous(), positions) for x in angles)
         selected["position_embeddings"] = tuple(rows)
     if start is not None:
         positions = positions.clamp_min(0)
@@ -267,6 +336,61 @@ def _gather(arguments: Arguments, positions: Tensor, start: Tensor | None) -> Ar
             mask = _gather_mask(mask, positions)
             selected[name] = mask if start is None else hide_before(mask, start)
     return selected
+
+
+def _angles(arguments: Arguments) -> tuple[Tensor, ...]:
+    """Cosines and sines ``[batch, tokens, D]``, the only ones of a layer's tokens; or none."""
+    unknown = sorted(
+        name
+        for name, value in arguments.items()
+        if name not in _OF_TOKENS and isinstance(value, Tensor) and value.dim() > 1
+    )
+    if unknown:
+        raise TypeError(f"layers must take nothing else of each token, got {', '.join(unknown)}")
+    angles = arguments.get("position_embeddings")
+    if angles is None:
+        return ()
+    if not isinstance(angles, tuple) or any(x.dim() != 3 for x in angles):
+        raise TypeError("position_embeddings must be cosines and sines [batch, tokens, D]")
+    return angles
+
+
+def _of_taken(given: Arguments, taken: TakenUp, mask: Tensor | None) -> Arguments:
+    """The arguments that go with tokens that were taken up.
+
+    Args:
+        given: those of a layer, for all tokens of the prompt.
+        taken: which of them they are.
+        mask: one that the layer's attention takes: theirs has its form.
+    """
+    rows = (gather_tokens(x.contiguous(), taken.index) for x in _angles(given))
+    of_taken: Arguments = {"position_embeddings": tuple(rows)}
+    if (ids := given.get("position_ids")) is not None:
+        ids = ids.expand(taken.index.shape[0], -1)
+        of_taken["position_ids"] = ids.gather(1, taken.index.clamp_min(0))
+    visible = taken.visible()[:, None]
+    if mask is not None and mask.is_floating_point():
+        hidden = torch.finfo(mask.dtype).min
+        visible = torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, hidden)
+    return {**of_taken, "attention_mask": visible}
+
+
+def _with_turn(given: Arguments, taken: TakenUp, arguments: Arguments) -> Arguments:
+    """The same, and after them those of a turn, whose own ``arguments`` are."""
+    joined = _of_taken(given, taken, arguments.get("attention_mask"))
+    batch = taken.index.shape[0]
+    joined["position_embeddings"] = tuple(
+        torch.cat([old, new.expand(batch, -1, -1)], dim=1)
+        for old, new in zip(joined["position_embeddings"], _angles(arguments), strict=True)
+    )
+    if (ids := arguments.get("position_ids")) is not None:
+        joined["position_ids"] = torch.cat([joined["position_ids"], ids.expand(batch, -1)], dim=1)
+    return joined
+
+
+def _output(output: Any) -> Tensor:
+    """The hidden states that a layer returns, in some models with other things."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _gather_mask(mask: Tensor, positions: Tensor) -> Tensor:

@@ -99,6 +99,8 @@ def prefill(
     )
     assert cache.state is not None  # the forward made it
     work = prompt.work + count_work(model, cache.seen)
+    for layer, lengths in cache.state.ahead:
+        work += count_work(model, lengths, logits=0, first=layer)
     full = count_work(model, [input_ids.shape[1]] * len(cache.layers))
     state = prompt.first or cache.state
     return Prefilled(

@@ -38,10 +38,14 @@ _AFTER_A_RANKING = {"window", "chunk", *(setting.name for setting in fields(Prun
 
 
 class Seen(NamedTuple):
-    """Tokens of a padded batch: how many, and of each row, ``[B]``, how many are padding."""
+    """Tokens of a padded batch: how many, and of each row, ``[B]``, how many are padding.
+
+    ``layer`` is the one that saw them.
+    """
 
     tokens: int
     start: Tensor | None
+    layer: int = 0
 
     def of_rows(self, batch: int) -> list[int]:
         """How many of them are each row's own."""
@@ -54,7 +58,8 @@ class Replayed(Prefilled):
     """A prefill of a batch, and what each of its prompts would have cost alone.
 
     Attributes:
-        seen: what the layers of each forward saw; there are two in a method with two passes.
+        seen: what the layers of each forward saw, as they ran; there are two in a method with two
+            passes, and some layers run twice in one that goes back.
         full: the tokens of each prompt.
         weights: of each layer, the multiply-adds of a token by its weights.
         seconds: of the prefill of the batch. All but the layers that were replayed is measured
@@ -78,14 +83,13 @@ class Replayed(Prefilled):
             return [self.work_share]
         work = [0] * batch
         for forward in self.seen:
-            layers = zip(forward, self.weights, strict=False)  # a first pass ends early
             # The layers before a selection see the same, and so do those after it.
             for _, alike in itertools.groupby(
-                layers, key=lambda layer: (layer[0].tokens, id(layer[0].start))
+                forward, key=lambda seen: (seen.tokens, id(seen.start))
             ):
                 group = list(alike)
-                weights = sum(weight for _, weight in group)
-                for row, tokens in enumerate(group[0][0].of_rows(batch)):
+                weights = sum(self.weights[seen.layer] for seen in group)
+                for row, tokens in enumerate(group[0].of_rows(batch)):
                     work[row] += tokens * weights
         return [
             done / (tokens * sum(self.weights))
@@ -93,12 +97,15 @@ class Replayed(Prefilled):
         ]
 
     def cache_bytes(self) -> list[int]:
-        """For each prompt the bytes of its keys and values, before any decoding, were it alone."""
+        """For each prompt the bytes that its cache holds before any decoding, were it alone."""
         batch = len(self.full)
         if batch == 1:
             return [self.cache.nbytes()]
-        total = [0] * batch
-        for layer, seen in zip(self.cache.layers, self.seen[-1], strict=True):
+        parked = [] if self.cache.parked is None else self.cache.parked.tensors()
+        of_a_token = sum(x.shape[-1] * x.element_size() for x in parked)
+        total = [tokens * of_a_token for tokens in self.full]
+        last = {seen.layer: seen for seen in self.seen[-1]}  # of a layer that ran twice
+        for index, layer in enumerate(self.cache.layers):
             if isinstance(layer, StateLayer):
                 states = sum(state.nbytes for state in StateLayer.tensors(layer)) // batch
                 total = [before + states for before in total]
@@ -109,8 +116,9 @@ class Replayed(Prefilled):
                 for held in (layer.keys, layer.values)
             )
             held = Seen(layer.keys.shape[2], None if layer.is_sliding else layer.start)
-            # A sliding window of a short prompt is not full.
-            entries = map(min, held.of_rows(batch), seen.of_rows(batch))
+            entries = held.of_rows(batch)
+            if layer.is_sliding:  # that of a short prompt is not full
+                entries = list(map(min, entries, last[index].of_rows(batch)))
             total = [before + own * of_an_entry for before, own in zip(total, entries, strict=True)]
         return total
 
@@ -485,7 +493,9 @@ class _Layer:
         if self._index == 0:
             replay.active = replay.record.begins(arguments, cache)
             replay.seen.append([])
-        replay.seen[-1].append(Seen(arguments["hidden_states"].shape[1], cache.state.start))
+        tokens = arguments["hidden_states"].shape[1]
+        start = cache.state.start if cache.taken is None else cache.taken.start
+        replay.seen[-1].append(Seen(tokens, start, self._index))
         if replay.active and cache.has_selected:
             replay.record.require_output(self._index - 1)
             replay.active = False

@@ -20,7 +20,8 @@ class StaticClaaCache(AttachedCache):
 
     Every step of decoding then has the same shapes and addresses, so ``generate`` compiles it,
     and a CUDA graph can replay it. The layers keep their different lengths, and those without
-    attention their states; the model must be attached.
+    attention their states; the model must be attached. It takes no second look: turns that may take
+    up tokens need the other cache.
 
     Args:
         cache: the cache of a prompt that has been prefilled. It can be dropped afterwards.

@@ -15,7 +15,9 @@ from claa_ops.huggingface.transformers_api import (
 from claa_ops.selection.work import Work
 
 
-def count_work(model: PreTrainedModel, tokens: Sequence[int], logits: int = 1) -> Work:
+def count_work(
+    model: PreTrainedModel, tokens: Sequence[int], logits: int = 1, first: int = 0
+) -> Work:
     """Count the multiply-adds of a forward whose i-th layer sees ``tokens[i]`` tokens.
 
     A prompt and the T - 1 tokens that were decoded from it count as one forward over all of them:
@@ -25,12 +27,14 @@ def count_work(model: PreTrainedModel, tokens: Sequence[int], logits: int = 1) -
 
     Args:
         model: the model.
-        tokens: of each layer that ran, from the first on.
+        tokens: of each layer that ran, from layer ``first`` on.
         logits: of how many tokens the head is computed.
+        first: the first layer that ran.
     """
     sizes = dimensions(model.config)
     linear = attention = 0
-    layers = zip(tokens, decoder_of(model).layers, sizes.kinds, strict=False)
+    blocks = decoder_of(model).layers
+    layers = zip(tokens, blocks[first:], sizes.kinds[first:], strict=False)
     for seen, block, kind in layers:
         linear += seen * _weights_per_token(block, sizes)
         if kind.attends:

@@ -2,6 +2,7 @@
 
 from claa_ops.methods.asl import ASL
 from claa_ops.methods.claa import CLAA
+from claa_ops.methods.coarse import Coarse
 from claa_ops.methods.controls import FastKVDeferral, Random, SinksRandom
 from claa_ops.methods.fastkv import FastKV
 from claa_ops.methods.full import FullKV
@@ -26,6 +27,7 @@ __all__ = [
     "ASL",
     "CLAA",
     "METHODS",
+    "Coarse",
     "FastKV",
     "FastKVDeferral",
     "FullKV",

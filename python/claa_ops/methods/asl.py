@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -57,6 +58,8 @@ class ASL(Pruning):
     passes: int = 1
     full_before: bool = False
     window: int = field(default=32, kw_only=True)
+
+    can_look_again: ClassVar[bool] = False  # which layer parks is known only when it selects
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class Random(Pruning):
     """
 
     seed: int = 0
+
+    can_look_again: ClassVar[bool] = False  # a draw knows no question
 
     def __post_init__(self) -> None:
         super().__post_init__()

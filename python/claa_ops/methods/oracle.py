@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -39,6 +40,8 @@ class Oracle(Pruning):
 
     max_new_tokens: int = 64
     kernel_size: int = field(default=13, kw_only=True)
+
+    can_look_again: ClassVar[bool] = False  # the answer was to the prompt
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -48,6 +48,11 @@ class Peak(Pruning):
 
     def rank(self, layer: Layer, before: Tensor | None) -> Tensor:
         """The peaks of the context tokens over layers, heads and window, pooled."""
+        highest = self.highest(layer)[:, None]
+        return pool_heads(highest, 1, kernel_size=self.kernel_size, pool_mode=self.pool_mode)[:, 0]
+
+    def highest(self, layer: Layer) -> Tensor:
+        """``[B, M]``, float32: the same without pooling."""
         notes = layer.state.notes  # the peaks of each query of the window, [B, W, n]
         notes["peaks"] = peaks = peak_attention(
             layer.query,
@@ -56,9 +61,8 @@ class Peak(Pruning):
             running=notes.get("peaks"),
             start=layer.start,
         )
-        highest = peaks[..., : peaks.shape[2] - peaks.shape[1]].amax(dim=1, keepdim=True)
-        highest = layer.reduce(highest, "max")
-        return pool_heads(highest, 1, kernel_size=self.kernel_size, pool_mode=self.pool_mode)[:, 0]
+        highest = peaks[..., : peaks.shape[2] - peaks.shape[1]].amax(dim=1)
+        return layer.reduce(highest, "max")
 
     def informs(self, state: PrefillState, layer: int) -> bool:
         """Every layer up to the last selection."""

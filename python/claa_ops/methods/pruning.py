@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from claa_ops.ops.select_topk import select_topk
 from claa_ops.selection.budget import (
     Budget,
     Size,
@@ -23,7 +25,7 @@ from claa_ops.selection.budget import (
 from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method
 from claa_ops.selection.padding import mask_padding
-from claa_ops.selection.state import PrefillState
+from claa_ops.selection.state import PrefillState, Turn
 
 Keep = float | int
 
@@ -57,6 +59,11 @@ class Pruning(Method):
             layers together hold ``keep_kv`` of the entries of full prefill, whole caches
             included, so that the method can be compared at equal bytes with one that has
             ``first_full=0``.
+        second_look: park the hidden states behind the selection layer. A later turn of the
+            conversation then ranks the prompt anew, by its own last tokens, and the best of what
+            the later layers do not hold, as many as ``keep`` says, are taken up again. All
+            caches are whole (``keep_kv=1.0``), and there is one selection layer. The parked
+            states take as much memory as keys and values of a few layers.
         window, kernel_size, pool_mode: see :class:`Method`.
 
     Budgets are of the whole prompt at every layer, and never below the window: a prompt that is
@@ -86,6 +93,9 @@ class Pruning(Method):
     equal_cache: bool = False
     keep_least: int = field(default=0, kw_only=True)
     mass: float | None = field(default=None, kw_only=True)
+    second_look: bool = field(default=False, kw_only=True)
+
+    can_look_again: ClassVar[bool] = True  # whether it ranks by what the layers of a turn see
 
     # Parsed here, once: torch.compile traces what a prefill calls, but not fractions.
     _keeps: tuple[Budget, ...] = field(init=False, repr=False, compare=False)
@@ -112,7 +122,10 @@ class Pruning(Method):
         self.require(is_count(self.keep_least, 0), "keep_least", "an integer of at least 0")
         rate = self.mass is None or (is_number(self.mass) and 0 < self.mass < 1)
         self.require(rate, "mass", "a rate in (0, 1), or None")
-        cached = budgets[-1] if self.keep_kv is None else self.budget("keep_kv")
+        self._check_second_look()
+        whole = self.second_look and self.keep_kv is None
+        last = Budget(1, 1) if whole else budgets[-1]
+        cached = last if self.keep_kv is None else self.budget("keep_kv")
         budgets, cached = [self._floored(budget) for budget in budgets], self._floored(cached)
         object.__setattr__(self, "_keeps", tuple(budgets))
         object.__setattr__(self, "_keep_kv", cached)
@@ -127,6 +140,15 @@ class Pruning(Method):
 
     def _floored(self, budget: Budget) -> Budget:
         return replace(budget, least=self.keep_least) if budget.per else budget
+
+    def _check_second_look(self) -> None:
+        self.require(isinstance(self.second_look, bool), "second_look", "True or False")
+        if self.second_look:
+            able = self.can_look_again and not self.reads_hidden
+            self.require(able, "second_look", "False")
+            whole = self.keep_kv in (None, 1.0) and not isinstance(self.keep_kv, int)
+            self.require(whole, "keep_kv", "1.0 with second_look")
+            self.require(not self.equal_cache, "equal_cache", "False with second_look")
 
     def _require_room_for_sinks(self, name: str, budgets: list[Budget]) -> None:
         least = self.window + self.num_sinks
@@ -180,7 +202,9 @@ class Pruning(Method):
         if num_layers < 2:
             raise ValueError(f"{name}: the model must have at least 2 layers, got {num_layers}")
         allowed = f"in [0, {num_layers - 2}], before the last of the model's {num_layers} layers"
-        self.require(max(self.stages(num_layers)) <= num_layers - 2, "layer", allowed)
+        stages = self.stages(num_layers)
+        self.require(max(stages) <= num_layers - 2, "layer", allowed)
+        self.require(not self.second_look or len(stages) == 1, "layer", "one with second_look")
 
     def capacity(self, sizes: Sizes[Size], layer: int) -> Size:
         """How many entries the cache of this layer may keep."""
@@ -230,6 +254,28 @@ class Pruning(Method):
         if layer not in self.stages(state.num_layers) or not self._drops(state, layer):
             return None
         return self._best_at(state, layer)
+
+    @property
+    def looks_again(self) -> bool:
+        """Whether it takes a second look."""
+        return self.second_look
+
+    def parks(self, state: PrefillState, layer: int) -> bool:
+        """Behind the selection layer, if a later turn may look again."""
+        return self.second_look
+
+    def take_up(self, state: PrefillState, layer: int) -> Tensor | None:
+        """In a later turn the most important of what was dropped, as many as ``keep`` says."""
+        if not isinstance(state, Turn):
+            return None
+        assert state.importance is not None  # every layer that informs it was observed
+        missing = state.missing()
+        ranking = state.importance[:, : state.prompt_length].masked_fill(~missing, -torch.inf)
+        sizes: Sizes[Any] = state.row_sizes or state.sizes
+        allowed = self._tokens(sizes, layer)
+        counts = missing.sum(dim=1).clamp_max(allowed)
+        most = int(counts.max())
+        return select_topk(ranking, most, counts=counts) if most > 0 else None
 
     def _best_at(self, state: PrefillState, stage: int) -> Tensor:
         """The most important tokens, as many as continue after a selection layer."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from claa_ops.methods.asl import ASL
 from claa_ops.methods.claa import CLAA
+from claa_ops.methods.coarse import Coarse
 from claa_ops.methods.controls import FastKVDeferral, Random, SinksRandom
 from claa_ops.methods.fastkv import FastKV
 from claa_ops.methods.full import FullKV
@@ -47,6 +48,7 @@ METHODS: dict[str, type[Method]] = {
     "selective-context": SelectiveContext,
     "peak": Peak,
     "hops": Hops,
+    "coarse": Coarse,
     "random": Random,
     "sinks-random": SinksRandom,
     "fastkv-deferral": FastKVDeferral,

@@ -4,7 +4,8 @@ from claa_ops.selection.answer import Answer, Reader
 from claa_ops.selection.budget import Budget, Sizes
 from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method, Preparation
-from claa_ops.selection.state import PrefillState, begin
+from claa_ops.selection.state import PrefillState, Turn, begin
+from claa_ops.selection.taken import TakenUp
 from claa_ops.selection.work import Work
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "Preparation",
     "Reader",
     "Sizes",
+    "TakenUp",
+    "Turn",
     "Work",
     "begin",
 ]

@@ -68,10 +68,25 @@ class Layer:
         self._window_scores: Tensor | None = None
         self._scores: Tensor | None = None
 
+    def of_row(self, state: PrefillState, row: int, tokens: Tensor) -> Layer:
+        """What the layer saw of some ``tokens``, ``[n]``, bool, of one row of the batch.
+
+        Without hidden states and logsumexp.
+        """
+        key, query, value = self._key[row, :, tokens], self._query[row], self._value
+        return Layer(
+            state,
+            self.index,
+            query[:, tokens[-query.shape[1] :]][None],
+            key[None],
+            value=None if value is None else value[row, :, tokens][None],
+            **self.attention,
+        )
+
     @property
     def rows(self) -> int:
         """W: how many of the last query rows the method reads."""
-        return self.state.method.rows(self.state)
+        return self.state.rows
 
     @property
     def context(self) -> int:

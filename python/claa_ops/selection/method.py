@@ -231,7 +231,42 @@ class Method:
         return None
 
     def select(self, state: PrefillState, layer: int) -> Tensor | None:
-        """The tokens that continue to the layers after this one, ``[B, k]``; None for all."""
+        """The tokens that continue to the layers after this one, ``[B, k]``; None for all.
+
+        A method that parked an earlier layer may call ``state.go_back()`` here; then it returns
+        the tokens that continue to the layers after that one.
+        """
+        return None
+
+    def parks(self, state: PrefillState, layer: int) -> bool:
+        """Whether the hidden states behind a layer that dropped tokens are held, all of them.
+
+        A method for which this may be true says so by :attr:`may_park`.
+        """
+        return False
+
+    # Of what was dropped and parked.
+
+    @property
+    def looks_again(self) -> bool:
+        """Whether tokens that were dropped may be taken up, now or in a later turn."""
+        return False
+
+    @property
+    def may_park(self) -> bool:
+        """Whether it may need hidden states of tokens that it drops."""
+        return self.looks_again
+
+    def take_up(self, state: PrefillState, layer: int) -> Tensor | None:
+        """The parked tokens that were dropped and now join those that this layer sees.
+
+        In the prefill it is asked at each layer after the parked one, before ``select``; in a
+        later turn, whose state is a :class:`Turn`, at the parked one.
+
+        Returns:
+            ``[B, r]``, int64, ascending places in the prompt, of which ``state.missing()`` says
+            which may be there, after -1 where a row takes up fewer; None if there are none.
+        """
         return None
 
     # Help for overriding the decisions.

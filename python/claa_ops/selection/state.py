@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from numbers import Integral
 from typing import Any, Literal
@@ -13,8 +14,9 @@ from claa_ops.ops.gather_kv import gather_kv
 from claa_ops.selection.budget import Sizes
 from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method
+from claa_ops.selection.taken import TakenUp
 
-_CALLS = ("observe", "compress", "select")
+_CALLS = ("observe", "compress", "take_up", "select")
 
 Reduce = Callable[[Tensor, Literal["max", "sum"]], Tensor]
 
@@ -42,6 +44,16 @@ def begin(
         index = state.select(layer)
         if index is not None:
             hidden = claa_ops.gather_tokens(hidden, index)   # and cos, sin, position ids
+
+    With a method that goes back, such as :class:`claa_ops.methods.Coarse`, or looks a second time
+    in a later turn, the hidden states behind one layer are parked. Between these two::
+
+        if state.parked == layer:
+            parked = hidden
+        if state.layer < layer:       # back behind that layer, whose tokens are selected anew
+            layer, hidden = state.layer, parked
+
+    A method may also ask, before ``select``, for parked tokens to join: :meth:`take_up`.
 
     Args:
         method: such as :class:`claa_ops.methods.CLAA`.
@@ -144,6 +156,11 @@ class PrefillState:
             next layer may update it in place. After a selection it still ranks the tokens that
             were selected from.
         running: ``importance`` if it ranks the tokens that the current layer sees, else None.
+        parked: the layer behind which the caller holds the hidden states of all tokens that it
+            saw, because the method may come back to them; None if there is none.
+        seen_when_parked: ``length``, ``start`` and ``positions`` of that layer.
+        ahead: of each pass that ran ahead and was given up, its first layer, and how many tokens
+            each of its layers saw.
         reduce: what merges the scores of heads on several devices; None if all heads are here.
         notes: whatever else the method has to remember.
         lengths: for each observed layer, how many tokens it saw.
@@ -177,6 +194,9 @@ class PrefillState:
         self.running: Tensor | None = None
         self.notes: dict[str, Any] = {}
         self.lengths: list[int] = []
+        self.parked: int | None = None
+        self.ahead: list[tuple[int, list[int]]] = []
+        self.seen_when_parked: tuple[int, Tensor | None, Tensor | None] = prompt_length, start, None
         self.scores: dict[int, Tensor] = {}
         self._keep_scores = keep_scores
         self._observed: Layer | None = None
@@ -198,6 +218,11 @@ class PrefillState:
         """Called by the method: its ranking ``[B, M]`` after the current layer."""
         # Not a property's setter, which torch 2.11 leaves out of a compiled graph.
         self.importance = self.running = ranking
+
+    @property
+    def rows(self) -> int:
+        """W: how many of the last query rows the method reads."""
+        return self.method.rows(self)
 
     @property
     def observed(self) -> Layer:
@@ -308,8 +333,9 @@ class PrefillState:
         """Which tokens continue to the layers after an observed layer.
 
         Returns:
-            ``[B, k]``, int64, ascending, into the n tokens of this layer; None if all do.
-            The caller gathers hidden states, position embeddings and ids with
+            ``[B, k]``, int64, ascending, into the n tokens of this layer, or of the parked one if
+            ``state.layer`` says that the method went back to it; None if all continue. The caller
+            gathers hidden states, position embeddings and ids with
             :func:`claa_ops.gather_tokens`, which gives zeros where the index is -1, in rows that
             keep fewer tokens than others. Attention must not see anything before the new
             ``start``.
@@ -319,7 +345,149 @@ class PrefillState:
         """
         self._advance(layer, "select")
         self.release()
-        return self._keep(self.method.select(self, layer))
+        index = self.method.select(self, layer)
+        if index is not None and self.layer == layer:
+            parks = self.method.may_park and self.method.parks(self, layer)
+            self.parked = layer if parks else None
+            self.seen_when_parked = self.length, self.start, self.positions
+        return self._keep(index)
+
+    def take_up(self, layer: int) -> TakenUp | None:
+        """Which of the parked tokens, that were dropped, join those of an observed layer.
+
+        Asked before :meth:`select`. The caller gathers their hidden states, takes them through the
+        layers after the parked one up to this one, and puts them among those that are there::
+
+            taken = state.take_up(layer)
+            if taken is not None:
+                joining = gather_tokens(parked, taken.among_parked)
+                ...     # in each of the layers, attend to what taken.visible() says, and then
+                key, value = gather_kv(key, value, taken.order())   # all entries of the layer
+                hidden = gather_tokens(torch.cat([hidden, joining], dim=1), taken.order())
+
+        From then on they are tokens that the layer saw.
+
+        Returns:
+            None if there are none.
+
+        Raises:
+            RuntimeError: the layer was not observed just before, or is asked a second time.
+        """
+        self._advance(layer, "take_up")
+        self.release()
+        if self.parked is None or self.parked >= layer:
+            return None
+        index = self.method.take_up(self, layer)
+        if index is None:
+            return None
+        taken = self._taken(index, self.prompt_length, 0)
+        again = range(self.parked + 1, layer + 1)
+        for each in again:
+            self.lengths[each] += index.shape[1]
+        self.running = None
+        self.hold(taken.all_held())
+        return taken
+
+    def missing(self) -> Tensor:
+        """``[B, N]``, bool: the tokens of the prompt that were parked and are not held now."""
+        parked, held = self.among_prompt(self.seen_when_parked[2]), self.among_prompt(self.held)
+        start = self.seen_when_parked[1]
+        if start is not None and self.seen_when_parked[2] is None:
+            parked = parked & (torch.arange(parked.shape[1], device=held.device) >= start[:, None])
+        return parked & ~held
+
+    @property
+    def held(self) -> Tensor:
+        """``[B, k]``: the tokens of the prompt that the layers after the parked one hold."""
+        assert self.positions is not None  # something was dropped, or nothing would be parked
+        return self.positions
+
+    def among_prompt(self, positions: Tensor | None) -> Tensor:
+        """``[B, N]``, bool: which tokens of the prompt these are; all, padding too, if None."""
+        batch, beyond = self.held.shape[0], 1 + self.prompt_length  # padding goes before them
+        among = torch.zeros(batch, beyond, dtype=torch.bool, device=self.held.device)
+        if positions is None:
+            return ~among[:, 1:]
+        return among.scatter(1, 1 + positions, True)[:, 1:]
+
+    def _taken(self, index: Tensor, seen: int, new: int, valid: Tensor | None = None) -> TakenUp:
+        """What it takes for tokens at ``[B, r]`` of the prompt to join."""
+        among, parked = index, self.seen_when_parked[2]
+        if parked is not None:
+            among = torch.searchsorted(parked.contiguous(), index).masked_fill(index < 0, -1)
+        return TakenUp(index, among, self.held, self.prompt_length, seen, new, valid)
+
+    def go_back(self) -> None:
+        """Called by the method in ``select``: the layers after the parked one run anew.
+
+        What ``select`` then returns is an index into the tokens which the parked layer saw, and
+        the caches of the layers after it are filled anew. These are no longer parked, unless a
+        later ``select`` parks again.
+
+        Raises:
+            RuntimeError: no layer before this one is parked.
+        """
+        if self.parked is None or self.parked >= self.layer:
+            raise RuntimeError(
+                f"go_back: a layer before {self.layer} must be parked, got {self.parked}"
+            )
+        self.layer, self.parked = self.parked, None
+        self.length, self.start, self.positions = self.seen_when_parked
+        self.ahead.append((self.layer + 1, self.lengths[self.layer + 1 :]))
+        del self.lengths[self.layer + 1 :]
+
+    def turn(self, seen: int, new: int, valid: Tensor | None = None) -> Turn | None:
+        """A later turn of the conversation, which may take up tokens that the prefill dropped.
+
+        Args:
+            seen: how many tokens the caches have seen, prompt and padding included.
+            new: how many tokens the turn has, padding included.
+            valid: ``[B, seen - N + new]``, bool: which tokens after the prompt are no padding; None
+                if none is. Rows then rank by themselves, and the host reads which these are.
+
+        Returns:
+            Its state; None if nothing is parked, so that a turn is like any other forward.
+        """
+        return None if self.parked is None else Turn(self, seen, new, valid)
+
+    def row(self, row: int) -> PrefillState:
+        """The state after the prefill of one prompt of the batch, as if it had been alone."""
+        alone = copy.copy(self)
+        padding = 0
+        if self.row_lengths is not None:
+            padding = self.prompt_length - int(self.row_lengths[row])
+
+        def own(positions: Tensor | None) -> Tensor | None:
+            if positions is None:
+                return None
+            return (positions[row][positions[row] >= 0] - padding)[None]
+
+        alone.prompt_length -= padding
+        alone.start = alone.row_lengths = None
+        alone.positions = own(self.positions)
+        parked = own(self.seen_when_parked[2])
+        tokens = alone.prompt_length if parked is None else parked.shape[1]
+        alone.seen_when_parked = tokens, None, parked
+        return alone
+
+    def hold(self, positions: Tensor) -> None:
+        """Note the tokens ``[B, k]`` that the layers after the parked one hold by now."""
+        if self.start is not None:
+            self.start = (positions < 0).sum(dim=1)
+        self.positions, self.length = positions, positions.shape[1]
+
+    def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Between forwards: the batch has other rows from now on, as in a beam search."""
+        length, start, positions = self.seen_when_parked
+        tensors = start, positions, self.start, self.positions, self.row_lengths
+        changed = [None if x is None else change(x) for x in tensors]
+        self.seen_when_parked = length, changed[0], changed[1]
+        self.start, self.positions, self.row_lengths = changed[2:]
+
+    @property
+    def between_layers(self) -> bool:
+        """Whether the last call was ``select``, so that the next layer may be observed."""
+        return self._call == "select"
 
     def choose(self) -> Tensor | None:
         """Before any layer: the tokens of a second pass, ``[B, k]``, if they are already known."""
@@ -370,3 +538,110 @@ class PrefillState:
                 f"the last call was {self._call} for layer {self.layer}"
             )
         self.layer, self._call = layer, call
+
+
+class Turn(PrefillState):
+    """What a later turn of a conversation has seen, which may take up dropped tokens of the prompt.
+
+    Made by :meth:`PrefillState.turn`. The layers up to the parked one hold all tokens, and the
+    turn's last tokens rank those of the prompt there. In the layer loop of the turn, of these::
+
+        turn.observe(layer, query, key)     # after its attention, of the turn's queries to all keys
+
+    Behind the parked layer::
+
+        taken = turn.take_up(layer)
+        if taken is not None:
+            joining = gather_tokens(parked, taken.among_parked)
+            hidden = torch.cat([joining, hidden], dim=1)    # and cos, sin
+
+    In the layers after it, these tokens attend to what ``taken.visible()`` says, and afterwards
+    the cache has to hold its entries in the order of their positions::
+
+        key, value = gather_kv(key, value, taken.order())
+
+    Attributes:
+        turn_length: how many tokens the turn has.
+        taken: what :meth:`take_up` returned.
+
+    The other attributes are those of :class:`PrefillState`, for the layers up to the parked one.
+    """
+
+    def __init__(
+        self, prefill: PrefillState, seen: int, new: int, valid: Tensor | None = None
+    ) -> None:
+        vars(self).update(vars(prefill))
+        _, self.start, self.positions = prefill.seen_when_parked
+        self.turn_length, self.length = new, seen + new
+        self.taken: TakenUp | None = None
+        self.importance = self.running = None
+        self.notes, self.lengths, self.scores, self.ahead = {}, [], {}, []
+        self.layer, self._call = -1, "select"
+        self._prefill, self._valid = prefill, valid
+        # With padding after the prompt each row ranks by itself.
+        self._alone = [] if valid is None else [self._row(row) for row in range(len(valid))]
+
+    def _row(self, row: int) -> Turn:
+        assert self._valid is not None  # there is padding
+        valid = self._valid[row]
+        alone, new = self._prefill.row(row), int(valid[-self.turn_length :].sum())
+        return Turn(alone, alone.prompt_length + int(valid.sum()) - new, new)
+
+    def see(self, layer: Layer) -> None:
+        """Like :meth:`observe`, with a view of the layer that the caller has made."""
+        if self._valid is None:
+            super().see(layer)
+            return
+        self._advance(layer.index, "observe")
+        for row, alone in enumerate(self._alone):
+            own = torch.cat([self._of_prompt(row), self._valid[row]])
+            alone.see(layer.of_row(alone, row, own))
+
+    def _of_prompt(self, row: int) -> Tensor:
+        """``[N]``, bool: which tokens are no padding."""
+        assert self._valid is not None  # there is padding
+        place = torch.arange(self.prompt_length, device=self._valid.device)
+        return place >= (0 if self.start is None else self.start[row])
+
+    @property
+    def rows(self) -> int:
+        """W: how many of the last query rows rank; all of a turn that has fewer."""
+        return min(super().rows, self.turn_length)
+
+    @property
+    def held(self) -> Tensor:
+        """``[B, k]``: the tokens of the prompt that the layers after the parked one hold."""
+        return self._prefill.held
+
+    def take_up(self, layer: int) -> TakenUp | None:
+        """Which tokens of the prompt continue with the turn's behind the parked layer.
+
+        From then on the state of the prefill counts them among those that later layers hold.
+
+        Returns:
+            None if there are none.
+
+        Raises:
+            RuntimeError: the layer was not observed just before, or is asked a second time.
+        """
+        self._advance(layer, "take_up")
+        self.release()
+        if layer != self.parked:
+            return None
+        index = self._of_rows(layer) if self._alone else self.method.take_up(self, layer)
+        if index is not None:
+            self.taken = self._taken(index, self.length, self.turn_length, self._valid)
+            self._prefill.hold(self.taken.all_held())
+        return self.taken
+
+    def _of_rows(self, layer: int) -> Tensor | None:
+        """``[B, r]``: what each row takes up by itself; a turn of one token takes up nothing."""
+        none = self.held[0, :0]
+        rows = []
+        for alone in self._alone:
+            taken = alone.take_up(layer) if alone.turn_length > 1 else None
+            padding = self.prompt_length - alone.prompt_length
+            rows.append(none if taken is None else taken.index[0] + padding)
+        most = max(map(len, rows))
+        filled = [torch.nn.functional.pad(row, (most - len(row), 0), value=-1) for row in rows]
+        return torch.stack(filled) if most > 0 else None
