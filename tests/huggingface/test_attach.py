@@ -234,12 +234,13 @@ def test_offloaded_weights_are_refused():
         attach(model)
 
 
-def test_more_than_one_device_is_refused(monkeypatch):
+def test_several_devices_without_a_map_are_refused(monkeypatch):
     model = build("llama")
     devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
     weights = [type("Weight", (), {"device": device}) for device in devices]
     monkeypatch.setattr(model, "parameters", lambda: iter(weights))
-    with pytest.raises(ValueError, match="LlamaForCausalLM must be on one device, got cuda:0, cu"):
+    message = "must be on one device or spread by a device_map, got cuda:0, cuda:1"
+    with pytest.raises(ValueError, match=message):
         attach(model)
 
 

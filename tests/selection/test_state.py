@@ -325,3 +325,17 @@ def test_what_was_not_shown_is_asked_for(name):
     state, _ = observed()
     with pytest.raises(RuntimeError, match=f"CLAA: {name} of layer 0 must be passed to observe"):
         getattr(state.observed, name)
+
+
+def test_the_state_follows_its_layers_to_another_device():
+    start = torch.tensor([2, 0])
+    state = prefill.begin(CLAA(keep=0.5, layer=0), num_layers=3, prompt_length=40, start=start)
+    query, key = torch.randn(2, HEADS, 40, DIM), torch.randn(2, KV_HEADS, 40, DIM)
+    state.observe(0, query, key)
+    state.notes["peaks"] = state.importance
+    assert state.running is state.importance is not None
+    state.method = FullKV()  # it computes nothing, which the device without memory cannot
+    state.observe(1, query.to("meta"), key.to("meta"))
+    held = (state.start, state.row_lengths, state.importance, state.notes["peaks"])
+    assert {each.device.type for each in (*held, state.observed.start)} == {"meta"}
+    assert state.running is state.importance

@@ -250,6 +250,9 @@ def _gather(arguments: Arguments, positions: Tensor, start: Tensor | None) -> Ar
     embeddings = arguments["position_embeddings"]
     if not isinstance(embeddings, tuple) or any(x.dim() != 3 for x in embeddings):
         raise TypeError("position_embeddings must be cosines and sines [batch, tokens, D]")
+    # A model over several devices hands what goes with the tokens from its first to every layer.
+    device = embeddings[0].device
+    positions, start = positions.to(device), None if start is None else start.to(device)
     # Some models transpose theirs, and gather_tokens moves whole rows.
     rows = (gather_tokens(x.contiguous(), positions) for x in embeddings)
     selected: Arguments = {"position_embeddings": tuple(rows)}
