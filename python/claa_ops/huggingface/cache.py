@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,22 @@ from claa_ops.huggingface.prompt import (
 from claa_ops.huggingface.transformers_api import DynamicLayer, PreTrainedConfig, cache_layers
 from claa_ops.selection.method import Method
 from claa_ops.selection.state import PrefillState, begin, check_method
+
+
+@dataclass
+class Look:
+    """What a layer's attention gets of all tokens, before a selection within the layer.
+
+    Attributes:
+        start: ``[B]``: the first of these n tokens that is not padding; None without padding.
+        key, value: ``[B, G, n, D]``, once the attention was called.
+        index: ``[B, k]``: the tokens that are selected; None for all of them.
+    """
+
+    start: Tensor | None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    index: Tensor | None = None
 
 
 class ClaaCache(AttachedCache):
@@ -116,6 +133,10 @@ class ClaaCache(AttachedCache):
         self.hidden: Tensor | None = None
         # What the layers after a selection receive, gathered once for each type of layer.
         self.selected: dict[str, dict[str, Any]] = {}
+        # Of the layer that selects within itself, while it runs.
+        self.look: Look | None = None
+        # Of each such layer that has run, which of its tokens it selected; None for all.
+        self.within: dict[int, Tensor | None] = {}
 
     @property
     def lengths(self) -> list[int]:
@@ -228,7 +249,7 @@ class ClaaCache(AttachedCache):
         """Called by an attached model after its layers."""
         self.given.clear()
         self.selected.clear()
-        self.hidden = None
+        self.hidden = self.look = None
         self.in_forward = self.prefilling = False
 
     def begin_generate(self, request: Request) -> None:
@@ -275,6 +296,9 @@ class ClaaCache(AttachedCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append the keys and values of a layer; return all that its attention should see."""
+        if self.look is not None and self.look.key is not None:  # they were appended then
+            assert self.look.value is not None
+            return self.look.key, self.look.value
         if layer_idx == 0 and self.in_forward:
             seen = self.get_seq_length() + key_states.shape[2]
             self._seen = self._seen.new_empty(seen, 0)

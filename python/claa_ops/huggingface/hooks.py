@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from claa_ops.huggingface.attention import check_attention
-from claa_ops.huggingface.cache import ClaaCache, hide_before
+from claa_ops.huggingface.attention import LookDone, check_attention
+from claa_ops.huggingface.cache import ClaaCache, Look, hide_before
 from claa_ops.huggingface.generation import AttachedCache, new_cache
 from claa_ops.huggingface.transformers_api import (
     Arguments,
@@ -190,7 +190,9 @@ class ContinueWithSelected(_Hook):
             )
         state = cache.state
         assert state is not None  # begin_forward made it
-        selected = state.select(self.index - 1) if self.index > 0 else None
+        selected = None
+        if self.index > 0 and self.index - 1 not in cache.within:
+            selected = state.select(self.index - 1)
         if selected is not None and cache.first_pass:
             raise FirstPassDone
         if selected is not None:
@@ -204,7 +206,36 @@ class ContinueWithSelected(_Hook):
             arguments.update(cache.selected[kind])
         if cache.method.reads_hidden:
             cache.hidden = hidden
+        cache.look = None
+        if cache.method.selects_within(state, self.index):
+            hidden = self._select_within(module, hidden, arguments, cache)
         return (hidden,), arguments
+
+    def _select_within(
+        self, module: nn.Module, hidden: Tensor, arguments: Arguments, cache: ClaaCache
+    ) -> Tensor:
+        """Select before the layer's attention; return the hidden states that go through it.
+
+        The layer runs twice: of all tokens up to the attention, which sees their keys, and whole
+        of those that are selected. ``arguments`` become what goes with these.
+        """
+        state = cache.state
+        assert state is not None  # begin_forward made it
+        cache.look = look = Look(state.start)
+        try:
+            module.forward(hidden, **arguments)
+        except LookDone:
+            pass
+        look.index = cache.within[self.index] = index = state.select(self.index)
+        if index is None:
+            return hidden
+        if cache.first_pass:
+            raise FirstPassDone
+        cache.selected.clear()
+        mask = arguments.pop("attention_mask", None)
+        arguments.update(_gather(arguments, index, state.start))
+        arguments["attention_mask"] = _mask_rows(mask, index)
+        return gather_tokens(hidden, index)
 
 
 @dataclass(frozen=True)
@@ -222,11 +253,21 @@ class PassCache(_Hook):
         if not isinstance(cache, AttachedCache):
             return None
         mask = arguments.get("attention_mask")
-        if mask is not None:
+        # Within a layer that selects it is of all tokens that the layer saw.
+        if mask is not None and not (isinstance(cache, ClaaCache) and cache.look is not None):
             layer: Any = module.layer_idx
             new = arguments["hidden_states"].shape[1]
             arguments["attention_mask"] = cache.layers[layer].columns(mask, new)
         return (), {**arguments, "claa_cache": cache}
+
+
+def _mask_rows(mask: Tensor | None, index: Tensor) -> Tensor | None:
+    """The rows ``[B, heads, k, n]`` of a mask ``[B, heads, n, n]``; others as they are."""
+    if mask is None or mask.dim() == 2:
+        return mask
+    mask = mask.expand(index.shape[0], -1, -1, -1)
+    row = torch.arange(index.shape[0], device=index.device)[:, None]
+    return mask[row, :, index.clamp_min(0)].movedim(1, 2)
 
 
 _OF_TOKENS = ("position_embeddings", "position_ids", "attention_mask")

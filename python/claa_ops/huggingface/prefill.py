@@ -98,7 +98,7 @@ def prefill(
         **cache_argument(model, cache),
     )
     assert cache.state is not None  # the forward made it
-    work = prompt.work + count_work(model, cache.state.lengths)
+    work = prompt.work + count_work(model, cache.state.lengths, within=cache.within)
     full = count_work(model, [input_ids.shape[1]] * len(cache.layers))
     state = prompt.first or cache.state
     return Prefilled(

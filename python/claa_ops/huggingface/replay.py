@@ -304,6 +304,7 @@ class RecordedPrefill:
             same
             and cache.method.rows(cache.state) <= _ROWS
             and not cache.method.reads_hidden
+            and not getattr(cache.method, "in_layer", False)  # such a layer runs twice
             and all(map(torch.equal, given, self._given))
         )
 
@@ -347,7 +348,8 @@ class _Layer:
         if self._index == 0:
             replay.active = replay.record.begins(arguments, cache)
             replay.seen.append([])
-        replay.seen[-1].append(Seen(arguments["hidden_states"].shape[1], cache.state.start))
+        if cache.look is None or cache.look.key is None:  # else it runs on, with some of them
+            replay.seen[-1].append(Seen(arguments["hidden_states"].shape[1], cache.state.start))
         if replay.active and cache.has_selected:
             replay.record.require_output(self._index - 1)
             replay.active = False

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from claa_ops.huggingface.transformers_api import (
     Dimensions,
@@ -15,7 +15,12 @@ from claa_ops.huggingface.transformers_api import (
 from claa_ops.selection.work import Work
 
 
-def count_work(model: PreTrainedModel, tokens: Sequence[int], logits: int = 1) -> Work:
+def count_work(
+    model: PreTrainedModel,
+    tokens: Sequence[int],
+    logits: int = 1,
+    within: Mapping[int, Tensor | None] | None = None,
+) -> Work:
     """Count the multiply-adds of a forward whose i-th layer sees ``tokens[i]`` tokens.
 
     A prompt and the T - 1 tokens that were decoded from it count as one forward over all of them:
@@ -26,13 +31,22 @@ def count_work(model: PreTrainedModel, tokens: Sequence[int], logits: int = 1) -
         model: the model.
         tokens: of each layer that ran, from the first on.
         logits: of how many tokens the head is computed.
+        within: of each layer that selected before its attention, which of its tokens, ``[B, k]``,
+            as :attr:`ClaaCache.within`: it projects all of them to queries, keys and values, and
+            these go through the whole layer.
     """
     sizes = dimensions(model.config)
     linear = attention = 0
     layers = zip(tokens, decoder_of(model).layers, sizes.windows, strict=False)
-    for seen, block, window in layers:
-        linear += seen * _weights_per_token(block, sizes)
-        attention += 2 * sizes.heads * sizes.head_dim * _visible_pairs(seen, window)
+    for layer, (seen, block, window) in enumerate(layers):
+        whole, pairs = seen, _visible_pairs(seen, window)
+        if within is not None and layer in within:
+            linear += seen * _projections_per_token(block, sizes)
+            index = within[layer]
+            if index is not None:
+                whole, pairs = index.shape[1], _pairs_of(index, window)
+        linear += whole * _weights_per_token(block, sizes)
+        attention += 2 * sizes.heads * sizes.head_dim * pairs
     return Work(linear, attention, logits * sizes.hidden_size * sizes.vocab_size)
 
 
@@ -43,6 +57,21 @@ def _weights_per_token(block: nn.Module, sizes: Dimensions) -> int:
     dense = sum(shape.numel() for shape in shapes if len(shape) == 2)
     stacked = sum(shape.numel() for shape in shapes if len(shape) == 3)
     return dense + (stacked * used // experts if used and experts else stacked)
+
+
+def _projections_per_token(block: nn.Module, sizes: Dimensions) -> int:
+    """Matrix entries that make a token's query, key and value, by whatever names."""
+    attention = next(module for module in block.modules() if hasattr(module, "layer_idx"))
+    matrices = (weight for weight in attention.parameters() if weight.dim() == 2)
+    output = sizes.heads * sizes.head_dim * sizes.hidden_size
+    return sum(weight.numel() for weight in matrices) - output
+
+
+def _pairs_of(index: Tensor, window: int | None) -> int:
+    """Query-key pairs of the tokens at ``[B, k]`` of those that a layer sees, for one prompt."""
+    visible = index.clamp_min(-1) + 1
+    visible = visible.clamp_max(window) if window else visible
+    return int(visible.sum()) // index.shape[0]
 
 
 def _visible_pairs(tokens: int, window: int | None) -> int:

@@ -50,6 +50,9 @@ class Pruning(Method):
             layers together hold ``keep_kv`` of the entries of full prefill, whole caches
             included, so that the method can be compared at equal bytes with one that has
             ``first_full=0``.
+        in_layer: select before the attention of the selection layer instead of after the layer,
+            which then computes no more than keys and values of the tokens that are dropped. The
+            result is the same but for rounding.
         window, kernel_size, pool_mode: see :class:`Method`.
 
     Budgets are of the whole prompt at every layer, and never below the window: a prompt that is
@@ -77,6 +80,7 @@ class Pruning(Method):
     first_full: int = 0
     num_sinks: int = 0
     equal_cache: bool = False
+    in_layer: bool = field(default=False, kw_only=True)
 
     # Parsed here, once: torch.compile traces what a prefill calls, but not fractions.
     _keeps: tuple[Budget, ...] = field(init=False, repr=False, compare=False)
@@ -100,6 +104,7 @@ class Pruning(Method):
         self.require(is_count(self.first_full, 0), "first_full", "an integer of at least 0")
         self.require(is_count(self.num_sinks, 0), "num_sinks", "an integer of at least 0")
         self.require(isinstance(self.equal_cache, bool), "equal_cache", "True or False")
+        self.require(isinstance(self.in_layer, bool), "in_layer", "True or False")
         object.__setattr__(self, "_keeps", tuple(budgets))
         cached = budgets[-1] if self.keep_kv is None else self.budget("keep_kv")
         object.__setattr__(self, "_keep_kv", cached)
@@ -204,6 +209,11 @@ class Pruning(Method):
         if layer not in self.stages(state.num_layers) or not self._drops(state, layer):
             return None
         return self._best_at(state, layer)
+
+    def selects_within(self, state: PrefillState, layer: int) -> bool:
+        """At a selection layer that drops tokens, with ``in_layer``."""
+        stages = self.stages(state.num_layers) if self.in_layer else ()
+        return layer in stages and self._drops(state, layer)
 
     def _best_at(self, state: PrefillState, stage: int) -> Tensor:
         """The most important tokens, as many as continue after a selection layer."""

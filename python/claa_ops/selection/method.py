@@ -183,6 +183,13 @@ class Method:
         """The tokens that continue to the layers after this one, ``[B, k]``; None for all."""
         return None
 
+    def selects_within(self, state: PrefillState, layer: int) -> bool:
+        """Whether :meth:`select` may be asked before this layer's attention, not after the layer.
+
+        Then only the selected tokens need the attention's output, and the rest of the layer.
+        """
+        return False
+
     # Help for overriding the decisions.
 
     def keep_best(
