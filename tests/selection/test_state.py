@@ -116,6 +116,30 @@ def test_a_plain_decoder_with_four_calls_is_claa_by_hand():
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_an_engine_may_select_before_the_attention():
+    """The state asks for queries and keys alone; the kept tokens attend to all that were there."""
+    model, hidden = Decoder(), torch.randn(2, 60, WIDTH)
+    expected, cache, positions = model(hidden, METHOD)
+    angle = torch.arange(60)[:, None] * 0.3 ** torch.arange(DIM // 2)
+    angle = angle.expand(2, -1, -1)
+    state = prefill.begin(METHOD, num_layers=LAYERS, prompt_length=60)
+    for layer in range(LAYERS):
+        query, key, value = project(hidden, model.qkv[layer], angle)
+        state.observe(layer, query[:, :, -METHOD.window :], key)
+        held = state.compress(layer, key, value)
+        assert all(map(torch.equal, held, cache[layer]))
+        index = state.select(layer)
+        attended = attend(query, key, value, None)
+        if index is not None:
+            attended = claa_ops.gather_tokens(attended, index)  # an engine computes no others
+            hidden = claa_ops.gather_tokens(hidden, index)
+            angle = claa_ops.gather_tokens(angle, index)
+        hidden = hidden + attended @ model.output[layer]
+    torch.testing.assert_close(hidden, expected)
+    assert torch.equal(state.positions, positions)
+
+
 def test_full_kv_changes_nothing():
     model, hidden = Decoder(), torch.randn(2, 30, WIDTH)
     output, cache, positions = model(hidden, FullKV())

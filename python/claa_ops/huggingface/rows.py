@@ -109,13 +109,19 @@ def block_mask(index: Tensor, tokens: int, start: Tensor | None) -> BlockMask:
     partial = (first[:, :, None] + order) % key_blocks
     shape = (*whole.shape, key_blocks)
     lists = (ends - first, partial, whole, order.expand(shape))
+    partial_number, partial, whole_number, whole = (
+        each[:, None].int().contiguous() for each in lists
+    )
 
     def visible(batch: Tensor, head: Tensor, row: Tensor, place: Tensor) -> Tensor:
         seen = place <= index[batch, row]
         return seen if start is None else seen & (place >= start[batch])
 
     return BlockMask.from_kv_blocks(
-        *(each[:, None].int().contiguous() for each in lists),
+        partial_number,
+        partial,
+        whole_number,
+        whole,
         BLOCK_SIZE=_BLOCK,
         mask_mod=visible,
         seq_lengths=(rows, tokens),
@@ -125,4 +131,5 @@ def block_mask(index: Tensor, tokens: int, start: Tensor | None) -> BlockMask:
 
 @functools.cache
 def _compiled() -> Any:
-    return torch.compile(flex_attention)
+    # At its limit of recompilations an eager one would make all products of queries and keys.
+    return torch.compile(flex_attention, fullgraph=True)

@@ -43,6 +43,10 @@ def begin(
         if index is not None:
             hidden = claa_ops.gather_tokens(hidden, index)   # and cos, sin, position ids
 
+    All three may come before the attention, for they need its queries and keys alone. Then only
+    the tokens at ``index`` need its output, over all keys that precede them, and only they go
+    through the rest of the layer.
+
     Args:
         method: such as :class:`claa_ops.methods.CLAA`.
         num_layers: how many layers the model has.
