@@ -13,14 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from claa_ops.huggingface import rows
 from claa_ops.huggingface.replay import RecordedPrefill
 from claa_ops.huggingface.rows import attention_of_rows, block_mask
-from claa_ops.methods import CLAA, FastKV, LazyLLM, Peak
+from claa_ops.methods import CLAA, METHODS, FastKV, Hops, LazyLLM, Peak, Pruning, make_method
 from claa_ops.prefill import ClaaCache, attach, prefill
 from support import hand_loop
 from support.families import MULTIMODAL, SERVED, build_family, missing
 from support.tiny_models import SLIDING_WINDOW, build, generate, prompt
 
 LENGTH = 80
-METHODS = [
+CASES = [
     CLAA(keep=0.4, layer=1, last_n=2, first_full=1, in_layer=True),
     CLAA(keep=24, keep_kv=16, layer=0, first_full=0, in_layer=True),
     FastKV(keep=(0.6, 0.3), layer=(0, 2), num_sinks=2, in_layer=True),
@@ -55,10 +55,25 @@ def assert_same(model, method, lengths, layers):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("lengths", [(LENGTH,), (LENGTH, 55)], ids=["alone", "padded"])
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("method", CASES, ids=lambda method: type(method).__name__)
 def test_it_is_the_selection_after_the_layer(method, lengths, attention):
     model = attach(build("llama", attention))
     assert_same(model, method, lengths, list(method.selection_layers(4)))
+
+
+IN_TURN = [name for name, kind in METHODS.items() if issubclass(kind, Pruning)]
+
+
+@pytest.mark.parametrize("name", [name for name in IN_TURN if name not in ("asl", "oracle")])
+def test_so_it_is_with_every_method_that_prunes(name, model):
+    """But for ASL, which refuses it, and the oracle, whose answer is asked for beforehand."""
+    method = make_method(name, num_layers=4, keep=0.3, in_layer=True)
+    assert_same(model, method, (LENGTH, 55), [*method.selection_layers(4)])
+
+
+def test_so_it_is_with_hidden_states(model):
+    settings = {"keep": 20, "layer": 1, "least": 5, "num_seeds": 4, "in_layer": True}
+    assert_same(model, Hops(states="hidden", **settings), (LENGTH, 55), [1])
 
 
 @pytest.mark.parametrize("family", [*SERVED, *MULTIMODAL])
@@ -235,7 +250,7 @@ def test_one_graph_serves_all_lengths():
     model = attach(build("llama", num_hidden_layers=3))
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
     for length in (60, 61, 130):
-        caches = [ClaaCache(model.config, METHODS[0]) for _ in range(2)]
+        caches = [ClaaCache(model.config, CASES[0]) for _ in range(2)]
         with torch.no_grad():
             logits, expected = (
                 call(prompt(length)[0], past_key_values=cache).logits
@@ -267,7 +282,7 @@ def some_rows(tokens, kept, start, padding=0, heads=(4, 2)):
     return query, key, value, index
 
 
-CASES = [
+ROWS = [
     (300, 60, None, 0),
     (300, 300, None, 0),
     (1000, 130, None, 0),
@@ -278,7 +293,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("in_parts", [False, True])
-@pytest.mark.parametrize(("tokens", "kept", "start", "padding"), CASES)
+@pytest.mark.parametrize(("tokens", "kept", "start", "padding"), ROWS)
 def test_rows_are_rows_of_the_causal_attention(tokens, kept, start, padding, in_parts, monkeypatch):
     if in_parts:
         monkeypatch.setattr(rows, "_MASKED", 2 * tokens * 7)
@@ -313,7 +328,7 @@ def test_rows_are_rows_of_the_causal_attention(tokens, kept, start, padding, in_
     assert error.abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("tokens", "kept", "start", "padding"), CASES)
+@pytest.mark.parametrize(("tokens", "kept", "start", "padding"), ROWS)
 def test_the_blocks_are_those_that_rows_see(tokens, kept, start, padding):
     start = None if start is None else torch.tensor(start)
     *_, index = some_rows(tokens, kept, start, padding)
