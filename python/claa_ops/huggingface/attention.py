@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from claa_ops.huggingface.cache import ClaaCache, Look, SlidingLayer
 from claa_ops.huggingface.generation import AttachedCache
 from claa_ops.huggingface.logsumexp import attention_and_logsumexp
-from claa_ops.huggingface.rows import attention_of_rows, visible_to
+from claa_ops.huggingface.rows import BLOCK, attention_of_rows, visible_to
+from claa_ops.huggingface.sparse import LEAST, block_sparse_attention
 from claa_ops.huggingface.transformers_api import (
     AttentionFunction,
     attention_function,
@@ -143,19 +144,52 @@ def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
                 )
             # Positions with gaps would be taken for several sequences packed into one.
             kwargs.pop("position_ids", None)
-        fused = None
-        if claa_cache.prefilling and base_name == "sdpa" and attention_mask is None:
-            fused = _plain_attention(module, query, key, value, kwargs)
-        if fused is None:
-            output, lse = base(module, query, key, value, attention_mask, **kwargs), None
+        output, lse = None, None
+        if claa_cache.prefilling:
+            output, lse = _fused(
+                claa_cache, base_name, module, query, key, value, attention_mask, kwargs
+            )
+        if output is None:
+            attended = base(module, query, key, value, attention_mask, **kwargs)
         else:
-            output, lse = (fused[0].transpose(1, 2).contiguous(), None), fused[1]
+            attended = output.transpose(1, 2).contiguous(), None
         if look is None and claa_cache.prefilling:
             _observe(claa_cache, layer, query, key, value, lse, kwargs)
-        return output
+        return attended
 
     vars(claa_attention)["claa_base"] = base
     return claa_attention
+
+
+def _fused(
+    cache: AttachedCache,
+    base_name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    attention: dict[str, Any],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Output and logsumexp of a layer of the prompt, as far as they come from another kernel.
+
+    That is a block-sparse one, if the method wants it and the attention is causal and nothing
+    else, or SDPA's own, asked for the logsumexp too.
+    """
+    if not _is_plain(module, attention):
+        return None, None
+    scale, window = attention.get("scaling"), attention.get("sliding_window") or 0
+    state = cache.state if isinstance(cache, ClaaCache) else None
+    if isinstance(cache, ClaaCache) and state is not None:
+        layer: Any = module.layer_idx
+        share = cache.method.key_share(state, layer)
+        windowed, long = 0 < window < key.shape[2], key.shape[2] > LEAST * BLOCK
+        if share is not None and long and not windowed:
+            cache.sparse[layer] = share
+            return block_sparse_attention(query, key, value, share, state.start, scale), None
+    if base_name != "sdpa" or mask is not None:
+        return None, None
+    return attention_and_logsumexp(query, key, value, scale) or (None, None)
 
 
 def _observe(
@@ -228,15 +262,6 @@ def _base_of(attention: AttentionFunction) -> AttentionFunction | None:
 def unwrapped(attention: AttentionFunction) -> AttentionFunction:
     """The attention that :class:`AttachedAttention` wrapped; ``attention`` itself if it did not."""
     return _base_of(attention) or attention
-
-
-def _plain_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention: dict[str, Any]
-) -> tuple[Tensor, Tensor] | None:
-    """Output and logsumexp, if this is an SDPA attention that is causal and nothing else."""
-    if not _is_plain(module, attention):
-        return None
-    return attention_and_logsumexp(query, key, value, attention.get("scaling"))
 
 
 def _is_plain(module: nn.Module, attention: dict[str, Any]) -> bool:

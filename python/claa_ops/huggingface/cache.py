@@ -17,6 +17,7 @@ from claa_ops.huggingface.prompt import (
     first_valid,
 )
 from claa_ops.huggingface.transformers_api import DynamicLayer, PreTrainedConfig, cache_layers
+from claa_ops.selection.budget import Budget
 from claa_ops.selection.method import Method
 from claa_ops.selection.state import PrefillState, begin, check_method
 
@@ -137,6 +138,8 @@ class ClaaCache(AttachedCache):
         self.look: Look | None = None
         # Of each such layer that has run, which of its tokens it selected; None for all.
         self.within: dict[int, Tensor | None] = {}
+        # Of each layer that has attended to a share of its keys, the share.
+        self.sparse: dict[int, Budget] = {}
 
     @property
     def lengths(self) -> list[int]:

@@ -98,7 +98,9 @@ def prefill(
         **cache_argument(model, cache),
     )
     assert cache.state is not None  # the forward made it
-    work = prompt.work + count_work(model, cache.state.lengths, within=cache.within)
+    work = prompt.work + count_work(
+        model, cache.state.lengths, within=cache.within, sparse=cache.sparse
+    )
     full = count_work(model, [input_ids.shape[1]] * len(cache.layers))
     state = prompt.first or cache.state
     return Prefilled(

@@ -304,7 +304,7 @@ class RecordedPrefill:
             same
             and cache.method.rows(cache.state) <= _ROWS
             and not cache.method.reads_hidden
-            and not getattr(cache.method, "in_layer", False)  # such a layer runs twice
+            and not cache.method.alters_layers
             and all(map(torch.equal, given, self._given))
         )
 

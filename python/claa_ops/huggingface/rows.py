@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-_BLOCK = 128  # queries and keys of a block of FlexAttention
+BLOCK = 128  # queries and keys of a block of FlexAttention
 _LEAST_WIDTH = 16  # of its heads, on a GPU
 _MASKED = 1 << 26  # entries of a mask made at a time
 
@@ -50,11 +50,9 @@ def attention_of_rows(
         True
     """
     grouped = query.shape[1] != key.shape[1]
-    if query.is_cuda and min(query.shape[3], value.shape[3]) >= _LEAST_WIDTH:
+    if flex_fits(query, value):
         mask = block_mask(index, key.shape[2], start)
-        # A model that is being compiled takes it into its own graph.
-        flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled()
-        return flex(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
+        return flexible()(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
     tokens, rows = key.shape[2], query.shape[2]
     if torch.compiler.is_compiling():  # where a number of blocks would be that of one length
         blocks = [slice(None)]
@@ -73,6 +71,16 @@ def attention_of_rows(
         for block in blocks
     ]
     return torch.cat(attended, dim=2)
+
+
+def flex_fits(query: Tensor, value: Tensor) -> bool:
+    """Whether FlexAttention is the faster one here, and serves these heads."""
+    return query.is_cuda and min(query.shape[3], value.shape[3]) >= _LEAST_WIDTH
+
+
+def flexible() -> Any:
+    """FlexAttention, compiled; a model that is being compiled takes it into its own graph."""
+    return flex_attention if torch.compiler.is_compiling() else _compiled()
 
 
 def visible_to(index: Tensor, tokens: int, start: Tensor | None) -> Tensor:
@@ -95,17 +103,17 @@ def block_mask(index: Tensor, tokens: int, start: Tensor | None) -> BlockMask:
     comes after its last.
     """
     rows = index.shape[1]
-    query_blocks, key_blocks = -(-rows // _BLOCK), -(-tokens // _BLOCK)
-    padded = F.pad(index, (0, query_blocks * _BLOCK - rows), value=-1)
-    blocks = padded.unflatten(1, (query_blocks, _BLOCK))
-    ends = blocks.amax(dim=2).clamp_min(0) // _BLOCK + 1  # [B, query_blocks]
+    query_blocks, key_blocks = -(-rows // BLOCK), -(-tokens // BLOCK)
+    padded = F.pad(index, (0, query_blocks * BLOCK - rows), value=-1)
+    blocks = padded.unflatten(1, (query_blocks, BLOCK))
+    ends = blocks.amax(dim=2).clamp_min(0) // BLOCK + 1  # [B, query_blocks]
     order = torch.arange(key_blocks, device=index.device)
     if start is None:
-        whole = (blocks[:, :, 0] + 1) // _BLOCK
+        whole = (blocks[:, :, 0] + 1) // BLOCK
         first = whole
     else:  # no block is whole, for any may hold padding
         whole = torch.zeros_like(ends)
-        first = torch.minimum((start.long() // _BLOCK)[:, None], ends - 1)
+        first = torch.minimum((start.long() // BLOCK)[:, None], ends - 1)
     partial = (first[:, :, None] + order) % key_blocks
     shape = (*whole.shape, key_blocks)
     lists = (ends - first, partial, whole, order.expand(shape))
@@ -122,7 +130,7 @@ def block_mask(index: Tensor, tokens: int, start: Tensor | None) -> BlockMask:
         partial,
         whole_number,
         whole,
-        BLOCK_SIZE=_BLOCK,
+        BLOCK_SIZE=BLOCK,
         mask_mod=visible,
         seq_lengths=(rows, tokens),
         compute_q_blocks=False,

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from claa_ops.huggingface.sparse import pairs_seen
 from claa_ops.huggingface.transformers_api import (
     Dimensions,
     PreTrainedModel,
     decoder_of,
     dimensions,
 )
+from claa_ops.selection.budget import Budget
 from claa_ops.selection.work import Work
 
 
@@ -20,6 +22,7 @@ def count_work(
     tokens: Sequence[int],
     logits: int = 1,
     within: Mapping[int, Tensor | None] | None = None,
+    sparse: Mapping[int, Budget] | None = None,
 ) -> Work:
     """Count the multiply-adds of a forward whose i-th layer sees ``tokens[i]`` tokens.
 
@@ -34,12 +37,16 @@ def count_work(
         within: of each layer that selected before its attention, which of its tokens, ``[B, k]``,
             as :attr:`ClaaCache.within`: it projects all of them to queries, keys and values, and
             these go through the whole layer.
+        sparse: of each layer that attended to a share of its keys, the share, as
+            :attr:`ClaaCache.sparse`.
     """
     sizes = dimensions(model.config)
     linear = attention = 0
     layers = zip(tokens, decoder_of(model).layers, sizes.windows, strict=False)
     for layer, (seen, block, window) in enumerate(layers):
         whole, pairs = seen, _visible_pairs(seen, window)
+        if sparse is not None and layer in sparse:
+            pairs = pairs_seen(seen, sparse[layer])
         if within is not None and layer in within:
             linear += seen * _projections_per_token(block, sizes)
             index = within[layer]

@@ -17,6 +17,7 @@ from claa_ops.selection.budget import (
     either,
     equal_share,
     is_count,
+    is_number,
     smaller,
 )
 from claa_ops.selection.layer import Layer
@@ -53,6 +54,10 @@ class Pruning(Method):
         in_layer: select before the attention of the selection layer instead of after the layer,
             which then computes no more than keys and values of the tokens that are dropped. The
             result is the same but for rounding.
+        attention_share: a rate in (0, 1): the layers that see the whole prompt attend to so many
+            of its blocks of 128 keys, those most like their queries (block-sparse attention). 1
+            for exact attention, which the layers with sliding windows, softcaps or sink logits
+            keep.
         window, kernel_size, pool_mode: see :class:`Method`.
 
     Budgets are of the whole prompt at every layer, and never below the window: a prompt that is
@@ -81,10 +86,12 @@ class Pruning(Method):
     num_sinks: int = 0
     equal_cache: bool = False
     in_layer: bool = field(default=False, kw_only=True)
+    attention_share: float = field(default=1.0, kw_only=True)
 
     # Parsed here, once: torch.compile traces what a prefill calls, but not fractions.
     _keeps: tuple[Budget, ...] = field(init=False, repr=False, compare=False)
     _keep_kv: Budget = field(init=False, repr=False, compare=False)
+    _attention_share: Budget | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,6 +112,9 @@ class Pruning(Method):
         self.require(is_count(self.num_sinks, 0), "num_sinks", "an integer of at least 0")
         self.require(isinstance(self.equal_cache, bool), "equal_cache", "True or False")
         self.require(isinstance(self.in_layer, bool), "in_layer", "True or False")
+        share = Budget.of(float(self.attention_share)) if is_number(self.attention_share) else None
+        self.require(share is not None, "attention_share", "a rate in (0, 1]")
+        object.__setattr__(self, "_attention_share", share if self.attention_share != 1 else None)
         object.__setattr__(self, "_keeps", tuple(budgets))
         cached = budgets[-1] if self.keep_kv is None else self.budget("keep_kv")
         object.__setattr__(self, "_keep_kv", cached)
@@ -214,6 +224,15 @@ class Pruning(Method):
         """At a selection layer that drops tokens, with ``in_layer``."""
         stages = self.stages(state.num_layers) if self.in_layer else ()
         return layer in stages and self._drops(state, layer)
+
+    def key_share(self, state: PrefillState, layer: int) -> Budget | None:
+        """``attention_share``, while all tokens of the prompt are there."""
+        return self._attention_share if state.positions is None else None
+
+    @property
+    def alters_layers(self) -> bool:
+        """With ``in_layer``, or with an ``attention_share`` below 1."""
+        return self.in_layer or self._attention_share is not None
 
     def _best_at(self, state: PrefillState, stage: int) -> Tensor:
         """The most important tokens, as many as continue after a selection layer."""

@@ -190,6 +190,15 @@ class Method:
         """
         return False
 
+    def key_share(self, state: PrefillState, layer: int) -> Budget | None:
+        """Of its blocks of keys, the share that this layer's queries attend to; None for all."""
+        return None
+
+    @property
+    def alters_layers(self) -> bool:
+        """Whether layers that see the whole prompt compute otherwise than in a full prefill."""
+        return False
+
     # Help for overriding the decisions.
 
     def keep_best(
