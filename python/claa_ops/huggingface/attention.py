@@ -268,7 +268,8 @@ def _is_plain(module: nn.Module, attention: dict[str, Any]) -> bool:
     """Whether it is causal and nothing else, but perhaps within a sliding window."""
     special = ("dropout", "position_bias", "s_aux", "softcap")
     causal = attention.get("is_causal", getattr(module, "is_causal", True))
-    return causal is not False and all(attention.get(name) in (None, 0) for name in special)
+    given = [attention.get(name) for name in special]
+    return causal is not False and not any(isinstance(each, Tensor) or each for each in given)
 
 
 def _window_mask(
