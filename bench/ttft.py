@@ -5,8 +5,11 @@ measured in this run, on the same model: full prefill with the fastest SDPA back
 method at each keep rate. They run in turn, there and back, after a warm-up that brings the GPU to
 its power limit: its clock falls as it warms, and differs from kernel to kernel. So the ratio is
 that of sums, and the clock is printed too. Beyond 64k tokens each runs once: its clock no longer
-falls, and two runs differ by 0.2 %. A ratio is to full prefill in the same mode: in eager kernels,
-compiled, or replayed as one CUDA graph, of eager kernels or of the compiled ones.
+falls, and two runs differ by 0.2 %.
+
+A ratio is to full prefill in the same mode: ``eager``; with norms and MLPs compiled (``parts``),
+which takes seconds; with the whole model compiled (``compile``), which takes a minute for each
+method and length; and each of them replayed as one CUDA graph.
 
 Beside the time stand the multiply-adds of the layers as a share of full prefill's, and what the
 kernels of this library take, a sum over a profiled run in eager mode. A step of decoding is
@@ -20,7 +23,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +46,7 @@ from claa_ops.selection import Work
 
 RESULT = Path(__file__).parent / "results" / "ttft.json"
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
-MODES = ("eager", "graph", "compile", "compile-graph")
+MODES = ("eager", "graph", "parts", "parts-graph", "compile", "compile-graph")
 FULL = "full"
 WARM_UP_SECONDS = 2.0
 CLOCK_SECONDS = 0.01  # between two readings
@@ -196,6 +199,8 @@ def runner(
     """A prefill in one of ``MODES``, ready to be timed, and what making it ready took."""
     facts: dict[str, Any] = {}
     call: Callable[[], Any] = partial(prefilled, model, ids, method)
+    if mode.startswith("parts"):
+        facts["compile_s"] = timed(call)[0] / 1e3
     if mode.startswith("compile"):
         if method is not None and (method.two_pass or method.needs_ranking):
             raise RuntimeError("a method with two forwards is not one graph")
@@ -205,6 +210,22 @@ def runner(
     if mode.endswith("graph"):
         call, facts["peak_bytes"] = captured(call, pool)
     return call, facts
+
+
+@contextmanager
+def compiled_parts(model: PreTrainedModel) -> Iterator[None]:
+    """Norms and MLPs compiled, each by itself: those of all layers are one graph."""
+    decoder: Any = model.get_decoder()
+    parts = [decoder.norm]
+    for layer in decoder.layers:
+        parts += [layer.input_layernorm, layer.post_attention_layernorm, layer.mlp]
+    for part in parts:
+        part.compile(fullgraph=True, dynamic=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part._compiled_call_impl = None
 
 
 @contextmanager
@@ -277,7 +298,8 @@ def rows(
     with sdpa_kernel(backend):
         facts = {label: alone(model, ids, method) for label, method in methods.items()}
         for mode in modes:
-            found = measured(model, ids, mode, methods)
+            with compiled_parts(model) if mode.startswith("parts") else nullcontext():
+                found = measured(model, ids, mode, methods)
             for label, row in found.items():
                 full = found[FULL]["ttft_ms"]
                 about = {"mode": mode, "prefill": label, "backend": backend.name}

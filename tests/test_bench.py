@@ -103,3 +103,48 @@ def test_prefills_run_there_and_back_and_the_longest_once():
 
     assert ttft.turns(["a", "b"], 32_768) == ["a", "b", "b", "a"] * 2
     assert ttft.turns(["a", "b"], 131_072) == ["a", "b"]
+
+
+@torch.no_grad()
+def test_norms_and_mlps_of_all_layers_are_two_graphs():
+    pytest.importorskip("transformers")
+    from bench import shapes, ttft
+
+    model, graphs = shapes.build("Llama-3.1-8B", ["cpu"], **TINY), []
+    ids = torch.randint(1, 1000, (1, 80))
+    expected = model(ids).logits
+
+    def count(graph, example):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        compile_ = torch.nn.Module.compile
+        patch.setattr(
+            torch.nn.Module, "compile", lambda self, **how: compile_(self, backend=count, **how)
+        )
+        with ttft.compiled_parts(model):
+            assert torch.equal(model(ids).logits, expected) and len(graphs) == 2
+    assert torch.equal(model(ids).logits, expected) and len(graphs) == 2
+
+
+def test_the_operations_of_a_selection_after_layer_3():
+    """Of Llama-3.1-8B at 8k, 32k and 128k, 10 % kept: after the layer, and within it."""
+    pytest.importorskip("transformers")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from bench import shapes, ttft
+
+    family, sizes = shapes.MODELS["Llama-3.1-8B"]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    expected = {8192: (0.202, 0.177), 32_768: (0.182, 0.157), 131_072: (0.156, 0.129)}
+    for tokens, shares in expected.items():
+        kept = torch.linspace(0, tokens - 1, tokens // 10).long()[None]
+        full = ttft.count_work(model, [tokens] * 32)
+        seen = [tokens] * 4 + [tokens // 10] * 28
+        for within, share in zip(({}, {3: kept}), shares, strict=True):
+            work = ttft.count_work(model, seen, within=within)
+            found = ttft.work_of_layers(work) / ttft.work_of_layers(full)
+            assert found == pytest.approx(share, abs=1e-3)
