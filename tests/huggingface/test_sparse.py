@@ -86,7 +86,7 @@ def test_a_padded_row_is_the_row_alone(small_blocks):
 def test_flex_attention_gets_the_same_blocks(tokens, start, monkeypatch):
     """On the CPU it makes all products, and hides what its lists of blocks do not have."""
 
-    def flexible(query, key, value, *, block_mask, **settings):
+    def flexible(query, key, value, block_mask, scale):
         tokens = block_mask.seq_lengths[0]
         dense = block_mask.to_dense().bool().repeat_interleave(128, 2).repeat_interleave(128, 3)
         inner = block_mask.mask_mod
@@ -107,9 +107,15 @@ def test_flex_attention_gets_the_same_blocks(tokens, start, monkeypatch):
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return flex_attention(
-                query, key, value, block_mask=_masked(block_mask, seen), **settings
+            output = flex_attention(
+                query,
+                key,
+                value,
+                block_mask=_masked(block_mask, seen),
+                scale=scale,
+                enable_gqa=True,
             )
+        return output.transpose(1, 2).contiguous()
 
     def _masked(block_mask, seen):
         return type(block_mask).from_kv_blocks(
@@ -125,13 +131,27 @@ def test_flex_attention_gets_the_same_blocks(tokens, start, monkeypatch):
     query, key, value = inputs(2, tokens)
     expected = block_sparse_attention(query, key, value, SHARE, start)
     monkeypatch.setattr(sparse, "flex_fits", lambda *tensors: True)
-    monkeypatch.setattr(sparse, "flexible", lambda: flexible)
+    monkeypatch.setattr(sparse, "flexible", flexible)
     found = block_sparse_attention(query, key, value, SHARE, start)
     valid = torch.ones(2, 1, tokens, 1, dtype=torch.bool)
     if start is not None:
         valid = (torch.arange(tokens) >= start[:, None])[:, None, :, None]
     assert found.isfinite().all()
     assert ((found - expected) * valid).abs().max() < 1e-5
+
+
+def test_it_is_an_op_that_torch_can_trace(monkeypatch):
+    def attend(query, key, value, mask, scale):
+        return query.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+    monkeypatch.setattr(sparse, "flexible", attend)
+    query, key, value = inputs(2, 700)
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    for start in (None, torch.tensor([0, 70])):
+        given = query, key, value, 1, 8, start, None
+        torch.library.opcheck(
+            torch.ops.claa_attention.blocks.default, given, test_utils="test_faketensor"
+        )
 
 
 def test_the_blocks_that_are_always_seen_and_how_many(small_blocks):

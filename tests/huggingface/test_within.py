@@ -328,6 +328,55 @@ def test_rows_are_rows_of_the_causal_attention(tokens, kept, start, padding, in_
     assert error.abs().max() < 1e-5
 
 
+@pytest.fixture
+def flexible(monkeypatch):
+    """FlexAttention as on a GPU, but not compiled, which takes long."""
+
+    def attend(*tensors, **settings):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return flex_attention(*tensors, **settings)
+
+    monkeypatch.setattr(rows, "flex_fits", lambda *tensors: True)
+    monkeypatch.setattr(rows, "_compiled", lambda: attend)
+
+
+def test_flex_attention_is_an_op_that_torch_can_trace(monkeypatch):
+    def attend(query, key, value, mask, scale):
+        return query.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+    monkeypatch.setattr(rows, "flexible", attend)
+    query, key, value, index = some_rows(300, 60, torch.tensor([0, 70]))
+    query = query[:, :, :60].transpose(1, 2).contiguous().transpose(1, 2)
+    for start, scale in ((None, None), (torch.tensor([0, 70]), 0.3)):
+        given = query, key, value, index, start, scale
+        torch.library.opcheck(
+            torch.ops.claa_attention.rows.default, given, test_utils="test_faketensor"
+        )
+
+
+@torch.no_grad()
+def test_a_compiled_model_has_flex_attention_in_its_graph(flexible):
+    """And still writes to its cache what it writes without."""
+    torch.compiler.reset()
+    model, graphs = attach(build("llama", num_hidden_layers=3)), []
+
+    def collect(graph, example):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=collect)
+    method = Peak(keep=20, layer=1, in_layer=True)
+    caches = [ClaaCache(model.config, method) for _ in range(2)]
+    logits, expected = (
+        call(prompt(LENGTH)[0], past_key_values=cache, logits_to_keep=1).logits
+        for call, cache in zip((compiled, model), caches, strict=True)
+    )
+    assert sum("claa_attention.rows" in target for target in graphs[0]) == len(graphs) == 1
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert caches[0].lengths == caches[1].lengths
+
+
 @pytest.mark.parametrize(("tokens", "kept", "start", "padding"), ROWS)
 def test_the_blocks_are_those_that_rows_see(tokens, kept, start, padding):
     start = None if start is None else torch.tensor(start)

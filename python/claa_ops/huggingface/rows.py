@@ -51,8 +51,7 @@ def attention_of_rows(
     """
     grouped = query.shape[1] != key.shape[1]
     if flex_fits(query, value):
-        mask = block_mask(index, key.shape[2], start)
-        return flexible()(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
+        return _flexible_rows(query, key, value, index, start, scale).transpose(1, 2)
     tokens, rows = key.shape[2], query.shape[2]
     if torch.compiler.is_compiling():  # where a number of blocks would be that of one length
         blocks = [slice(None)]
@@ -78,9 +77,43 @@ def flex_fits(query: Tensor, value: Tensor) -> bool:
     return query.is_cuda and min(query.shape[3], value.shape[3]) >= _LEAST_WIDTH
 
 
-def flexible() -> Any:
-    """FlexAttention, compiled; a model that is being compiled takes it into its own graph."""
-    return flex_attention if torch.compiler.is_compiling() else _compiled()
+# An op of its own, because torch.compile, where it takes FlexAttention into a model's graph, loses
+# what the model then writes to its cache (torch 2.13).
+@torch.library.custom_op(
+    "claa_attention::rows",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor index, Tensor? start, float? scale)"
+    " -> Tensor",
+)
+def _flexible_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    start: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    return flexible(query, key, value, block_mask(index, key.shape[2], start), scale)
+
+
+@_flexible_rows.register_fake
+def _fake_rows(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    return fake_output(query, value)
+
+
+def flexible(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None
+) -> Tensor:
+    """FlexAttention of ``[B, H, k, D]``, contiguous as ``[B, k, H, Dv]``."""
+    grouped = query.shape[1] != key.shape[1]
+    output = _compiled()(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
+    return output.transpose(1, 2).contiguous()
+
+
+def fake_output(query: Tensor, value: Tensor) -> Tensor:
+    """What :func:`flexible` returns, without its numbers."""
+    batch, heads, rows, _ = query.shape
+    return query.new_empty(batch, rows, heads, value.shape[3])
 
 
 def visible_to(index: Tensor, tokens: int, start: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from claa_ops.huggingface.rows import BLOCK, flex_fits, flexible
+from claa_ops.huggingface.rows import BLOCK, fake_output, flex_fits, flexible
 from claa_ops.selection.budget import Budget
 
 LEAST = 4  # blocks of keys that a block of queries sees: the first, its own, that before, the best
@@ -40,18 +40,13 @@ def block_sparse_attention(
     Returns:
         ``[B, H, n, Dv]``. Rows at padding mean nothing.
     """
+    if flex_fits(query, value):
+        rate = share.count, share.per
+        return _flexible_blocks(query, key, value, *rate, start, scale).transpose(1, 2)
     padding = -query.shape[2] % BLOCK
-    if padding:
-        query, key, value = (F.pad(x, (0, 0, padding, 0)) for x in (query, key, value))
-    if start is None:
-        start = torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
-    start = start.long() + padding
+    query, key, value, start = _aligned(query, key, value, start, padding)
     chosen = choose_blocks(query, key, share, start)
     grouped = query.shape[1] != key.shape[1]
-    if flex_fits(query, value):
-        mask = _block_mask(chosen, start)
-        output = flexible()(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
-        return output[:, :, padding:]
     place = torch.arange(query.shape[2], device=query.device)
     # While a graph is made, not in parts, of which there would be as many as one length has.
     step = len(place) if torch.compiler.is_compiling() else BLOCK
@@ -71,6 +66,44 @@ def block_sparse_attention(
         )
         attended.append(part)
     return torch.cat(attended, dim=2)[:, :, padding:]
+
+
+def _aligned(
+    query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, padding: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All with so much padding on the left, and the start of each row after it."""
+    if padding:
+        query, key, value = (F.pad(x, (0, 0, padding, 0)) for x in (query, key, value))
+    if start is None:
+        start = torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
+    return query, key, value, start.long() + padding
+
+
+@torch.library.custom_op(
+    "claa_attention::blocks",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, SymInt count, SymInt per, Tensor? start, "
+    "float? scale) -> Tensor",
+)
+def _flexible_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    count: int,
+    per: int,
+    start: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    padding = -query.shape[2] % BLOCK
+    query, key, value, start = _aligned(query, key, value, start, padding)
+    mask = _block_mask(choose_blocks(query, key, Budget(count, per), start), start)
+    output = flexible(query, key, value, mask, scale)
+    return output[:, padding:].contiguous()
+
+
+@_flexible_blocks.register_fake
+def _fake_blocks(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
+    return fake_output(query, value)
 
 
 def choose_blocks(query: Tensor, key: Tensor, share: Budget, start: Tensor) -> Tensor:
