@@ -207,7 +207,8 @@ def hop_tokens(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     states = keys_of(shape.model, dtype, shape.tokens, shape.device)
     outputs = 4 * HOPS * shape.context
     flops = 2 * HOPS * SEEDS * states.numel()
-    yield Case("hop_tokens", shape, dtype, (scores, states), outputs, flops=flops)
+    arguments, note = (scores, states), f"{HOPS} hops"
+    yield Case("hop_tokens", shape, dtype, arguments, outputs, note=note, flops=flops)
 
 
 def _scoring(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:

@@ -421,7 +421,8 @@ def test_the_version_needs_no_command():
 )
 def test_the_demo_finds_its_fact(tmp_path):
     picture = tmp_path / "demo.png"
-    facts = report(run("demo", "--tokens", "1000", "--runs", "1", "--json", "--plot", picture))
+    quick = ("--tokens", "1000", "--runs", "1", "--no-tuned")
+    facts = report(run("demo", *quick, "--json", "--plot", picture))
     assert facts["full"]["answer_is_right"] and facts["pruned"]["answer_is_right"]
     assert facts["kept_tokens"] == facts["prompt_tokens"] // 10
     assert picture.exists()

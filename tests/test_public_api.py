@@ -14,13 +14,13 @@ PUBLIC = {
         score_layer score_tokens score_window select_topk
     """,
     "claa_ops.methods": """
-        ASL CLAA FastKV FastKVDeferral FullKV GemFilter LazyLLM METHODS Method Oracle Peak
+        ASL CLAA FastKV FastKVDeferral FullKV GemFilter Hops LazyLLM METHODS Method Oracle Peak
         PromptDistill Pruning PyramidInfer PyramidKV Random SelectiveContext SinksRandom SnapKV
         SpeculativePrefill StreamingLLM UniPrefill find_method make_method register
     """,
     "claa_ops.prefill": """
         ClaaCache PrefillState Prefilled StaticClaaCache attach attached begin decode detach
-        generate prefill
+        generate prefill tuned_method
     """,
     "claa_ops.selection": """
         Answer Budget Layer Method PrefillState Preparation Reader Sizes Work begin

@@ -45,3 +45,26 @@ def test_groups_are_resampled_apart():
 def test_one_prompt_has_no_interval():
     assert bootstrap([[0.25], [0.75, 0.5]]).low is None
     assert bootstrap([[0.25]]).mean == 0.25
+
+
+def test_a_share_is_that_of_paired_means():
+    draw = np.random.default_rng(4)
+    full = [draw.integers(0, 2, size).astype(float) for size in (60, 40)]
+    less = [values * draw.integers(0, 2, len(values)) for values in full]
+    interval = bootstrap(less, full)
+    shares = [a.mean() / b.mean() for a, b in zip(less, full, strict=True)]
+    assert interval.mean == pytest.approx(np.mean(shares))
+    # The error of a ratio: that of what is left when the share of the whole is taken off.
+    variances = [
+        (a - share * b).var() / len(a) / b.mean() ** 2
+        for a, b, share in zip(less, full, shares, strict=True)
+    ]
+    width = 2 * 1.96 * np.sqrt(sum(variances)) / 2
+    assert interval.high - interval.low == pytest.approx(width, rel=0.1)
+    same = bootstrap(full, full)
+    assert (same.mean, same.low, same.high) == (1.0, 1.0, 1.0)
+
+
+def test_a_draw_without_a_right_answer_is_no_division_by_zero():
+    interval = bootstrap([[1.0, 0.0, 0.0]], [[1.0, 0.0, 0.0]])
+    assert interval.mean == 1.0 and 0.0 <= interval.low <= interval.high <= 1.0

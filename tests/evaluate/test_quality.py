@@ -15,11 +15,13 @@ import torch
 
 from claa_ops.evaluate.oracle.measures import measure_ranking
 from claa_ops.evaluate.tasks import TaskSettings, examples
+from claa_ops.evaluate.tasks.answer import force
 from claa_ops.evaluate.tasks.prompt import encode_prompt
 from claa_ops.huggingface.answer import answer_attention, pool
 from claa_ops.huggingface.models import load_model, smollm2_file
 from claa_ops.huggingface.replay import RecordedPrefill
-from claa_ops.methods import CLAA, FastKV, Random
+from claa_ops.huggingface.turns import ask_again
+from claa_ops.methods import CLAA, FastKV, FullKV, Peak, Random
 from claa_ops.prefill import ClaaCache, attach
 
 pytestmark = pytest.mark.skipif(
@@ -119,6 +121,57 @@ def test_recall_is_what_it_was(recall, method):
     found = recall[method].mean(axis=0)
     assert np.abs(found - reference).max() < OF_A_LAYER
     assert abs(found.mean() - reference.mean()) < OF_ALL
+
+
+CHAINS = 12  # prompts
+NAMES = ("Anna", "Peter", "Mary", "Thomas", "Julia", "Robert", "Emma", "Daniel")
+ROOMS = ("north", "south", "east", "west", "upper", "lower")
+
+
+def make_chains(tokenizer, filler: Path):
+    """Prompts of 400 tokens with two chains of two links, and what follows from one of them.
+
+    The question names the first link alone. Yields token ids of the prompt, of the answer up to
+    the second link, and of the code that it leads to.
+    """
+    sentences = (filler / "filler.txt").read_text(encoding="utf-8").split(". ")
+
+    def encode(text):
+        return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+
+    for index in range(CHAINS):
+        draw = random.Random(f"chains, {index}")
+        names, rooms = draw.sample(NAMES, 2), draw.sample(ROOMS, 2)
+        codes = draw.sample(range(100, 1000), 2)
+        text = [f"{sentence.rstrip('.')}." for sentence in draw.choices(sentences, k=27)]
+        for name, room, code in zip(names, rooms, codes, strict=True):
+            first = f"The parcel for {name} is in the {room} room."
+            for fact in (first, f"The code of the {room} room is {code}."):
+                text.insert(draw.randrange(len(text) + 1), fact)
+        prompt = (
+            f"Read this text.\n\n{' '.join(text)}\n\nWhat is the code of the room with the parcel "
+            f"for {names[0]}?\nThe parcel for {names[0]} is in the"
+        )
+        begin = f" {rooms[0]} room. The code of the {rooms[0]} room is"
+        yield encode(prompt), encode(begin)[0], encode(f" {codes[0]}")[0]
+
+
+def test_a_chain_is_answered_in_full_and_lost_by_what_the_question_alone_ranks(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    methods = {"full": FullKV(), "peak": Peak(keep=0.2, layer=10)}
+    logprobs: dict[str, list[float]] = {name: [] for name in methods}
+    right: dict[str, list[bool]] = {name: [] for name in methods}
+    for ids, begin, code in make_chains(tokenizer, write_filler(tmp_path)):
+        shared = RecordedPrefill(model, ids, layers=[10])
+        for name, method in methods.items():
+            answered = ask_again(model, shared.run(method), [begin[:0]], [begin])
+            ((is_right, logprob),) = force(model, answered, [code])
+            logprobs[name].append(logprob / len(code))
+            right[name].append(is_right)
+    found = {name: (np.mean(logprobs[name]), np.mean(right[name])) for name in methods}
+    print(found)
+    assert found["full"][0] > -0.4 and found["full"][1] > 0.5
+    assert found["peak"][0] < found["full"][0] - 1.0 and found["peak"][1] < 0.25
 
 
 @torch.no_grad()

@@ -176,16 +176,25 @@ def slow_peak(
     return llama.run(ids, STEPS, compress=compress, select=select)
 
 
-def slow_hops(llama, ids, *, hops, seeds, temperature, least, kernel, **settings):
-    def rank(scores, seen):
-        states = seen.value.transpose(0, 1).flatten(1)[: len(scores)]
-        found = slow_methods.hop_scores(
-            scores, states, hops=hops, seeds=seeds, temperature=temperature, kernel=kernel
-        )
-        order = slow_methods.in_turn([scores, *found], least, len(scores))
-        return torch.zeros_like(scores).scatter(
-            0, torch.tensor(order), -torch.arange(len(order)).double()
-        )
+def slow_hops(llama, ids, *, hops, question, seeds, temperature, least, kernel, **settings):
+    def rank(peaks, seen):
+        states = seen.value.transpose(0, 1).flatten(1)
+        direct, start, linked = [peaks], peaks, []
+        if question:
+            echo = slow_methods.echo(states, question, temperature)[: len(peaks)]
+            direct.append(slow_methods.reached(echo, 8, 12))
+            both = zip(slow_methods.places(peaks), slow_methods.places(echo), strict=True)
+            start = -torch.tensor([min(pair) for pair in both]).double()
+        if hops:
+            linked = slow_methods.hop_scores(
+                start,
+                states[: len(peaks)],
+                hops=hops,
+                seeds=seeds,
+                temperature=temperature,
+                kernel=kernel,
+            )
+        return slow_methods.in_turn(direct, linked, least)
 
     return slow_peak(llama, ids, kernel=kernel, rank=rank, **settings)
 
@@ -476,11 +485,33 @@ CASES = {
         partial(slow_peak, kept=(0.6, 0.3), cached=0.25, kernel=9, layer=(1, 3), num_sinks=4),
     ),
     "hops": (
-        Hops(keep=30, kernel_size=5, num_sinks=0, num_seeds=6, least=4, temperature=0.2, **SMALL),
-        partial(slow_hops, kept=30, cached=30, kernel=5, hops=4, seeds=6, least=4, temperature=0.2),
+        Hops(
+            keep=30,
+            kernel_size=5,
+            num_sinks=0,
+            question=9,
+            reach=12,
+            num_seeds=6,
+            least=4,
+            temperature=0.2,
+            **SMALL,
+        ),
+        partial(
+            slow_hops,
+            kept=30,
+            cached=30,
+            kernel=5,
+            hops=3,
+            question=9,
+            seeds=6,
+            least=4,
+            temperature=0.2,
+        ),
     ),
-    "hops, staged": (
-        Hops(keep=(0.6, 0.4), keep_kv=0.3, layer=(1, 3), kernel_size=3, hops=2, window=8, least=5),
+    "hops, no question": (
+        Hops(
+            keep=(0.6, 0.4), keep_kv=0.3, layer=(1, 3), kernel_size=3, window=8, least=5, question=0
+        ),
         partial(
             slow_hops,
             kept=(0.6, 0.4),
@@ -488,10 +519,25 @@ CASES = {
             layer=(1, 3),
             kernel=3,
             num_sinks=4,
-            hops=2,
+            hops=3,
+            question=0,
             seeds=64,
             least=5,
-            temperature=0.1,
+            temperature=0.05,
+        ),
+    ),
+    "hops, echo alone": (
+        Hops(keep=0.4, kernel_size=5, num_sinks=0, question=9, reach=12, hops=0, least=10, **SMALL),
+        partial(
+            slow_hops,
+            kept=0.4,
+            cached=0.4,
+            kernel=5,
+            hops=0,
+            question=9,
+            seeds=64,
+            least=10,
+            temperature=0.05,
         ),
     ),
     "pyramidinfer": (

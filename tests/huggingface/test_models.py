@@ -9,7 +9,7 @@ import transformers
 
 from claa_ops.methods import CLAA
 from claa_ops.prefill import ClaaCache, attach
-from support.families import MULTIMODAL, REFUSED, SERVED, build_family, missing, page
+from support.families import HYBRID, MULTIMODAL, REFUSED, SERVED, build_family, missing, page
 from support.tiny_models import EXTRA, SLIDING_WINDOW, build, generate, prompt
 
 METHOD = CLAA(keep=24, keep_kv=16, layer=1, last_n=2, first_full=0)
@@ -29,7 +29,7 @@ def size(logits):
     return logits.abs().max().item()
 
 
-@pytest.mark.parametrize("family", [*SERVED, *MULTIMODAL])
+@pytest.mark.parametrize("family", [*SERVED, *HYBRID, *MULTIMODAL])
 def test_a_served_family_keeps_the_promises(family, made):
     model = made
     ids, mask = prompt(60, 41, 18)
@@ -50,7 +50,7 @@ def test_a_served_family_keeps_the_promises(family, made):
 @pytest.mark.parametrize(
     ("family", "lengths"),
     [
-        *((family, (60, 41, 18)) for family in (*SERVED, *MULTIMODAL)),
+        *((family, (60, 41, 18)) for family in (*SERVED, *HYBRID, *MULTIMODAL)),
         *((family, (26, 9)) for family in ("llama", *EXTRA)),  # 9 < 16: padding within windows
     ],
 )
@@ -125,8 +125,12 @@ def test_the_page_of_architectures_has_what_is_tested():
     assert written == page("5.17.0, 5.23.0 and 5.24.0")
 
 
-def test_recurrent_layers_are_refused():
+def test_layers_of_a_kind_that_is_not_known_are_refused():
     config = build("llama").config
-    config.layer_types = ["full_attention", "linear_attention"] * 2
-    with pytest.raises(ValueError, match="got linear_attention for layer 1"):
+    config.layer_types = ["full_attention", "chunked_attention"] * 2
+    config.attention_chunk_size = 16
+    with pytest.raises(ValueError, match="got chunked_attention for layer 1"):
+        ClaaCache(config, CLAA(layer=1))
+    config.layer_types = ["linear_attention"] * 4
+    with pytest.raises(ValueError, match="a layer must attend, got none"):
         ClaaCache(config, CLAA(layer=1))

@@ -7,7 +7,7 @@ import torch
 
 from claa_ops.methods import Pruning
 from claa_ops.prefill import ClaaCache, attach, decode, generate, prefill
-from claa_ops.selection.padding import mask_padding
+from support.own_methods import Mass
 from support.tiny_models import build, prompt
 
 FAMILIES = ["llama", "gemma2", "gpt_oss"]
@@ -54,22 +54,6 @@ def test_nothing_of_a_layer_is_held_after_the_prefill():
         state = prefill(model, prompt(60)[0], Pruning(keep=20, layer=1)).state
     with pytest.raises(RuntimeError, match="observed: must be read between .*, got layer 3 after"):
         _ = state.observed
-
-
-@dataclass(frozen=True)
-class Mass(Pruning):
-    """As many tokens of each prompt as carry a share of its ranking's mass."""
-
-    share: float = 0.3
-    differs_by_row = True
-
-    def select(self, state, layer):
-        if layer not in self.stages(state.num_layers):
-            return None
-        ranking = mask_padding(state.importance, state.start, 0.0).double()
-        mass = ranking.sort(dim=1, descending=True).values.cumsum(dim=1)
-        needed = 1 + (mass < self.share * mass[:, -1:]).sum(dim=1)
-        return self.keep_best(state, state.importance, needed + self.window, window=self.window)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,7 +1,9 @@
 """One recorded prefill serves every method as prefilling anew would, to the bit."""
 
 import contextlib
+import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from claa_ops.methods import (
     UniPrefill,
 )
 from claa_ops.prefill import ClaaCache, attach, decode, prefill
+from support.own_methods import Mass, Norms
 from support.tiny_models import build, prompt
 
 LENGTHS = {"alone": (50,), "padded batch": (50, 41)}
@@ -139,13 +142,16 @@ def test_a_row_of_a_batch_is_the_prompt_alone(family, name):
     ids, mask = prompt(80, 61)
     batch = RecordedPrefill(model, ids, mask)
     together = batch.run(method)
-    shares, cached, kept = together.work_shares(), together.cache_bytes(), together.kept()
+    shares, cached = together.work_shares(), together.cache_bytes()
+    reached = together.reached()
     for row, tokens in enumerate((80, 61)):
         own = ids[row : row + 1, -tokens:]
         alone = prefill(model, own, method)
         assert shares[row] == pytest.approx(alone.work_share, rel=1e-12)
         assert cached[row] == alone.cache.nbytes()
-        assert kept[row] == (tokens if alone.positions is None else alone.positions.shape[1])
+        places = range(tokens) if alone.positions is None else alone.positions[0].tolist()
+        assert reached[row].nonzero()[:, 0].tolist() == list(places)
+        assert len(reached[row]) == tokens
         sliced = batch.row(row).run(method)
         assert sliced.cache_bytes() == [alone.cache.nbytes()]
         assert sliced.work_shares() == [alone.work_share]
@@ -153,9 +159,6 @@ def test_a_row_of_a_batch_is_the_prompt_alone(family, name):
             torch.testing.assert_close(logits, alone.logits[0], atol=1e-5, rtol=1e-5)
         if alone.positions is not None:
             assert torch.equal(sliced.positions, alone.positions)
-            assert torch.equal(
-                together.positions[row, -kept[row] :] - 80 + tokens, alone.positions[0]
-            )
 
 
 def test_the_layers_of_a_row_are_replayed():
@@ -294,3 +297,74 @@ def test_the_state_has_the_ranking_of_a_layer(lengths):
         assert torch.equal(recorded.state(method, layer).importance, cache.state.importance)
     with pytest.raises(ValueError, match="must have the last 65 rows, .* got 64"):
         recorded.state(CLAA(window=65, layer=2), 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_method_that_reads_hidden_states_is_replayed(family):
+    model, method = attach(build(family)), Norms(keep=0.4, layer=1)
+    (ids, mask), computed = prompt(60, 41), []
+    expected = prefill(model, ids, method, mask)
+    recorded = RecordedPrefill(model, ids, mask)
+    state = recorded.state(method, 1)
+    assert torch.equal(state.importance, expected.state.importance)
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: computed.append(index))
+    prefilled = recorded.run(method)
+    assert computed == [2, 3]
+    assert torch.equal(prefilled.logits, expected.logits)
+    assert_same_cache(prefilled.cache, expected.cache)
+    for row, tokens in enumerate((60, 41)):
+        alone = prefill(model, ids[row : row + 1, -tokens:], method)
+        torch.testing.assert_close(
+            recorded.row(row).run(method).logits, alone.logits, atol=1e-5, rtol=1e-5
+        )
+    # Of one layer alone is no record that it could read.
+    few = RecordedPrefill(model, ids, mask, layers=[1])
+    computed.clear()
+    assert torch.equal(few.run(method).logits, expected.logits) and computed == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("length", [40, 80])  # fewer tokens than rows that are recorded, and more
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_prompts_of_one_length_may_keep_different_numbers(family, length):
+    model, method = attach(build(family)), Mass(layer=1, keep_kv=1.0, share=0.6)
+    ids, _ = prompt(length, length, length)
+    recorded, computed = RecordedPrefill(model, ids), []
+    with pytest.raises(ValueError, match="a batch must be padded or one prompt"):
+        recorded.run(method)
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: computed.append(index))
+    together = recorded.padded().run(method)
+    assert computed == [2, 3]
+    reached, shares, cached = together.reached(), together.work_shares(), together.cache_bytes()
+    logits = continue_greedily(model, together)
+    for row in range(3):
+        alone = prefill(model, ids[row : row + 1], method)
+        assert reached[row].nonzero()[:, 0].tolist() == alone.positions[0].tolist()
+        assert shares[row] == pytest.approx(alone.work_share, rel=1e-12)
+        assert cached[row] == alone.cache.nbytes()
+        own = continue_greedily(model, alone)[:, 0]
+        torch.testing.assert_close(logits[:, row], own, atol=1e-4, rtol=1e-4)
+    assert len({int(row.sum()) for row in reached}) > 1
+
+
+def test_seconds_are_those_of_what_is_computed_and_of_the_layers_that_were(monkeypatch):
+    seconds = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(seconds)))
+    monkeypatch.setattr("claa_ops.huggingface.replay.time", clock)
+    model = attach(build("llama"))
+    recorded = RecordedPrefill(model, prompt(60, 60)[0])
+    assert recorded.seconds == 6  # a look before, at the beginning of 4 layers, and two at the end
+    for method, layers in (
+        (CLAA(keep=0.4, layer=1), 2),
+        (FullKV(), 4),
+        (GemFilter(keep=0.4, layer=2), 3),
+        (StreamingLLM(keep=0.4), 4),
+    ):
+        prefilled = recorded.run(method)
+        assert (prefilled.seconds, prefilled.full_seconds) == (1 + layers, 6)
+        alone = recorded.row(1).run(method)
+        assert (alone.seconds, alone.full_seconds) == (1 + layers / 2, 3)
+    oracle = Oracle(keep=0.4, layer=1, max_new_tokens=3)
+    for _ in range(2):  # its answer is asked for once, and counts each time
+        assert recorded.run(oracle).seconds == 1 + 2 + 1

@@ -14,21 +14,24 @@ SETTINGS = {"window": WINDOW, "kernel_size": 5, "num_sinks": 0, "keep_kv": 1.0}
 
 @given(
     seed=st.integers(0, 999),
-    hops=st.integers(1, 5),
+    direct=st.integers(1, 2),
+    hops=st.integers(0, 5),
     least=st.integers(0, 70),
     budget=st.integers(1, 120),
 )
-def test_each_ranking_has_its_share_of_any_budget(seed, hops, least, budget):
+def test_each_ranking_has_its_share_of_any_budget(seed, direct, hops, least, budget):
     draw = torch.Generator().manual_seed(seed)
-    places = torch.stack([torch.randperm(120, generator=draw) for _ in range(1 + hops)])
-    method = Hops(hops=hops, least=least)
-    entries = method._entries(places[None].float())[0]
+    places = [torch.randperm(120, generator=draw) for _ in range(direct + hops)]
+    rankings = torch.stack(places)[None].float()
+    method = Hops(least=least)
+    entries = method._entries(rankings[:, :direct], rankings[:, direct:] if hops else None)[0]
     kept = set(entries.argsort(stable=True)[:budget].tolist())
     best = [row.argsort().tolist() for row in places]  # the tokens of each ranking, best first
-    direct = max(min(budget, least), 2 * budget // (hops + 2))
-    share = min(max(0, budget - least) // hops, budget // (hops + 2))
-    assert kept >= set(best[0][:direct])
-    for tokens in best[1:]:
+    shares = 2 * direct + hops
+    for tokens in best[:direct]:
+        assert kept >= set(tokens[: max(min(budget, least) // direct, 2 * budget // shares)])
+    for tokens in best[direct:]:
+        share = min((budget - least) // hops, budget // shares)
         assert kept >= set(tokens[: max(0, share - 1)])
 
 
@@ -65,7 +68,7 @@ def test_the_links_of_a_chain_are_kept_that_peak_drops():
     found = {}
     for method in (
         Peak(keep=40, layer=1, **SETTINGS),
-        Hops(keep=40, layer=1, least=8, num_seeds=6, temperature=0.05, **SETTINGS),
+        Hops(keep=40, layer=1, question=0, least=8, num_seeds=6, **SETTINGS),
     ):
         state = selected(method, query, key, value)
         found[type(method)] = [
@@ -79,7 +82,9 @@ def test_the_links_of_a_chain_are_kept_that_peak_drops():
 
 def test_the_ranking_is_that_of_the_specification():
     query, key, value = inputs(seed=1)
-    method = Hops(keep=60, layer=1, least=8, num_seeds=16, **SETTINGS)
+    method = Hops(
+        keep=60, layer=1, question=0, hops=4, temperature=0.1, least=8, num_seeds=16, **SETTINGS
+    )
     state = selected(method, query, key, value)
     peaks = selected(Peak(keep=60, layer=1, **SETTINGS), query, key, value).importance
     found = reference.hop_tokens(peaks, value[1], hops=4, num_seeds=16, kernel_size=5)
@@ -105,6 +110,18 @@ def test_the_ranking_is_that_of_the_specification():
         assert chosen <= kept
 
 
+def test_what_follows_an_echo_of_the_question_is_kept():
+    query, key, value = inputs(seed=4)
+    asked = torch.randn(2, 2, 2, 4, 16, generator=torch.Generator().manual_seed(6))
+    value[:, :, :, -4:] = value[:, :, :, 60:64] = 3 * asked[0]  # the end, and the text before
+    reach = {"question": 8, "reach": 20, "hops": 0}
+    for settings, found in (({}, False), (reach, True)):
+        settings = {"question": 0, "hops": 0, **settings}
+        state = selected(Hops(keep=80, layer=1, **settings, **SETTINGS), query, key, value)
+        for row in state.positions.tolist():
+            assert (set(range(60, 80)) <= set(row)) == found
+
+
 def test_hidden_states_may_stand_for_values():
     query, key, value = inputs(seed=2)
     by_value = selected(Hops(keep=40, layer=1, **SETTINGS), query, key, value)
@@ -112,10 +129,10 @@ def test_hidden_states_may_stand_for_values():
     assert torch.equal(by_value.positions, by_hidden.positions)
 
 
-def test_no_hop_is_peak():
+def test_no_hop_and_no_question_is_peak():
     query, key, value = inputs(seed=3)
     plain = selected(Peak(keep=40, layer=1, **SETTINGS), query, key, value)
-    none = selected(Hops(keep=40, layer=1, hops=0, **SETTINGS), query, key, value)
+    none = selected(Hops(keep=40, layer=1, hops=0, question=0, **SETTINGS), query, key, value)
     assert torch.equal(plain.importance, none.importance)
 
 

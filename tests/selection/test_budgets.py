@@ -1,12 +1,15 @@
 """Budgets: exact, staged, and shared out among layers."""
 
+from dataclasses import dataclass
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from claa_ops import prefill
-from claa_ops.methods import CLAA, FastKV, PyramidKV, SnapKV
+from claa_ops.methods import CLAA, FastKV, Pruning, PyramidKV, SnapKV
 from claa_ops.selection.budget import Budget, equal_share
 
 lengths = st.lists(st.integers(0, 300), min_size=1, max_size=12)
@@ -78,3 +81,35 @@ def test_a_pyramid_holds_what_snapkv_holds():
     # No layer can keep more than there is: the last ones take the rest.
     assert cache_lengths(PyramidKV(keep=800), 3, 1000) == [1000, 800, 600]
     assert cache_lengths(PyramidKV(keep=0.2, beta=1), 3, 1000) == [200] * 3
+
+
+@pytest.mark.parametrize("length, kept", [(40, 40), (90, 60), (300, 60), (700, 70)])
+def test_a_short_prompt_keeps_a_number_of_tokens_and_a_long_one_a_rate(length, kept):
+    method = CLAA(keep=0.1, keep_least=60, layer=1, first_full=0)
+    assert cache_lengths(method, 4, length) == [kept] * 4
+
+
+@given(st.floats(0.05, 0.95), st.floats(0.05, 1.0), st.integers(1, 50), st.integers(0, 99))
+def test_as_many_tokens_continue_as_hold_the_mass_within_the_bounds(mass, keep, least, seed):
+    draw = torch.Generator().manual_seed(seed)
+    scores = torch.rand(1, 2, 92, generator=draw) ** 6
+    method = Given(keep=keep, mass=mass, keep_least=least, layer=0, window=8)
+    state = prefill.begin(method, num_layers=2, prompt_length=100)
+    state.notes["given"] = scores
+    rows = torch.zeros(1, 2, 100, 4)
+    state.observe(0, rows, rows)
+    state.compress(0, rows, rows)
+    index = state.select(0)
+    kept = 100 if index is None else index.shape[1]
+    most = max(8, least, int(Fraction(str(keep)) * 100))
+    ranked = scores.sum(1)[0].double().sort(descending=True).values
+    needed = int((ranked.cumsum(0) < mass * ranked.sum()).sum()) + 1
+    assert kept == min(most, max(least, needed + 8))
+
+
+@dataclass(frozen=True)
+class Given(Pruning):
+    """Scores that the test has chosen."""
+
+    def score(self, layer):
+        return layer.state.notes["given"]

@@ -1,5 +1,7 @@
 """The families of models that the tests build: those that attach, and those that are refused."""
 
+import copy
+
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -38,6 +40,14 @@ SERVED: dict[str, dict] = {
     "gemma": {},
     "gemma2": {},
     "gemma3_text": {},
+    "gemma4_text": {
+        **_WINDOWS,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+    },
     "glm": {},
     "glm4": {},
     "glm4_moe": _MIXTURE,
@@ -79,6 +89,49 @@ SERVED: dict[str, dict] = {
     "vaultgemma": _WINDOWS,
 }
 
+_DELTA = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+}
+_CONV = {"layer_types": ["conv", "full_attention"] * 2}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
+_SHARED_EXPERT = {**_MIXTURE, "shared_expert_intermediate_size": 32}
+
+# What the layers, or parts of layers, without attention are; and settings.
+HYBRID: dict[str, tuple[str, dict]] = {
+    "lfm2": ("short convolutions", _CONV),
+    "lfm2_moe": ("short convolutions", {**_MIXTURE, **_CONV, "num_dense_layers": 1}),
+    "qwen3_next": ("gated delta rules", {**_SHARED_EXPERT, **_DELTA}),
+    "qwen3_5_text": ("gated delta rules", _DELTA),
+    "qwen3_5_moe_text": ("gated delta rules", {**_SHARED_EXPERT, **_DELTA}),
+    "olmo_hybrid": ("gated delta rules", _DELTA),
+    "falcon_h1": (
+        "Mamba 2, beside the attention of each layer",
+        {**_MAMBA, "mamba_n_heads": 4, "mamba_d_ssm": 32},
+    ),
+    "bamba": ("Mamba 2", {**_MAMBA, "attn_layer_indices": [1, 3]}),
+    "granitemoehybrid": (
+        "Mamba 2",
+        {**_MAMBA, "layer_types": _DELTA["layer_types"], "position_embedding_type": "nope"},
+    ),
+    "nemotron_h": (
+        "Mamba 2 and feed-forward layers",
+        {
+            "layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 16,
+        },
+    ),
+    "jamba": ("Mamba", {"attn_layer_period": 2, "attn_layer_offset": 1}),
+}
+
 # Settings, and words of the refusal.
 REFUSED: dict[str, tuple[dict, str]] = {
     "bloom": ({}, "bias on attention (ALiBi)"),
@@ -98,7 +151,6 @@ REFUSED: dict[str, tuple[dict, str]] = {
     ),
     "diffllama": ({}, "a layer must attend once, got two calls"),
     "falcon": ({"head_dim": UNSET}, "its layers are called `h`, not `layers`"),
-    "falcon_h1": ({"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32}, "recurrent layers"),
     "gemma3n_text": (
         {
             "num_kv_shared_layers": 2,
@@ -116,13 +168,22 @@ REFUSED: dict[str, tuple[dict, str]] = {
     "gpt_bigcode": ({}, "adds positions to the embeddings (`wpe`)"),
     "gpt_neox_japanese": ({}, "computes attention by code of its own"),
     "gptj": ({"rotary_dim": 8}, "its layers are called `h`, not `layers`"),
-    "granitemoehybrid": (
-        {"layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 8, "mamba_d_head": 8},
-        "recurrent layers",
-    ),
-    "jamba": ({"attn_layer_period": 2, "attn_layer_offset": 1}, "recurrent layers"),
     "jetmoe": ({}, "attention must see the heads that the cache holds, got 4 and 2"),
-    "lfm2": ({"layer_types": ["conv", "full_attention"] * 2}, "recurrent layers"),
+    "kimi_linear": (
+        {
+            **_MIXTURE,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "num_key_value_heads": 4,
+            "q_lora_rank": None,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "linear_head_dim": 8,
+            "linear_num_heads": 4,
+        },
+        "attention must see the heads that the cache holds, got 4 and 1",
+    ),
     "llama4_text": (
         {
             "num_local_experts": 2,
@@ -132,18 +193,31 @@ REFUSED: dict[str, tuple[dict, str]] = {
         },
         "attend otherwise than in full or in sliding windows: chunked_attention",
     ),
-    "mamba": ({}, "recurrent layers"),
+    "mamba": ({}, "recurrent alone"),
+    "minimax": (
+        {**_MIXTURE, "layer_types": ["linear_attention", "full_attention"] * 2},
+        "uses cache of its own",
+    ),
     "mpt": ({"d_model": 32, "n_layers": 4, "n_heads": 4}, "bias on attention (ALiBi)"),
     "opt": (
         {"ffn_dim": 48, "word_embed_proj_dim": 32},
         "adds positions to the embeddings (`embed_positions`)",
     ),
-    "qwen3_next": (
-        {**_MIXTURE, "layer_types": ["linear_attention", "full_attention"] * 2},
-        "recurrent layers",
+    "recurrent_gemma": ({}, "take no `position_embeddings`"),
+    "rwkv": ({"attention_hidden_size": 32}, "recurrent alone"),
+    "zamba2": (
+        {
+            "layers_block_type": ["linear_attention", "hybrid"] * 2,
+            "num_mem_blocks": 1,
+            "mamba_headdim": 8,
+            "n_mamba_heads": 8,
+            "mamba_ngroups": 1,
+            "mamba_d_state": 8,
+            "attention_hidden_size": 64,
+            "attention_head_dim": 16,
+        },
+        "layers share it",
     ),
-    "recurrent_gemma": ({}, "recurrent layers"),
-    "rwkv": ({"attention_hidden_size": 32}, "recurrent layers"),
 }
 
 _VISION = {
@@ -224,6 +298,28 @@ MULTIMODAL: dict[str, tuple[str, dict, dict]] = {
             **_QWEN_IDS,
         },
     ),
+    "qwen3_5": (
+        "qwen3_5_text",
+        {**_DELTA, **_QWEN_ROPE},
+        {
+            "vision_config": {**_QWEN_VISION, "hidden_size": 16, "num_position_embeddings": 16},
+            **_QWEN_IDS,
+        },
+    ),
+    "lfm2_vl": (
+        "lfm2",
+        _CONV,
+        {"vision_config": {**_VISION, "model_type": "siglip2_vision_model"}, **_ID},
+    ),
+    "gemma4": (
+        "gemma4_text",
+        SERVED["gemma4_text"],
+        {
+            "vision_config": {**_VISION, "model_type": "gemma4_vision", "head_dim": 8},
+            "audio_config": None,
+            **_ID,
+        },
+    ),
     "smolvlm": ("llama", {}, {"vision_config": {**_VISION, "model_type": "smolvlm_vision"}, **_ID}),
 }
 
@@ -238,13 +334,19 @@ def missing(family: str, release: str) -> str | None:
     return NOT_IN.get((family, ".".join(release.split(".")[:2])))
 
 
-def build_family(family: str) -> PreTrainedModel:
+def _settings(family: str) -> dict:
+    if family in HYBRID:
+        return HYBRID[family][1]
+    return SERVED[family] if family in SERVED else REFUSED[family][0]
+
+
+def build_family(family: str, attention: str | None = None) -> PreTrainedModel:
     """A tiny random model of any of the families above."""
     if family not in MULTIMODAL:
-        settings = SERVED[family] if family in SERVED else REFUSED[family][0]
-        return build(family, **settings)
+        return build(family, attention, **_settings(family))
     text, changes, around = MULTIMODAL[family]
-    text_config = {**COMMON, **EXTRA.get(text, {}), **changes, "model_type": text}
+    # Copies: configurations change what they are given.
+    text_config = {**COMMON, **EXTRA.get(text, {}), **copy.deepcopy(changes), "model_type": text}
     config = AutoConfig.for_model(family, text_config=text_config, **around)
     return initialized(lambda: AutoModelForImageTextToText.from_config(config))
 
@@ -267,6 +369,33 @@ loops written by hand (tests/huggingface/hand_loop.py).
 |---|---|---|
 {served}
 
+## Hybrid decoders
+
+Most of their layers, or a part of each layer, hand a state of fixed size from token to token
+instead of attending. The same holds for them, and `keep < 1` is also compared with a loop written
+by hand around the plain layers, in several turns (tests/support/layer_loop.py). Real models were
+not at hand: **what a selection costs in accuracy was not measured**, and a state that reads only
+the kept tokens is another state than one of the whole prompt.
+
+- Layers that attend rank and have caches that are compressed. After the selection all layers, the
+  recurrent ones too, read the kept tokens alone, in their order; states of earlier layers are of
+  the whole prompt. In a padded batch the padding stays hidden from them.
+- `layer` names any layer of the model: tokens are dropped after it, by the ranking of the layers
+  with attention up to it. There must be one of these up to it, and one after it. A default that
+  finds none moves to the nearest layer that has both.
+- All else that a method counts is layers with attention: `last_n`, `first_full`, `equal_cache`
+  and the depth of a pyramid.
+- `cache.lengths` is 0 where nothing attends, `cache.nbytes()` has the states, and the work that is
+  reported has the weights of all layers and the attention of those that attend.
+
+| family | besides full attention | with these releases |
+|---|---|---|
+{hybrid}
+
+A turn of several tokens is what the plain model makes of it: in Jamba that forgets the states of
+the prompt. `StaticClaaCache` holds states, but no layers that attend and recur at once
+(`falcon_h1`).
+
 ## Served with prompts of text
 
 The decoders of models that read images too. Prompts with images were not tested.
@@ -276,6 +405,9 @@ The decoders of models that read images too. Prompts with images were not tested
 {multimodal}
 
 ## Refused
+
+Also `gemma4_text` and `gemma4` where layers use the keys of others (`num_kv_shared_layers`), as in
+E2B and E4B.
 
 | family | because |
 |---|---|
@@ -296,6 +428,7 @@ def page(releases: str) -> str:
 
     lines = {
         "served": [f"| `{name}` | {attention(name)} | {tested(name)} |" for name in SERVED],
+        "hybrid": [f"| `{name}` | {what} | {tested(name)} |" for name, (what, _) in HYBRID.items()],
         "multimodal": [
             f"| `{name}` | `{text}` | {tested(name)} |" for name, (text, *_) in MULTIMODAL.items()
         ],

@@ -201,7 +201,7 @@ def pool(x: Tensor, kernel: int) -> Tensor:
 def hop_scores(
     scores: Tensor, states: Tensor, *, hops: int, seeds: int, temperature: float, kernel: int
 ) -> list[Tensor]:
-    """[M] for each hop: what of the states [M, C] is like those of the best tokens before."""
+    """[M] for each hop: what of the states [M, C] is like those of the best tokens before it."""
     states = states - states.mean(0)
     states = states / states.norm(dim=-1, keepdim=True)
     found, used = [], set()
@@ -220,31 +220,49 @@ def hop_scores(
     return found
 
 
-def in_turn(rankings: list[Tensor], first: int, count: int) -> list[int]:
-    """The ``count`` tokens that rankings [M] keep together, most important first.
+def places(scores: Tensor) -> list[int]:
+    """The place of each token in a ranking, from 0."""
+    order = sorted(range(len(scores)), key=lambda j: (-float(scores[j]), j))
+    return [order.index(j) for j in range(len(order))]
 
-    The first ranking has ``first`` tokens for itself. Then the others take one each in turn, until
-    it has less than two for each one of theirs.
+
+def echo(states: Tensor, question: int, temperature: float) -> Tensor:
+    """[n]: how like a token is to one of the last; 0 for these."""
+    order = torch.arange(len(states)).double()
+    found = hop_scores(order, states, hops=1, seeds=question, temperature=temperature, kernel=7)[0]
+    found[max(0, len(found) - question) :] = 0
+    return found
+
+
+def reached(scores: Tensor, before: int, after: int) -> Tensor:
+    """The best score from ``after`` tokens before a token to ``before`` behind it."""
+    return torch.stack(
+        [scores[max(0, j - after) : j + before + 1].max() for j in range(len(scores))]
+    )
+
+
+def in_turn(direct: list[Tensor], linked: list[Tensor], first: int) -> Tensor:
+    """[M]: a ranking of which each given one has its share: the direct ones two, the linked one.
+
+    The direct ones have the first tokens for themselves, one each in turn. Then the linked ones
+    take one each in turn, until each has half of what a direct one has.
     """
-    orders = [
-        sorted(range(len(scores)), key=lambda j: (-float(scores[j]), j)) for scores in rankings
-    ]
-    shares = len(rankings) + 1
-    due = [
-        (place if place < first else max(first, place * shares / 2), 0, place)
-        for place in range(len(orders[0]))
-    ]
-    for ranking in range(1, len(orders)):
-        others = len(orders) - 1
-        due += [
-            (max(first + others * place, shares * place) + 0.25, ranking, place)
-            for place in range(len(orders[0]))
-        ]
-    taken: dict[int, float] = {}
-    for when, ranking, place in due:
-        token = orders[ranking][place]
-        taken[token] = min(when, taken.get(token, torch.inf))
-    return sorted(taken, key=lambda j: (taken[j], j))[:count]
+    shares = 2 * len(direct) + len(linked)
+    due = []
+    for ranking in direct:
+        due.append(
+            [
+                place * len(direct)
+                if place * len(direct) < first
+                else max(first, place * shares / 2)
+                for place in places(ranking)
+            ]
+        )
+    for ranking in linked:
+        due.append(
+            [max(first + len(linked) * place, shares * place) + 0.25 for place in places(ranking)]
+        )
+    return -torch.tensor(due).double().amin(0)
 
 
 def answer_attention(

@@ -13,6 +13,7 @@ from claa_ops.cli.generate import demo, generate
 from claa_ops.cli.info import info
 from claa_ops.cli.options import Commands
 from claa_ops.cli.oracle import oracle
+from claa_ops.cli.tune import tune
 from claa_ops.info import print_version
 
 # transformers takes seconds to import: functions that need it import what uses it, --help does not.
@@ -44,5 +45,5 @@ def options(
     """Take the options that are of no command."""
 
 
-for command in (generate, demo, evaluate, oracle, info):
+for command in (generate, demo, tune, evaluate, oracle, info):
     app.command()(command)

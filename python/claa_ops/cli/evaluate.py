@@ -53,11 +53,12 @@ _OPTIONS = {
         "of them, or hf://datasets/OWNER/NAME/FILE, and ruler/vt:PATH to name the task. "
         "Repeat it. Default: needle.",
     ),
-    "suite": typer.Option(
+    "suites": typer.Option(
+        "--suite",
         help="claa-paper: the rates and needles of the paper, with all methods and two fair "
         "controls; give its records with --task, and --draft for speculative. ruler: RULER's "
-        "tasks, made here. beyond: chains, code, tables, agents and what else RULER lacks. Other "
-        "options still count."
+        "tasks, made here. beyond: chains, code, tables, agents and what else RULER lacks. Repeat "
+        "it for several at once. Other options still count.",
     ),
     "lengths": typer.Option(help="Tokens of the prompts made here, such as 1000,2000. [1000]"),
     "depths": typer.Option(help="How many depths of the needle, or which: 0%,50%,100%. [5]"),
@@ -81,6 +82,12 @@ _OPTIONS = {
         "is, and the same command continues. Default: none.",
     ),
     "baseline": typer.Option(help="The method that differences are taken to."),
+    "min_full": typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Tasks of which full prefill scores so much count for the share of full and the "
+        "worst task.",
+    ),
     "out": typer.Option(help="Where records, results and pictures go; run again to continue."),
 }
 

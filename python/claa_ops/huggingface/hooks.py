@@ -18,6 +18,7 @@ from claa_ops.huggingface.cache import ClaaCache, Look, hide_before
 from claa_ops.huggingface.generation import AttachedCache, new_cache
 from claa_ops.huggingface.transformers_api import (
     Arguments,
+    LayerKind,
     PreTrainedModel,
     bind,
     cache_argument,
@@ -119,7 +120,7 @@ class NoteArguments(_Hook):
 class BeginForward(_Hook):
     """Before the decoder: check that the cache fits, and tell it what comes."""
 
-    kinds: tuple[tuple[str, int | None], ...]  # of each layer, as `cache_layers` returns them
+    kinds: tuple[LayerKind, ...]  # of each layer
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
         """Act on a cache of an attached model."""
@@ -152,9 +153,8 @@ class BeginForward(_Hook):
         cache.begin_forward(tokens, arguments.get("attention_mask"), arguments.get("position_ids"))
 
 
-def _described(kind: tuple[str, int | None]) -> str:
-    name, window = kind
-    return name if window is None else f"{name} over {window} tokens"
+def _described(kind: LayerKind) -> str:
+    return kind.name if kind.window is None else f"{kind.name} over {kind.window} tokens"
 
 
 @dataclass(frozen=True)
@@ -190,14 +190,13 @@ class ContinueWithSelected(_Hook):
             )
         state = cache.state
         assert state is not None  # begin_forward made it
-        selected = None
-        if self.index > 0 and self.index - 1 not in cache.within:
-            selected = state.select(self.index - 1)
+        selected = cache.select(self.index - 1)
         if selected is not None and cache.first_pass:
             raise FirstPassDone
         if selected is not None:
             cache.selected.clear()
             hidden = gather_tokens(hidden, selected)
+        cache.seen.append(hidden.shape[1])
         if state.positions is not None:
             # The model hands the same tensors to all layers of a type, so gather them once.
             kind = cache.layer_types[self.index]
@@ -207,7 +206,7 @@ class ContinueWithSelected(_Hook):
         if cache.method.reads_hidden:
             cache.hidden = hidden
         cache.look = None
-        if cache.method.selects_within(state, self.index):
+        if cache.selects_within(self.index):
             hidden = self._select_within(module, hidden, arguments, cache)
         return (hidden,), arguments
 
@@ -226,7 +225,8 @@ class ContinueWithSelected(_Hook):
             module.forward(hidden, **arguments)
         except LookDone:
             pass
-        look.index = cache.within[self.index] = index = state.select(self.index)
+        index = cache.select(self.index)
+        look.index = cache.within[self.index] = index
         if index is None:
             return hidden
         if cache.first_pass:
@@ -270,7 +270,8 @@ def _mask_rows(mask: Tensor | None, index: Tensor) -> Tensor | None:
     return mask[row, :, index.clamp_min(0)].movedim(1, 2)
 
 
-_OF_TOKENS = ("position_embeddings", "position_ids", "attention_mask")
+_MASKS = ("attention_mask", "mamba_attention_mask")  # the latter of layers that have two
+_OF_TOKENS = ("position_embeddings", "position_ids", *_MASKS)
 
 
 def _gather(arguments: Arguments, positions: Tensor, start: Tensor | None) -> Arguments:
@@ -288,27 +289,34 @@ def _gather(arguments: Arguments, positions: Tensor, start: Tensor | None) -> Ar
     )
     if unknown:
         raise TypeError(f"layers must take nothing else of each token, got {', '.join(unknown)}")
-    embeddings = arguments["position_embeddings"]
-    if not isinstance(embeddings, tuple) or any(x.dim() != 3 for x in embeddings):
-        raise TypeError("position_embeddings must be cosines and sines [batch, tokens, D]")
-    # A model over several devices hands what goes with the tokens from its first to every layer.
-    device = embeddings[0].device
-    positions, start = positions.to(device), None if start is None else start.to(device)
-    # Some models transpose theirs, and gather_tokens moves whole rows.
-    rows = (gather_tokens(x.contiguous(), positions) for x in embeddings)
-    selected: Arguments = {"position_embeddings": tuple(rows)}
+    selected: Arguments = {}
+    embeddings = arguments.get("position_embeddings")
+    if embeddings is not None:  # recurrences know the order of the tokens without them
+        if not isinstance(embeddings, tuple) or any(x.dim() != 3 for x in embeddings):
+            raise TypeError("position_embeddings must be cosines and sines [batch, tokens, D]")
+        # A model over several devices hands what goes with the tokens from its first to all.
+        device = embeddings[0].device
+        positions, start = positions.to(device), None if start is None else start.to(device)
+        # Some models transpose theirs, and gather_tokens moves whole rows.
+        rows = (gather_tokens(x.contiguous(), positions) for x in embeddings)
+        selected["position_embeddings"] = tuple(rows)
     if start is not None:
         positions = positions.clamp_min(0)
-    ids, mask = arguments.get("position_ids"), arguments.get("attention_mask")
+    ids = arguments.get("position_ids")
     if ids is not None:
         selected["position_ids"] = ids.expand(positions.shape[0], -1).gather(1, positions)
-    if mask is not None and mask.dim() == 2:
-        mask = mask.gather(1, positions)
-    elif mask is not None:
-        row = torch.arange(positions.shape[0], device=positions.device)[:, None, None]
-        mask = mask.expand(positions.shape[0], -1, -1, -1)
-        kept = mask[row, :, positions[:, :, None], positions[:, None, :]]  # [B, k, k, heads]
-        mask = kept.movedim(-1, 1)
-    if mask is not None:
-        selected["attention_mask"] = mask if start is None else hide_before(mask, start)
+    for name in _MASKS:
+        if (mask := arguments.get(name)) is not None:
+            mask = _gather_mask(mask, positions)
+            selected[name] = mask if start is None else hide_before(mask, start)
     return selected
+
+
+def _gather_mask(mask: Tensor, positions: Tensor) -> Tensor:
+    """A mask ``[B, N]`` or ``[B, heads, N, N]`` at the positions ``[B, k]``."""
+    if mask.dim() == 2:
+        return mask.gather(1, positions)
+    row = torch.arange(positions.shape[0], device=positions.device)[:, None, None]
+    mask = mask.expand(positions.shape[0], -1, -1, -1)
+    kept = mask[row, :, positions[:, :, None], positions[:, None, :]]  # [B, k, k, heads]
+    return kept.movedim(-1, 1)

@@ -21,7 +21,7 @@ from claa_ops.huggingface.transformers_api import cache_argument, decoder_of
 from claa_ops.huggingface.work import count_work
 from claa_ops.methods.full import FullKV
 from claa_ops.selection.method import Method, Preparation
-from claa_ops.selection.state import PrefillState, begin, check_count, check_method
+from claa_ops.selection.state import PrefillState, check_count, check_method
 from claa_ops.selection.work import Work
 
 
@@ -98,9 +98,7 @@ def prefill(
         **cache_argument(model, cache),
     )
     assert cache.state is not None  # the forward made it
-    work = prompt.work + count_work(
-        model, cache.state.lengths, within=cache.within, sparse=cache.sparse
-    )
+    work = prompt.work + count_work(model, cache.seen, within=cache.within, sparse=cache.sparse)
     full = count_work(model, [input_ids.shape[1]] * len(cache.layers))
     state = prompt.first or cache.state
     return Prefilled(
@@ -162,7 +160,7 @@ def _read(
     first = None
     if method.two_pass:
         first = _first_pass(model, input_ids, position_ids, attention_mask, start, cache)
-        work += count_work(model, first.lengths, logits=0)
+        work += count_work(model, cache.seen, logits=0)
         if first.positions is not None:
             chosen = first.positions.clamp_min(0)  # padding is hidden
             input_ids = input_ids.gather(1, chosen)
@@ -320,17 +318,9 @@ def _first_pass(
     cache: ClaaCache,
 ) -> PrefillState:
     """Choose the tokens of the second pass, running no more layers than needed; the state."""
-    method, layers = cache.method, len(cache.layers)
-    state = begin(
-        method,
-        num_layers=layers,
-        prompt_length=input_ids.shape[1],
-        start=start,
-        ranking=cache.ranking,
-        first_pass=True,
-    )
+    state = cache.new_state(input_ids.shape[1], start)
     chosen = state.choose()
-    if chosen is not None or method.last_layer(state) is None:
+    if chosen is not None or state.method.last_layer(state) is None:
         return state
     try:
         decoder = decoder_of(model)
@@ -345,5 +335,5 @@ def _first_pass(
         pass
     assert cache.state is not None  # the forward made it
     if cache.state.positions is None:
-        cache.state.select(layers - 1)
+        cache.select(len(cache.layers) - 1)
     return cache.state

@@ -7,16 +7,18 @@ import copy
 import functools
 import inspect
 import itertools
+import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from claa_ops.huggingface.answer import ModelReader
-from claa_ops.huggingface.cache import ClaaCache
+from claa_ops.huggingface.cache import ClaaCache, StateLayer
 from claa_ops.huggingface.decoding import count_positions
 from claa_ops.huggingface.prefill import Prefilled, prefill
 from claa_ops.huggingface.transformers_api import cache_argument, cache_of, decoder_of
@@ -55,11 +57,16 @@ class Replayed(Prefilled):
         seen: what the layers of each forward saw; there are two in a method with two passes.
         full: the tokens of each prompt.
         weights: of each layer, the multiply-adds of a token by its weights.
+        seconds: of the prefill of the batch. All but the layers that were replayed is measured
+            here; those count as the full prefill took for them.
+        full_seconds: of the full prefill of the same batch.
     """
 
     seen: list[list[Seen]]
     full: list[int]
     weights: list[int]
+    seconds: float
+    full_seconds: float
 
     def work_shares(self) -> list[float]:
         """For each prompt ``work_share``, were it alone.
@@ -92,6 +99,11 @@ class Replayed(Prefilled):
             return [self.cache.nbytes()]
         total = [0] * batch
         for layer, seen in zip(self.cache.layers, self.seen[-1], strict=True):
+            if isinstance(layer, StateLayer):
+                states = sum(state.nbytes for state in StateLayer.tensors(layer)) // batch
+                total = [before + states for before in total]
+            if layer.keys is None:
+                continue
             of_an_entry = sum(
                 held.shape[1] * held.shape[3] * held.element_size()
                 for held in (layer.keys, layer.values)
@@ -102,11 +114,17 @@ class Replayed(Prefilled):
             total = [before + own * of_an_entry for before, own in zip(total, entries, strict=True)]
         return total
 
-    def kept(self) -> list[int]:
-        """For each prompt how many of its tokens reached the last layer."""
+    def reached(self) -> list[Tensor]:
+        """For each prompt ``[N]``, bool: which of its tokens reached the last layer."""
         if self.positions is None:
-            return self.full
-        return (self.positions >= 0).sum(dim=1).tolist()
+            return [torch.ones(tokens, dtype=torch.bool) for tokens in self.full]
+        padded = self.state.prompt_length
+        reached = []
+        for positions, tokens in zip(self.positions.cpu(), self.full, strict=True):
+            row = torch.zeros(padded, dtype=torch.bool)
+            row[positions[positions >= 0]] = True
+            reached.append(row[padded - tokens :])
+        return reached
 
 
 class RecordedPrefill:
@@ -124,8 +142,12 @@ class RecordedPrefill:
         layers: after which of them methods will select; None for any. Hidden states, ``B * N *
             hidden_size`` numbers a layer, are recorded for these alone.
 
+    A method that reads hidden states (``reads_hidden``) is replayed if those of all layers are
+    recorded, and computed as a whole otherwise.
+
     Attributes:
         logits: ``[B, V]``, of the last prompt token in the full prefill.
+        seconds: of the full prefill; of a row of a batch, its share of them.
 
     Example::
 
@@ -145,15 +167,19 @@ class RecordedPrefill:
         self.input_ids = input_ids.to(model.device)
         self.attention_mask = None if attention_mask is None else attention_mask.to(model.device)
         self._outputs: dict[int, Any] = {}
-        self._prepared: dict[tuple[Any, ...], Preparation] = {}
+        self._unseen = 0  # tokens of padding that were not in the recorded forward
+        self._prepared: dict[tuple[Any, ...], tuple[Preparation, float]] = {}
         blocks = decoder_of(model).layers
+        clock = _Clock(model.device)
         handles = [blocks[0].register_forward_pre_hook(self._keep_embedded, with_kwargs=True)]
         for index, block in enumerate(blocks):
+            handles.append(block.register_forward_pre_hook(clock.tick))
             if layers is None or index in layers or index == len(blocks) - 1:
                 handles.append(block.register_forward_hook(self._keep_output(index)))
+        handles.append(blocks[-1].register_forward_hook(clock.tick))
         recorder = _Recorder(model.config, FullKV())
         try:
-            with torch.no_grad():
+            with torch.no_grad(), clock:
                 output = model(
                     self.input_ids,
                     attention_mask=self.attention_mask,
@@ -167,8 +193,15 @@ class RecordedPrefill:
                 handle.remove()
         assert isinstance(recorder.state, _RecordingState)  # the forward made it
         self._start = recorder.state.start
-        self._calls = recorder.state.calls
+        self._attending, self._depth = recorder.attending, len(blocks)
+        self._calls = dict(zip(recorder.attending, recorder.state.calls, strict=True))
+        self._states = {
+            index: layer
+            for index, layer in enumerate(recorder.layers)
+            if isinstance(layer, StateLayer)
+        }
         self.logits: Tensor = output.logits[:, -1]
+        self.seconds, self._layer_seconds = clock.seconds, clock.between_ticks()
 
     def run(self, method: Method) -> Replayed:
         """:func:`claa_ops.prefill.prefill` on these prompts.
@@ -177,16 +210,19 @@ class RecordedPrefill:
             ValueError: the method selects after a layer that was not among ``layers``, or does
                 not fit the model or this batch.
         """
-        with self.replay() as seen:
+        prepared, seconds = self._prepare(method)
+        with self._replaying() as replay, _Clock(self.model.device) as clock:
             prefilled = prefill(
-                self.model,
-                self.input_ids,
-                method,
-                self.attention_mask,
-                prepared=self._prepare(method),
+                self.model, self.input_ids, method, self.attention_mask, prepared=prepared
             )
-        full = self._whole.of_rows(len(self.input_ids))
-        return Replayed(**vars(prefilled), seen=seen, full=full, weights=self._weights)
+        return Replayed(
+            **vars(prefilled),
+            seen=replay.seen,
+            full=self._whole.of_rows(len(self.input_ids)),
+            weights=self._weights,
+            seconds=seconds + clock.seconds + replay.saved,
+            full_seconds=self.seconds,
+        )
 
     def row(self, index: int) -> RecordedPrefill:
         """The record of one prompt of the batch, as if it had been prefilled alone."""
@@ -197,14 +233,41 @@ class RecordedPrefill:
         alone.attention_mask = alone._start = None
         alone.logits = self.logits[row]
         alone._prepared = {}
+        batch = len(self.input_ids)
+        alone.seconds = self.seconds / batch
+        alone._layer_seconds = [seconds / batch for seconds in self._layer_seconds]
         alone._outputs = {
             layer: _each(output, lambda x: x[row, -tokens:])
             for layer, output in self._outputs.items()
         }
         # Of the angles there may be one row for all prompts.
         alone._given = [x[row if len(x) > 1 else slice(1), -tokens:] for x in self._given]
-        alone._calls = [call.row(row, tokens) for call in self._calls]
+        alone._calls = {layer: call.row(row, tokens) for layer, call in self._calls.items()}
+        alone._states = copy.deepcopy(self._states)
+        for layer in alone._states.values():
+            StateLayer.batch_select_indices(layer, torch.tensor([index]))
         return alone
+
+    def padded(self) -> RecordedPrefill:
+        """The record of the same prompts, of one length, with a token of padding before each.
+
+        That is for a method that keeps more of one prompt than of another, which needs a mask
+        after its selection. The layers before it never see the padding.
+        """
+        batch, tokens = self.input_ids.shape
+        wider = copy.copy(self)
+        wider.input_ids = pad(self.input_ids, (1, 0))
+        wider.attention_mask = pad(torch.ones_like(self.input_ids), (1, 0))
+        wider._start = self.input_ids.new_ones(batch)
+        wider._prepared = {}
+        wider._outputs = {
+            layer: _each(output, lambda x: pad(x, (0, 0, 1, 0)))
+            for layer, output in self._outputs.items()
+        }
+        wider._given = [pad(x, (0, 0, 1, 0)) for x in self._given]
+        wider._unseen = 1
+        wider._calls = {layer: call.padded(tokens) for layer, call in self._calls.items()}
+        return wider
 
     @property
     def _whole(self) -> Seen:
@@ -214,13 +277,13 @@ class RecordedPrefill:
     @functools.cached_property
     def _weights(self) -> list[int]:
         """Of each layer, the multiply-adds of a token by its weights."""
-        layers = range(len(self._calls))
+        layers = range(self._depth)
         return [count_work(self.model, [0] * layer + [1]).linear for layer in layers]
 
-    def _prepare(self, method: Method) -> Preparation | None:
-        """The answer of an oracle or a draft, once for all layers and budgets."""
+    def _prepare(self, method: Method) -> tuple[Preparation | None, float]:
+        """The answer of an oracle or a draft, once for all layers and budgets; its seconds."""
         if not method.needs_ranking:
-            return None
+            return None, 0.0
         settings = {
             setting.name: getattr(method, setting.name)
             for setting in fields(method)
@@ -228,9 +291,12 @@ class RecordedPrefill:
         }
         key = type(method), *settings.values()
         if key not in self._prepared:
-            prepared = method.prepare(ModelReader(self.model), self.input_ids, self.attention_mask)
+            with _Clock(self.model.device) as clock:
+                prepared = method.prepare(
+                    ModelReader(self.model), self.input_ids, self.attention_mask
+                )
             assert prepared is not None  # it is what the method needs
-            self._prepared[key] = prepared
+            self._prepared[key] = prepared, clock.seconds
         return self._prepared[key]
 
     def state(self, method: Method, layer: int, ranking: Tensor | None = None) -> PrefillState:
@@ -248,21 +314,31 @@ class RecordedPrefill:
             ValueError: there is no such layer, or the method reads more queries than the last
                 64, which are recorded.
         """
-        at_depth = method.at_depth(len(self._calls))
+        at_depth = method.at_depth(self._depth)
         if isinstance(getattr(at_depth, "layer", None), int):
             method = replace(at_depth, layer=layer)  # type: ignore[call-arg]
+        method, _ = method.among(self._attending, self._depth)
         state = begin(
             method,
-            num_layers=len(self._calls),
+            num_layers=len(self._attending),
             prompt_length=self.input_ids.shape[1],
             start=self._start,
             ranking=ranking,
             first_pass=method.two_pass,
         )
-        for index in range(layer + 1):
-            call = self._calls[index]
-            state.observe(index, call.query, call.key, **call.rest)
+        for count, index in enumerate(self._attending):
+            if index <= layer:
+                call = self._calls[index]
+                state.observe(count, call.query, call.key, **self._shown(index, method))
         return state
+
+    def _shown(self, layer: int, method: Method) -> dict[str, Any]:
+        """What a method sees of a layer, beside its queries and keys."""
+        rest = self._calls[layer].rest
+        if not method.reads_hidden:
+            return rest
+        given = self._outputs[layer - 1] if layer else self._given[0]
+        return {**rest, "hidden": given[0] if isinstance(given, tuple) else given}
 
     @contextlib.contextmanager
     def replay(self) -> Iterator[list[list[Seen]]]:
@@ -275,12 +351,17 @@ class RecordedPrefill:
         Yields:
             What the layers of each prefill see, filled as they run: see :class:`Replayed`.
         """
+        with self._replaying() as replay:
+            yield replay.seen
+
+    @contextlib.contextmanager
+    def _replaying(self) -> Iterator[_Replay]:
         replay = _Replay(self)
         blocks = decoder_of(self.model).layers
         try:
             for index, block in enumerate(blocks):
                 block.forward = _Layer(replay, block, index)
-            yield replay.seen
+            yield replay
         finally:
             for block in blocks:
                 vars(block).pop("forward", None)  # so that the class's is seen again
@@ -300,21 +381,28 @@ class RecordedPrefill:
         assert cache.state is not None  # a prefill has one
         given = _given(arguments)
         same = all(x.shape == y.shape for x, y in zip(given, self._given, strict=True))
+        first = self._unseen
         return (
             same
             and cache.method.rows(cache.state) <= _ROWS
-            and not cache.method.reads_hidden
             and not cache.method.alters_layers
-            and all(map(torch.equal, given, self._given))
+            and (not cache.method.reads_hidden or len(self._outputs) == self._depth)
+            and all(
+                torch.equal(x[:, first:], y[:, first:])
+                for x, y in zip(given, self._given, strict=True)
+            )
         )
 
     def hand_out(self, layer: int, cache: ClaaCache) -> Any:
         """The output of a layer, whose keys, values and scores the cache gets."""
-        call = self._calls[layer]
-        cache.update(call.key, call.rest["value"], layer)
-        cache.observe(layer, call.query, call.key, **call.rest)
+        if layer in self._states:
+            cache.layers[layer].take(self._states[layer])
+        if layer in self._calls:
+            call = self._calls[layer]
+            cache.update(call.key, call.rest["value"], layer)
+            cache.observe(layer, call.query, call.key, **self._shown(layer, cache.method))
         # Where an output was not recorded nobody reads it, but it must have the form of one.
-        return self._outputs.get(layer, self._outputs[len(self._calls) - 1])
+        return self._outputs.get(layer, self._outputs[self._depth - 1])
 
     def require_output(self, layer: int) -> None:
         """Raise ValueError unless the layers after this one can be computed."""
@@ -326,11 +414,59 @@ class RecordedPrefill:
             )
 
 
+class _Clock:
+    """Seconds of what a device does within, and between ticks of it.
+
+    The device is waited for at the beginning and the end alone.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._device = device
+        self._ticks: list[Any] = []
+        self.seconds = 0.0
+
+    def __enter__(self) -> _Clock:
+        self._wait()
+        self._begin = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._wait()
+        self.seconds = time.perf_counter() - self._begin
+
+    def tick(self, *arguments: Any) -> None:
+        """Note the time, as a hook of a module if need be."""
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            self._ticks.append(event)
+        else:
+            self._ticks.append(time.perf_counter())
+
+    def between_ticks(self) -> list[float]:
+        """The seconds between each tick and the next, once the clock has stopped."""
+        pairs = itertools.pairwise(self._ticks)
+        if self._on_gpu:
+            return [before.elapsed_time(after) / 1000 for before, after in pairs]
+        return [after - before for before, after in pairs]
+
+    def _wait(self) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize(self._device)
+
+
 @dataclass
 class _Replay:
     record: RecordedPrefill
     active: bool = False  # whether the layers of the current forward are replayed
     seen: list[list[Seen]] = field(default_factory=list)
+    saved: float = 0.0  # seconds that the full prefill took for what was replayed
+
+    def hand_out(self, layer: int, cache: ClaaCache) -> Any:
+        """See :meth:`RecordedPrefill.hand_out`."""
+        self.saved += self.record._layer_seconds[layer]
+        return self.record.hand_out(layer, cache)
 
 
 class _Layer:
@@ -354,13 +490,13 @@ class _Layer:
             replay.record.require_output(self._index - 1)
             replay.active = False
         if replay.active:
-            return replay.record.hand_out(self._index, cache)
+            return replay.hand_out(self._index, cache)
         return self._compute(*args, **kwargs)
 
 
 def _given(arguments: dict[str, Any]) -> list[Tensor]:
-    """What tells one prompt from another: the embedded tokens and their rotary angles."""
-    return [arguments["hidden_states"], *arguments["position_embeddings"]]
+    """What tells one prompt from another: the embedded tokens and any rotary angles."""
+    return [arguments["hidden_states"], *(arguments.get("position_embeddings") or ())]
 
 
 def _each(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -391,6 +527,15 @@ class _Call:
             if rest[name] is not None:
                 rest[name] = rest[name][row, :, -tokens:]
         return _Call(self.query[row, :, -tokens:], self.key[row, :, -tokens:], rest)
+
+    def padded(self, tokens: int) -> _Call:
+        """The same with a token of padding before all ``tokens``."""
+        rest = {**self.rest, "value": pad(self.rest["value"], (0, 0, 1, 0))}
+        query, lse = self.query, rest["lse"]
+        if query.shape[2] == tokens:  # all rows are recorded
+            query = pad(query, (0, 0, 1, 0))
+            rest["lse"] = None if lse is None else pad(lse, (1, 0))
+        return _Call(query, pad(self.key, (0, 0, 1, 0)), rest)
 
 
 class _RecordingState(PrefillState):

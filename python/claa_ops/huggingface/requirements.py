@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from claa_ops.huggingface.transformers_api import (
+    WITH_NOTHING,
+    WITH_STATES,
     PreTrainedModel,
     attention_can_be_set,
     cache_layers,
@@ -15,14 +19,13 @@ from claa_ops.huggingface.transformers_api import (
     placement,
 )
 
-_SERVED = ("full_attention", "sliding_attention")
-_RECURRENT = ("linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent")
+_SERVED = ("full_attention", "sliding_attention", *WITH_STATES, *WITH_NOTHING)
 
 
 def layers_and_attentions(
     model: PreTrainedModel, decoder: nn.Module
 ) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The decoder's layers and their attention modules.
+    """The decoder's layers, and the attention module of each that has one.
 
     Raises:
         TypeError: the model is not of the form that the adapter needs.
@@ -37,15 +40,30 @@ def layers_and_attentions(
     reason = _unserved_form(model, decoder)
     if reason is not None:
         raise TypeError(f"attach: {name} is not served: {reason}")
-    kinds = [kind for kind, _ in cache_layers(model.config)]
+    kinds = cache_layers(model.config)
     layers = _stack(decoder)[1]
-    if len(kinds) != len(layers) or not set(kinds) <= set(_SERVED):
-        raise ValueError(f"attach: {name} is not served: {_unserved_kinds(kinds, len(layers))}")
-    attentions = [each for layer in layers for each in _attentions(layer)]
-    if len(attentions) != len(layers):
+    reason = _unserved_kinds([kind.name for kind in kinds], len(layers))
+    if reason is not None:
+        raise ValueError(f"attach: {name} is not served: {reason}")
+    attending = [index for index, kind in enumerate(kinds) if kind.attends]
+    if len(attending) < 2:
         raise TypeError(
-            f"attach: {name} is not served: each of its {len(layers)} layers must have one "
-            f"attention module with `layer_idx` that takes the cache, got {len(attentions)} in all"
+            f"attach: {name} is not served: a selection goes between two layers that attend, "
+            f"got {len(attending)}"
+        )
+    attentions = [each for index in attending for each in _attentions(layers[index])]
+    if len(attentions) != len(attending):
+        raise TypeError(
+            f"attach: {name} is not served: each of its {len(attending)} layers that attend must "
+            f"have one attention module with `layer_idx` that takes the cache, got "
+            f"{len(attentions)} in all"
+        )
+    numbers: list[Any] = [each.layer_idx for each in attentions]
+    if numbers != attending:
+        raise TypeError(
+            f"attach: {name} is not served: the attention of its layers "
+            f"{', '.join(map(str, attending))} must have their numbers, got "
+            f"{', '.join(map(str, numbers))}: layers share it"
         )
     return layers, attentions
 
@@ -59,12 +77,9 @@ def _unserved_form(model: PreTrainedModel, decoder: nn.Module) -> str | None:
     if not layers:
         return f"its decoder, {type(decoder).__name__}, has no list of layers"
     block, taken = type(layers[0]).__name__, parameters(layers[0])
-    recurrent = [layer for layer in layers if _is_recurrent(layer)]
-    if recurrent:
-        return (
-            f"it has recurrent layers ({type(recurrent[0]).__name__}), "
-            "whose state is made of all tokens"
-        )
+    kinds = cache_layers(model.config)
+    if all(kind.states and not kind.attends for kind in kinds) or "state" in taken:
+        return f"its layers ({block}) are recurrent alone, and a ranking is made of attention"
     if has_alibi(config, taken):
         return (
             f"its layers ({block}) know positions from a bias on attention (ALiBi), "
@@ -78,25 +93,24 @@ def _unserved_form(model: PreTrainedModel, decoder: nn.Module) -> str | None:
         )
     if stack != "layers":
         return f"its layers are called `{stack}`, not `layers`"
-    if "position_embeddings" not in taken:
+    if "position_embeddings" not in taken and not _orders_by_recurrence(model, decoder):
         return f"its layers ({block}) take no `position_embeddings`, got {', '.join(taken)}"
     if cache_name(taken) is None:
         return f"its layers ({block}) take no cache, got {', '.join(taken)}"
     if not attention_can_be_set(decoder):
         return f"{type(decoder).__name__} computes attention by code of its own that cannot be set"
-    if len(layers) < 2:
-        return "it has one layer, and a selection goes between two"
     return None
 
 
-def _unserved_kinds(kinds: list[str], layers: int) -> str:
-    """Why layers of these kinds cannot be served."""
+def _unserved_kinds(kinds: list[str], layers: int) -> str | None:
+    """Why layers of these kinds cannot be served, if they cannot."""
     strange = sorted(set(kinds) - set(_SERVED))
-    if set(strange) & set(_RECURRENT):
-        return f"it has recurrent layers ({', '.join(strange)}), whose state is made of all tokens"
     if "dummy" in strange or len(kinds) < layers:
         return "it has layers that use the keys of others or none"
-    return f"its layers attend otherwise than in full or in sliding windows: {', '.join(strange)}"
+    if strange:
+        kinds_named = ", ".join(strange)
+        return f"its layers attend otherwise than in full or in sliding windows: {kinds_named}"
+    return None
 
 
 def _stack(decoder: nn.Module) -> tuple[str, list[nn.Module]]:
@@ -115,17 +129,17 @@ def _stack(decoder: nn.Module) -> tuple[str, list[nn.Module]]:
     return max(lists.items(), key=lambda item: len(item[1]), default=("", []))
 
 
-def _is_recurrent(layer: nn.Module) -> bool:
-    """Whether a layer hands a state from token to token: by convolution or by argument."""
-    convolved = any(isinstance(module, nn.Conv1d) for module in layer.modules())
-    return convolved or "state" in parameters(layer)
-
-
 def _position_module(decoder: nn.Module, stack: str) -> str | None:
     """The module outside the layers that positions are looked up in, if there is one."""
     outside = (name for name, _ in decoder.named_modules() if not name.startswith(stack))
     last = ((name, name.rpartition(".")[2]) for name in outside)
     return next((name for name, end in last if end == "wpe" or "position" in end), None)
+
+
+def _orders_by_recurrence(model: PreTrainedModel, decoder: nn.Module) -> bool:
+    """Whether attention knows no positions, which is for the recurrent layers to know."""
+    recurrent = any(kind.states for kind in cache_layers(model.config))
+    return recurrent and not any("rotary" in name for name, _ in decoder.named_modules())
 
 
 def _attentions(layer: nn.Module) -> list[nn.Module]:
@@ -135,4 +149,9 @@ def _attentions(layer: nn.Module) -> list[nn.Module]:
         if module is not layer
         and hasattr(module, "layer_idx")
         and cache_name(parameters(module)) is not None
+        and not _convolves(module)  # a recurrence, which takes the cache too
     ]
+
+
+def _convolves(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.Conv1d) for part in module.modules())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from claa_ops.huggingface.cache import ClaaCache
 from claa_ops.huggingface.transformers_api import (
     PreTrainedModel,
     cache_argument,
+    cache_layers,
     cache_of,
     parameters,
     vocabulary_size,
@@ -20,9 +22,9 @@ from claa_ops.methods.claa import CLAA
 _TOKENS, _PADDING, _KEPT = 16, 4, 8
 
 # The tokens that are kept are those of the window, so that no rounding of scores can choose others.
+# The selection is after the first layer that attends.
 _EVERYTHING, _HALF = (
-    CLAA(keep=keep, layer=0, last_n=1, first_full=0, window=_KEPT, kernel_size=3)
-    for keep in (1.0, _KEPT)
+    CLAA(keep=keep, last_n=1, first_full=0, window=_KEPT, kernel_size=3) for keep in (1.0, _KEPT)
 )
 
 
@@ -49,14 +51,17 @@ class SelfTest:
 
     def run(self) -> None:
         """Raise ValueError, saying what is wrong, unless the attached model passes."""
-        kept = self._prefill_and_step(self.ids, self.mask, _EVERYTHING)
+        kinds = cache_layers(self.model.config)
+        first = next(layer for layer, kind in enumerate(kinds) if kind.attends)
+        everything, half = (replace(method, layer=first) for method in (_EVERYTHING, _HALF))
+        kept = self._prefill_and_step(self.ids, self.mask, everything)
         # Equal to the bit, unless the model itself is not deterministic.
         strict = max(1e-3, 4 * torch.finfo(kept.dtype).eps)
         _compare("keeping all tokens must not change it", kept, self.plain, strict)
 
         ids, mask = self.ids[:1, _PADDING:], self.mask[:1, _PADDING:]
-        padded = self._prefill_and_step(self.ids, self.mask, _HALF, shortens=True)[:, :1]
-        alone = self._prefill_and_step(ids, mask, _HALF)
+        padded = self._prefill_and_step(self.ids, self.mask, half, shortens=True)[:, :1]
+        alone = self._prefill_and_step(ids, mask, half)
         # Other shapes round differently: in half precision enough to choose other experts.
         loose = 1e-3 if torch.finfo(alone.dtype).bits >= 32 else 0.25
         _compare("a padded row must be as the row alone", padded, alone, loose)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from claa_ops.huggingface.cache import ClaaCache, visible_columns
+from claa_ops.huggingface.cache import ClaaCache, StateLayer, visible_columns
 from claa_ops.huggingface.generation import AttachedCache, Request
 from claa_ops.huggingface.prompt import check_mask
 from claa_ops.huggingface.transformers_api import StaticLayer
@@ -18,8 +19,8 @@ class StaticClaaCache(AttachedCache):
     """Copy of a prefilled :class:`ClaaCache` with room for a fixed number of new tokens.
 
     Every step of decoding then has the same shapes and addresses, so ``generate`` compiles it,
-    and a CUDA graph can replay it. The layers keep their different lengths; the model must be
-    attached.
+    and a CUDA graph can replay it. The layers keep their different lengths, and those without
+    attention their states; the model must be attached.
 
     Args:
         cache: the cache of a prompt that has been prefilled. It can be dropped afterwards.
@@ -27,8 +28,9 @@ class StaticClaaCache(AttachedCache):
 
     Raises:
         TypeError: ``cache`` is not a :class:`ClaaCache`, or ``max_new_tokens`` not an integer.
-        ValueError: nothing has been prefilled, a layer has a sliding window, or
-            ``max_new_tokens`` is below 1; later, more tokens come than there is room for.
+        ValueError: nothing has been prefilled, a layer has a sliding window or attention beside a
+            recurrence, or ``max_new_tokens`` is below 1; later, more tokens come than there is
+            room for.
 
     Example::
 
@@ -53,12 +55,13 @@ class StaticClaaCache(AttachedCache):
             raise ValueError("StaticClaaCache: a prompt must have been prefilled, got none")
         if any(layer.is_sliding for layer in cache.layers):
             raise ValueError("StaticClaaCache: all layers must have full attention, got a window")
-        super().__init__(layers=[_Layer(kept + max_new_tokens) for kept in cache.lengths])
-        for layer, held in zip(self.layers, cache.layers, strict=True):
-            layer.update(held.keys, held.values)
-            layer.start = held.start
-        self.kinds = cache.kinds
-        first, seen = cache.layers[0], cache.get_seq_length()
+        if "hybrid" in cache.layer_types:
+            raise ValueError(
+                "StaticClaaCache: layers must attend or hand on a state, got layers that do both"
+            )
+        super().__init__(layers=[_copy(layer, max_new_tokens) for layer in cache.layers])
+        self.kinds, self._first = cache.kinds, cache.attending[0]
+        first, seen = cache.layers[self._first], cache.get_seq_length()
         # A tensor, like the lengths of the layers: torch.compile compiles anew for another int.
         self._dropped = torch.tensor(seen - first.get_seq_length(), device=first.keys.device)
         longest = max(cache.lengths)
@@ -68,7 +71,7 @@ class StaticClaaCache(AttachedCache):
         self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
     ) -> None:
         """Called by an attached model before its layers."""
-        (batch, new), rows = tokens.shape[:2], self.layers[0].keys.shape[0]
+        (batch, new), rows = tokens.shape[:2], self.layers[self._first].keys.shape[0]
         if batch != rows:
             raise ValueError(f"StaticClaaCache: the batch must have its {rows} rows, got {batch}")
         if attention_mask is not None:
@@ -98,7 +101,7 @@ class StaticClaaCache(AttachedCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write the keys and values of a layer; return its whole buffers."""
-        if layer_idx == 0 and self._may_look(key_states):
+        if layer_idx == self._first and self._may_look(key_states):
             self._require_room(key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -110,7 +113,7 @@ class StaticClaaCache(AttachedCache):
         return not tensor.is_cuda and not torch.compiler.is_compiling()
 
     def _require_room(self, tokens: int) -> None:
-        layer = self.layers[0]
+        layer = self.layers[self._first]
         room = layer.max_cache_len - int(layer.get_seq_length())
         if tokens > room:
             raise ValueError(
@@ -120,7 +123,7 @@ class StaticClaaCache(AttachedCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many tokens the model has seen, as a tensor, whether or not they are still held."""
-        return self.layers[0].get_seq_length() + self._dropped
+        return self.layers[self._first].get_seq_length() + self._dropped
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the mask: that of the longest layer; others take its last columns.
@@ -128,6 +131,16 @@ class StaticClaaCache(AttachedCache):
         That is exact for the reason that :meth:`ClaaCache.get_mask_sizes` gives.
         """
         return self._mask_sizes
+
+
+def _copy(held: Any, room: int) -> Any:
+    """A layer of fixed size, with what a layer of a ClaaCache holds and room for more entries."""
+    if isinstance(held, StateLayer):
+        return copy.deepcopy(held)
+    layer = _Layer(held.get_seq_length() + room)
+    layer.update(held.keys, held.values)
+    layer.start = held.start
+    return layer
 
 
 class _Layer(StaticLayer):

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 from packaging.requirements import Requirement
@@ -21,6 +21,8 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 Arguments = dict[str, Any]
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
+WITH_NOTHING = ("mlp", "moe")
+WITH_STATES = ("conv", "linear_attention", "hybrid")
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 
 
@@ -51,6 +53,7 @@ try:
     from transformers.cache_utils import (
         Cache,
         DynamicLayer,
+        LinearAttentionLayer,
         StaticLayer,
         get_layer_types_and_kwargs,
     )
@@ -64,6 +67,7 @@ __all__ = [
     "Cache",
     "DynamicLayer",
     "GenerationMixin",
+    "LinearAttentionLayer",
     "PreTrainedConfig",
     "PreTrainedModel",
     "StaticLayer",
@@ -144,15 +148,41 @@ def placement(model: PreTrainedModel) -> str | None:
     return None
 
 
-def cache_layers(config: PreTrainedConfig) -> list[tuple[str, int | None]]:
-    """Of each layer of the text model: the kind of its attention, and its sliding window."""
+class LayerKind(NamedTuple):
+    """What a layer of the text model keeps of the tokens before.
+
+    Attributes:
+        name: as in ``config.layer_types``.
+        window: the sliding window of its attention; None without one.
+        states: how many convolutions it has, each with its state; 0 for attention alone.
+    """
+
+    name: str
+    window: int | None = None
+    states: int = 0
+
+    @property
+    def attends(self) -> bool:
+        """Whether it has attention, perhaps beside a recurrence."""
+        return self.name in ("full_attention", "sliding_attention", "hybrid")
+
+
+def cache_layers(config: PreTrainedConfig) -> list[LayerKind]:
+    """The kind of each layer of the text model."""
     config = config.get_text_config(decoder=True)
     kinds, settings = get_layer_types_and_kwargs(config)
+    named = getattr(config, "layer_types", None) or kinds
+    kinds = [name if name in WITH_NOTHING else kind for name, kind in zip(named, kinds)]  # noqa: B905
     # 5.17 has one setting for all layers.
     each = [settings] * len(kinds) if isinstance(settings, dict) else settings
     return [
-        (kind, setting.get("sliding_window")) for kind, setting in zip(kinds, each, strict=True)
+        LayerKind(kind, setting.get("sliding_window"), _states(kind, setting))
+        for kind, setting in zip(kinds, each, strict=True)
     ]
+
+
+def _states(kind: str, setting: Arguments) -> int:
+    return setting.get("number_of_states", 1) if kind in WITH_STATES else 0
 
 
 def vocabulary_size(config: PreTrainedConfig) -> int:
@@ -165,8 +195,9 @@ class Dimensions:
     """The sizes of a text model, as its configuration has them.
 
     Attributes:
-        hidden_size, vocab_size, heads, head_dim: as in the configuration.
-        windows: of each layer, the sliding window; None for full attention.
+        hidden_size, vocab_size, heads, head_dim: as in the configuration; the last of the first
+            layer, where layers differ.
+        kinds: of each layer.
         experts, experts_used: how many experts a layer has, and how many a token goes to; None
             for dense layers.
     """
@@ -175,7 +206,7 @@ class Dimensions:
     vocab_size: int
     heads: int
     head_dim: int
-    windows: list[int | None]
+    kinds: list[LayerKind]
     experts: int | None
     experts_used: int | None
 
@@ -184,15 +215,15 @@ def dimensions(config: PreTrainedConfig) -> Dimensions:
     """Read the sizes of a text model from its configuration."""
     config = config.get_text_config(decoder=True)
     heads = config.num_attention_heads
-    kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
+    # Where layers differ, the configuration has one for each, from 5.24 on.
+    first = next(iter(getattr(config, "per_layer_config", None) or [config]))
     experts = (getattr(config, name, None) for name in ("num_local_experts", "num_experts"))
     return Dimensions(
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         heads=heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        windows=[window if kind == "sliding_attention" else None for kind in kinds],
+        head_dim=getattr(first, "head_dim", None) or config.hidden_size // heads,
+        kinds=cache_layers(config),
         experts=next(filter(None, experts), None),
         experts_used=getattr(config, "num_experts_per_tok", None),
     )

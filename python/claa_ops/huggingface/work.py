@@ -28,7 +28,8 @@ def count_work(
 
     A prompt and the T - 1 tokens that were decoded from it count as one forward over all of them:
     under a causal mask that is the same. Experts count as far as they are used. Embeddings,
-    norms, scores, selections and gathers count as nothing.
+    norms, scores, selections and gathers count as nothing, and of a layer that hands on a state
+    only its weights count.
 
     Args:
         model: the model.
@@ -42,27 +43,32 @@ def count_work(
     """
     sizes = dimensions(model.config)
     linear = attention = 0
-    layers = zip(tokens, decoder_of(model).layers, sizes.windows, strict=False)
-    for layer, (seen, block, window) in enumerate(layers):
-        whole, pairs = seen, _visible_pairs(seen, window)
+    layers = zip(tokens, decoder_of(model).layers, sizes.kinds, strict=False)
+    for layer, (seen, block, kind) in enumerate(layers):
+        whole, pairs = seen, _visible_pairs(seen, kind.window) if kind.attends else 0
         if sparse is not None and layer in sparse:
             pairs = pairs_seen(seen, sparse[layer])
         if within is not None and layer in within:
             linear += seen * _projections_per_token(block, sizes)
             index = within[layer]
             if index is not None:
-                whole, pairs = index.shape[1], _pairs_of(index, window)
+                whole, pairs = index.shape[1], _pairs_of(index, kind.window)
         linear += whole * _weights_per_token(block, sizes)
-        attention += 2 * sizes.heads * sizes.head_dim * pairs
+        attention += 2 * sizes.heads * _head_dim(block, sizes) * pairs
     return Work(linear, attention, logits * sizes.hidden_size * sizes.vocab_size)
 
 
 def _weights_per_token(block: nn.Module, sizes: Dimensions) -> int:
-    """Matrix entries that one token uses; stacked experts (3-d) count as far as they are used."""
+    """Matrix entries that one token uses; stacked experts (3-d) count as far as they are used.
+
+    So do convolutions whose channels are apart, of which a token uses every weight.
+    """
     experts, used = sizes.experts, sizes.experts_used
+    convolutions = [module.weight for module in block.modules() if isinstance(module, nn.Conv1d)]
+    convolved = sum(weight.numel() for weight in convolutions)
     shapes = [weight.shape for weight in block.parameters()]
-    dense = sum(shape.numel() for shape in shapes if len(shape) == 2)
-    stacked = sum(shape.numel() for shape in shapes if len(shape) == 3)
+    dense = sum(shape.numel() for shape in shapes if len(shape) == 2) + convolved
+    stacked = sum(shape.numel() for shape in shapes if len(shape) == 3) - convolved
     return dense + (stacked * used // experts if used and experts else stacked)
 
 
@@ -70,7 +76,7 @@ def _projections_per_token(block: nn.Module, sizes: Dimensions) -> int:
     """Matrix entries that make a token's query, key and value, by whatever names."""
     attention = next(module for module in block.modules() if hasattr(module, "layer_idx"))
     matrices = (weight for weight in attention.parameters() if weight.dim() == 2)
-    output = sizes.heads * sizes.head_dim * sizes.hidden_size
+    output = sizes.heads * _head_dim(block, sizes) * sizes.hidden_size
     return sum(weight.numel() for weight in matrices) - output
 
 
@@ -79,6 +85,12 @@ def _pairs_of(index: Tensor, window: int | None) -> int:
     visible = index.clamp_min(-1) + 1
     visible = visible.clamp_max(window) if window else visible
     return int(visible.sum()) // index.shape[0]
+
+
+def _head_dim(block: nn.Module, sizes: Dimensions) -> int:
+    """The size of a head in this layer: in some models layers differ."""
+    found = (getattr(module, "head_dim", None) for module in block.modules())
+    return next((size for size in found if isinstance(size, int)), sizes.head_dim)
 
 
 def _visible_pairs(tokens: int, window: int | None) -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from claa_ops.methods.peak import Peak
@@ -13,25 +14,32 @@ from claa_ops.selection.layer import Layer
 from claa_ops.selection.padding import mask_padding
 from claa_ops.selection.state import PrefillState
 
+_BEFORE = 8  # tokens before an echo that are as important as the echo
+
 
 @dataclass(frozen=True)
 class Hops(Peak):
-    """Peak, and the tokens that what it finds leads to: the links of a chain of facts.
+    """Peak, the echo of the question in the prompt, and what both lead to: a chain of facts.
 
-    A question names the first link of a chain, and no attention of its tokens reaches the others
-    in the first layers. But each link shares words with the next, so that the early states of
-    their tokens are alike. At a selection layer the best tokens by :class:`Peak` are seeds; tokens
-    whose states are like theirs are the first hop and the seeds of the second, and so on
-    (:func:`claa_ops.hop_tokens`). Each hop has a share of the budget: Peak's own ranking the first
-    ``least`` tokens and at least two shares, each hop one.
+    A question names what it asks for, and early states of the same words are alike. So a token is
+    an echo if its state is like that of one of the prompt's last tokens, and what comes after an
+    echo is likely the answer; no attention of the first layers has to find it. The best tokens by
+    :class:`Peak` and by the echo are seeds; tokens whose states are like theirs are the first hop
+    and the seeds of the second, and so on (:func:`claa_ops.hop_tokens`): the next links of a chain
+    share words with the ones before, which the question does not name.
+
+    Each ranking has a share of the budget, Peak and the echo two, each hop one; and Peak and the
+    echo have the first ``least`` tokens.
 
     Args:
         keep, layer, keep_kv, first_full, num_sinks, equal_cache, window, kernel_size, pool_mode:
             see :class:`Peak`.
-        hops: how many hops; 0 for Peak alone.
+        hops: how many hops; 0 for none.
+        question: how many of the prompt's last tokens the echo is of; 0 for no echo.
+        reach: tokens after an echo that are as important as the echo itself.
         num_seeds: tokens that a hop starts from.
         temperature: of the similarity; the lower, the fewer tokens a seed leads to.
-        least: tokens of the budget that Peak's own ranking gets before any hop.
+        least: tokens of the budget that no hop has a share of.
         states: what of a token is compared: its ``"value"`` in the selection layer, which is small
             and in every cache; or its ``"hidden"`` state, the layer's input, which is whole on each
             device of a tensor-parallel model.
@@ -46,15 +54,19 @@ class Hops(Peak):
         >>> method = Hops(keep=0.2, layer=3)
     """
 
-    hops: int = 4
-    num_seeds: int = 64
-    temperature: float = field(default=0.1, kw_only=True)
+    hops: int = 3
+    question: int = 32
+    reach: int = field(default=48, kw_only=True)
+    num_seeds: int = field(default=64, kw_only=True)
+    temperature: float = field(default=0.05, kw_only=True)
     least: int = field(default=160, kw_only=True)
     states: Literal["value", "hidden"] = field(default="value", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(is_count(self.hops, 0), "hops", "an integer of at least 0")
+        self.require(is_count(self.question, 0), "question", "an integer of at least 0")
+        self.require(is_count(self.reach, 0), "reach", "an integer of at least 0")
         self.require(is_count(self.num_seeds, 1), "num_seeds", "a positive integer")
         warm = is_number(self.temperature) and self.temperature >= 0.025
         self.require(warm, "temperature", "at least 0.025")
@@ -69,7 +81,8 @@ class Hops(Peak):
     def begin(self, state: PrefillState) -> None:
         """Refuse values of a part of the heads."""
         super().begin(state)
-        if state.reduce is not None and self.states == "value" and self.hops:
+        compares = self.hops or self.question
+        if state.reduce is not None and self.states == "value" and compares:
             raise ValueError(
                 "Hops: states must be 'hidden' where the heads are on several devices, "
                 f"got {self.states!r}"
@@ -78,38 +91,74 @@ class Hops(Peak):
     def rank(self, layer: Layer, before: Tensor | None) -> Tensor:
         """Peak's ranking; at a selection layer, the order in which tokens enter the budget."""
         peaks = super().rank(layer, before)
-        if not self.hops or layer.index not in self.stages(layer.state.num_layers):
+        layer.state.notes["evidence"] = peaks
+        if not (self.hops or self.question) or not self._selects(layer):
             return peaks
-        found = hop_tokens(
-            peaks,
-            layer.value if self.states == "value" else layer.hidden[:, None],
-            hops=self.hops,
-            num_seeds=self.num_seeds,
+        direct, seeds = peaks[:, None], peaks
+        if self.question:
+            echo = self._echo(layer)
+            seeds = torch.maximum(-_places(peaks, layer.start), -_places(echo, layer.start))
+            spread = F.max_pool1d(F.pad(echo, (self.reach, _BEFORE)), self.reach + 1 + _BEFORE, 1)
+            direct = torch.stack([peaks, spread], dim=1)
+        if not self.hops:
+            return -self._entries(_places(direct, layer.start), None)
+        linked = self._similar(
+            layer, seeds, hops=self.hops, num_seeds=self.num_seeds, kernel_size=self.kernel_size
+        )
+        return -self._entries(_places(direct, layer.start), _places(linked, layer.start))
+
+    def evidence(self, state: PrefillState) -> Tensor:
+        """Peak's scores: the order of a budget has no mass."""
+        return state.notes["evidence"]
+
+    def _selects(self, layer: Layer) -> bool:
+        return layer.index in self.stages(layer.state.num_layers)
+
+    def _echo(self, layer: Layer) -> Tensor:
+        """``[B, M]``: how like a token is to one of the question; 0 in the question itself."""
+        tokens = layer.key.shape[2]
+        place = torch.arange(tokens, dtype=torch.float32, device=layer.key.device)
+        last = place.expand(layer.key.shape[0], -1).contiguous()
+        found = self._similar(layer, last, hops=1, num_seeds=self.question, kernel_size=7)
+        echo = found[:, 0].masked_fill(place >= tokens - self.question, 0)
+        return echo[:, : layer.context]
+
+    def _similar(self, layer: Layer, scores: Tensor, **settings: int) -> Tensor:
+        """:func:`hop_tokens` from the best tokens by these scores."""
+        states = layer.value if self.states == "value" else layer.hidden[:, None]
+        return hop_tokens(
+            scores,
+            states,
             temperature=self.temperature,
-            kernel_size=self.kernel_size,
             pool_mode=self.pool_mode,
             start=layer.start,
+            **settings,
         )
-        places = _places(mask_padding(torch.cat([peaks[:, None], found], dim=1), layer.start, -1))
-        return -self._entries(places)
 
-    def _entries(self, places: Tensor) -> Tensor:
-        """With how large a budget each token is kept, ``[B, M]``, from its places in each ranking.
+    def _entries(self, direct: Tensor, linked: Tensor | None) -> Tensor:
+        """With how large a budget each token is kept, ``[B, M]``.
 
         Args:
-            places: ``[B, 1 + hops, M]``: in Peak's ranking and in that of each hop.
+            direct: ``[B, 1 or 2, M]``: the tokens' places in the rankings that have two shares.
+            linked: ``[B, hops, M]``: those in the hops' rankings; None without hops.
         """
-        peak, hops = places[:, 0], places[:, 1:].amin(dim=1)
-        shares = self.hops + 2
-        # Peak alone fills the first tokens; then the hops take theirs in turn, until each has its
-        # share; from then on all grow alike. Of two that come at once Peak's is first.
-        direct = torch.where(peak < self.least, peak, (peak * (shares / 2)).clamp_min(self.least))
-        linked = torch.maximum(self.least + self.hops * hops, shares * hops) + 0.25
-        return torch.minimum(direct, linked)
+        many, hops = direct.shape[1], 0 if linked is None else linked.shape[1]
+        shares = 2 * many + hops
+        # Direct rankings alone fill the first tokens, in turn; then the hops take theirs, until
+        # each has its share; from then on all grow alike. Of two that come at once the direct one
+        # is first.
+        place = direct.amin(dim=1)
+        grown = (place * (shares / 2)).clamp_min(self.least)
+        entry = torch.where(place * many < self.least, place * many, grown)
+        if linked is None:
+            return entry
+        place = linked.amin(dim=1)
+        return torch.minimum(entry, torch.maximum(self.least + hops * place, shares * place) + 0.25)
 
 
-def _places(rankings: Tensor) -> Tensor:
-    """The place of each token in each ranking ``[..., M]``, from 0, float32."""
+def _places(rankings: Tensor, start: Tensor | None) -> Tensor:
+    """The place of each token in each ranking ``[B, ..., M]``, from 0, float32."""
+    rankings = mask_padding(rankings, start, -torch.inf)
     order = rankings.argsort(dim=-1, descending=True, stable=True)
     place = torch.arange(rankings.shape[-1], device=order.device, dtype=torch.float32)
     return torch.empty_like(rankings).scatter_(-1, order, place.expand_as(rankings))

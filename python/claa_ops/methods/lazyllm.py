@@ -78,4 +78,7 @@ class LazyLLM(Pruning):
 def _steps(last: Budget, stages: int) -> list[Budget]:
     """Budgets of stages that end in ``last``: before it twice, three times it, at most all."""
     counts = [last.count * (stages - stage) for stage in range(stages)]
-    return [Budget(min(count, last.per) if last.per else count, last.per) for count in counts]
+    return [
+        Budget(min(count, last.per) if last.per else count, last.per, last.least)
+        for count in counts
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -22,6 +22,7 @@ from claa_ops.selection.budget import (
 )
 from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method
+from claa_ops.selection.padding import mask_padding
 from claa_ops.selection.state import PrefillState
 
 Keep = float | int
@@ -42,11 +43,16 @@ class Pruning(Method):
             prompt, and none is larger than the one before it.
         layer: the selection layer, from 0; it still sees every token. An ascending tuple, as
             long as ``keep``, selects once after each of these layers. None for
-            :meth:`default_layer` of the model's depth.
+            :meth:`default_layer` of the model's depth. In a hybrid model it may be a layer without
+            attention: see :meth:`Method.among`.
         keep_kv: tokens that a layer's cache keeps, a rate or a number; the last ``keep`` if None.
         first_full: how many first layers keep their whole caches.
         num_sinks: how many first tokens of the prompt are always kept; a budget that is a number
             must have room for them and the window.
+        keep_least: tokens that continue, and that a cache keeps, at least, however short the
+            prompt is: of a rate of a short prompt little is left but the window.
+        mass: a rate in (0, 1): of each prompt as many tokens continue as hold this share of the
+            sum of all scores, at least ``keep_least`` and at most ``keep``. None for ``keep``.
         equal_cache: choose the capacity of the compressed caches so that the caches of all
             layers together hold ``keep_kv`` of the entries of full prefill, whole caches
             included, so that the method can be compared at equal bytes with one that has
@@ -87,6 +93,8 @@ class Pruning(Method):
     equal_cache: bool = False
     in_layer: bool = field(default=False, kw_only=True)
     attention_share: float = field(default=1.0, kw_only=True)
+    keep_least: int = field(default=0, kw_only=True)
+    mass: float | None = field(default=None, kw_only=True)
 
     # Parsed here, once: torch.compile traces what a prefill calls, but not fractions.
     _keeps: tuple[Budget, ...] = field(init=False, repr=False, compare=False)
@@ -115,8 +123,12 @@ class Pruning(Method):
         share = Budget.of(float(self.attention_share)) if is_number(self.attention_share) else None
         self.require(share is not None, "attention_share", "a rate in (0, 1]")
         object.__setattr__(self, "_attention_share", share if self.attention_share != 1 else None)
-        object.__setattr__(self, "_keeps", tuple(budgets))
+        self.require(is_count(self.keep_least, 0), "keep_least", "an integer of at least 0")
+        rate = self.mass is None or (is_number(self.mass) and 0 < self.mass < 1)
+        self.require(rate, "mass", "a rate in (0, 1), or None")
         cached = budgets[-1] if self.keep_kv is None else self.budget("keep_kv")
+        budgets, cached = [self._floored(budget) for budget in budgets], self._floored(cached)
+        object.__setattr__(self, "_keeps", tuple(budgets))
         object.__setattr__(self, "_keep_kv", cached)
         self._require_room_for_sinks("keep", budgets)
         self._require_room_for_sinks("keep_kv", [cached])
@@ -126,6 +138,9 @@ class Pruning(Method):
         values = list(value) if isinstance(value, tuple) else [value]
         self.require(len(values) > 0, name, "one value or more")
         return values
+
+    def _floored(self, budget: Budget) -> Budget:
+        return replace(budget, least=self.keep_least) if budget.per else budget
 
     def _require_room_for_sinks(self, name: str, budgets: list[Budget]) -> None:
         least = self.window + self.num_sinks
@@ -152,12 +167,22 @@ class Pruning(Method):
         """Whether the ranking at some selection layer depends on this layer."""
         return layer in self.stages(state.num_layers)
 
+    def evidence(self, state: PrefillState) -> Tensor:
+        """``[B, M]``, not negative: the scores whose ``mass`` says how many tokens continue."""
+        assert state.importance is not None  # a layer that selects was ranked
+        return state.importance.clamp_min(0)
+
     @staticmethod
     def default_layer(num_layers: int) -> int | tuple[int, ...]:
         """Where to select in a model of this depth: the last of the first half, 15 of 32."""
         return max(0, num_layers // 2 - 1)
 
     # What follows from the settings.
+
+    @property
+    def differs_by_row(self) -> bool:
+        """With ``mass``."""
+        return self.mass is not None
 
     def stages(self, num_layers: int) -> dict[int, Budget]:
         """The selection layers, ascending, and how many tokens continue after each."""
@@ -237,6 +262,8 @@ class Pruning(Method):
     def _best_at(self, state: PrefillState, stage: int) -> Tensor:
         """The most important tokens, as many as continue after a selection layer."""
         assert state.importance is not None  # a layer that selects was ranked
+        if self.mass is not None:
+            return self._best(state, state.importance, self._by_mass(state, stage))
         kept, cached = self.stages(state.num_layers)[stage], self._keep_kv
         # A row that is left alone may keep more than a longer one.
         grows = bool(cached.per) or (not kept.per and kept.count >= cached.count)
@@ -247,13 +274,25 @@ class Pruning(Method):
         self,
         state: PrefillState,
         scores: Tensor,
-        tokens: Callable[[Sizes[Any]], Any],
+        tokens: Callable[[Sizes[Any]], Any] | Tensor,
         grows: bool = True,
     ) -> Tensor:
         """The sinks, the window and the tokens of best score."""
         return self.keep_best(
             state, scores, tokens, window=self.window, num_sinks=self.num_sinks, grows=grows
         )
+
+    def _by_mass(self, state: PrefillState, stage: int) -> Tensor:
+        """``[B]``: how many tokens hold ``mass`` of each prompt's evidence, within the bounds."""
+        scores = mask_padding(self.evidence(state), state.start, 0.0).double()
+        held = scores.sort(dim=1, descending=True).values.cumsum(dim=1)
+        assert self.mass is not None  # the caller has seen to it
+        needed = 1 + (held < self.mass * held[:, -1:]).sum(dim=1)
+        sure = self.window + self.num_sinks
+        sizes: Sizes[Any] = state.row_sizes or state.sizes
+        least = max(self.keep_least, sure)
+        counts = (needed + sure).clamp_min(least).clamp(max=self._tokens(sizes, stage))
+        return counts.where(~self._left_alone(sizes), sizes.seen) if state.row_sizes else counts
 
     def compressible(self, state: PrefillState, layer: int) -> bool:
         """Whether the cache of this layer may be compressed at all."""
@@ -283,13 +322,18 @@ class Pruning(Method):
     def _tokens(self, sizes: Sizes[Size], stage: int) -> Size:
         """How many continue after a selection layer: all if the prompt is below ``keep_kv``."""
         kept = self.stages(sizes.num_layers)[stage].tokens(sizes.prompt, self.window)
-        capacity = self._keep_kv.tokens(sizes.prompt, self.window)
-        return either(sizes.prompt < capacity, sizes.prompt, kept)
+        return either(self._left_alone(sizes), sizes.prompt, kept)
+
+    def _left_alone(self, sizes: Sizes[Size]) -> Any:
+        """Whether the prompt is shorter than the number of tokens that a cache keeps."""
+        return sizes.prompt < self._keep_kv.tokens(sizes.prompt, self.window)
 
     def _drops(self, state: PrefillState, stage: int) -> bool:
         """Whether the selection layer drops tokens of the longest row, or may of a shorter one."""
         if state.length <= self.window:
             return False
+        if self.mass is not None:
+            return state.length > self.keep_least and not self._left_alone(state.sizes)
         budget = self.stages(state.num_layers)[stage]
         uneven = state.start is not None and self._uneven(state, budget, stage)
         return state.length > self._tokens(state.sizes, stage) or uneven

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from claa_ops.huggingface.cache import ClaaCache
     from claa_ops.huggingface.prefill import Prefilled, decode, generate, prefill
     from claa_ops.huggingface.static import StaticClaaCache
+    from claa_ops.huggingface.tuned import tuned_method
 
 __all__ = [
     "ClaaCache",
@@ -24,6 +25,7 @@ __all__ = [
     "detach",
     "generate",
     "prefill",
+    "tuned_method",
 ]
 
 # A model author who calls the functional API does not have to wait for transformers.
@@ -37,6 +39,7 @@ _MODULES = {
     "decode": "prefill",
     "generate": "prefill",
     "prefill": "prefill",
+    "tuned_method": "tuned",
 }
 
 

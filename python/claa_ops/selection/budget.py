@@ -33,6 +33,8 @@ class Sizes(Generic[Size]):
 class Budget:
     """How many tokens to keep: ``count`` of them, or ``count`` out of every ``per``.
 
+    Of a short prompt never less than ``least``, as far as it has so many.
+
     Lengths are integers, or tensors ``[B]`` with the length of each row of a batch.
 
     A rate is held as two integers, the fraction that its decimal spells. The published code
@@ -42,6 +44,7 @@ class Budget:
 
     count: int
     per: int = 0
+    least: int = 0
 
     @classmethod
     def of(cls, keep: object) -> Budget | None:
@@ -53,6 +56,7 @@ class Budget:
 
     def tokens(self, length: Size, least: int) -> Size:
         """How many tokens to keep: at least ``least``, or ``length`` if that is shorter."""
+        least = max(least, self.least)
         if isinstance(length, Tensor):
             wanted = length * self.count // self.per if self.per else length.new_tensor(self.count)
             return torch.where(length <= least, length, wanted.clamp_min(least))
@@ -63,7 +67,7 @@ class Budget:
     def within(self, other: Budget) -> Budget:
         """This rate as a rate of the tokens that ``other``, also a rate, leaves; at most 1."""
         rate = min(Fraction(1), Fraction(self.count * other.per, self.per * other.count))
-        return Budget(rate.numerator, rate.denominator)
+        return Budget(rate.numerator, rate.denominator, self.least)
 
     def exceeds(self, other: Budget) -> bool:
         """Whether this keeps more than ``other``; False between a rate and a number."""

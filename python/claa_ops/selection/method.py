@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -94,6 +95,56 @@ class Method:
         layer: int | tuple[int, ...] | None = getattr(self, "layer", ())
         layer = self.default_layer(num_layers) if layer is None else layer
         return layer if isinstance(layer, tuple) else (layer,)
+
+    def among(self, attending: Sequence[int], num_layers: int) -> tuple[Self, dict[int, int]]:
+        """The method for a model in which some layers only have attention.
+
+        Methods rank by attention and compress caches of keys and values, so all that they count
+        are the layers that have these: ``last_n``, ``first_full``, the depth of a pyramid.
+        Only the setting ``layer`` names any layer of the model: tokens are dropped after it, by
+        the ranking of the layers with attention up to it. A default that comes before the first
+        of these, or after all but the last, is moved to the nearest one.
+
+        Args:
+            attending: the layers that have attention, ascending.
+            num_layers: how many layers the model has.
+
+        Returns:
+            The method, whose ``layer`` counts the layers with attention alone; and of each of
+            those, by the model's numbers, the layer after which tokens are dropped.
+
+        Raises:
+            ValueError: such a model cannot be served.
+
+        Example:
+            >>> from claa_ops.methods import CLAA
+            >>> method, after = CLAA(layer=5).among([3, 7, 11], num_layers=12)
+            >>> method.layer, after
+            (0, {0: 5, 1: 7, 2: 11})
+        """
+        self.check(num_layers)
+        after = dict(enumerate(attending))
+        given = getattr(self, "layer", ())
+        named = self.default_layer(num_layers) if given is None else given
+        if len(attending) == num_layers or named == ():
+            return self, after
+        counted = []
+        for layer in named if isinstance(named, tuple) else (named,):
+            place = bisect_right(attending, layer) - 1
+            nearest = max(0, min(place, len(attending) - 2)) if given is None else place
+            if place == nearest:
+                after[place] = layer
+            if given is not None or nearest not in counted:
+                counted.append(nearest)
+        try:
+            moved = replace(self, layer=tuple(counted) if isinstance(named, tuple) else counted[0])  # type: ignore[call-arg]
+            moved.check(len(attending))
+        except ValueError as error:
+            raise ValueError(
+                f"{error}, as counted among the layers that have attention: "
+                f"{', '.join(map(str, attending))} of {num_layers}"
+            ) from None
+        return moved, after
 
     @property
     def serves_batches(self) -> bool:

@@ -49,7 +49,8 @@ def begin(
 
     Args:
         method: such as :class:`claa_ops.methods.CLAA`.
-        num_layers: how many layers the model has.
+        num_layers: how many layers the model has; of a hybrid one, how many have attention, which
+            alone are observed and counted.
         prompt_length: N, the length of the (padded) prompts.
         start: ``[B]``, int64 or int32: the first token of each row that is not left padding.
         ranking: ``[B, N]``, float32: what :meth:`Method.prepare` returned for the prompt, for

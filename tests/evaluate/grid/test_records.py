@@ -7,16 +7,18 @@ import pytest
 import torch
 from tokenizers import Regex, decoders
 
-from claa_ops.evaluate.grid.cells import make_cells
+from claa_ops.evaluate.grid.cells import Cell, make_cells
 from claa_ops.evaluate.grid.journal import Journal
 from claa_ops.evaluate.grid.picture import plot_frontier, plot_needles
 from claa_ops.evaluate.grid.records import Record, evaluate_model
 from claa_ops.evaluate.grid.table import as_markdown, summarise
 from claa_ops.evaluate.spec import MethodSpec
 from claa_ops.evaluate.tasks import Example, TaskSettings, examples
-from claa_ops.evaluate.tasks.answer import force
+from claa_ops.evaluate.tasks.answer import decode_until, force
 from claa_ops.huggingface.replay import RecordedPrefill
-from claa_ops.prefill import attach, prefill
+from claa_ops.huggingface.turns import ask_again
+from claa_ops.prefill import attach, decode, prefill
+from support.own_methods import Mass, Norms
 from support.tiny_checkpoint import CONTEXT, LAYERS, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -66,6 +68,11 @@ def evaluate(model, folder, cells, prompts, **options):
     return records.found
 
 
+def untimed(record):
+    assert 0 < record.seconds and 0 < record.full_seconds
+    return replace(record, seconds=0, full_seconds=0)
+
+
 def kept(folder):
     """How many answers have been computed so far."""
     return (folder / "records.jsonl").read_bytes().count(b"\n")
@@ -77,9 +84,9 @@ def test_records_are_those_of_prefills_of_their_own(model, tmp_path, prompts):
     assert len(records) == len(cells) * 7
     for record in records:
         if record.task == "open":
-            assert record.score == len(record.answer) / 10 and record.logprob is None
+            assert record.score == len(record.answers[0]) / 10 and record.logprob is None
             continue
-        assert record.score in (0.0, 1.0) and record.logprob < 0 and record.answer is None
+        assert record.score in (0.0, 1.0) and record.logprob < 0 and record.answers == ()
         if record.cell.label == "random":
             continue  # its seed is the prompt's own
         ids = torch.zeros(1, record.tokens, dtype=torch.int64)  # work depends on the length alone
@@ -171,7 +178,7 @@ def test_a_kept_answer_depends_on_how_tokens_are_decoded(model, tmp_path, prompt
         [decoders.ByteLevel(), decoders.Replace(Regex("."), "!")]
     )
     answers = [
-        evaluate(model, tmp_path, cells, prompts[-1:], tokenizer=tokenizer)[0].answer
+        evaluate(model, tmp_path, cells, prompts[-1:], tokenizer=tokenizer)[0].answers[0]
         for tokenizer in (tiny_tokenizer(), tiny_tokenizer(), other)
     ]
     assert kept(tmp_path) == 4
@@ -233,7 +240,9 @@ def test_a_record_of_a_batch_is_that_of_its_prompt_alone(model, tmp_path, uneven
     for ours, theirs in zip(together, alone, strict=True):
         assert ours.work == pytest.approx(theirs.work, rel=1e-12)
         assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
-        assert replace(ours, work=0, logprob=0) == replace(theirs, work=0, logprob=0)
+        assert untimed(replace(ours, work=0, logprob=0)) == untimed(
+            replace(theirs, work=0, logprob=0)
+        )
 
 
 def test_a_batch_is_prefilled_once(model, tmp_path, uneven, monkeypatch):
@@ -268,6 +277,142 @@ def test_what_a_batch_lacks_is_computed_and_nothing_else(model, tmp_path, uneven
     before = kept(tmp_path)
     found = evaluate(model, tmp_path, grid("claa", keeps=[0.3]), uneven, batch_size=8)
     assert kept(tmp_path) == len(found) == 2 * len(uneven) and before == 2 * len(uneven[::2])
+
+
+# Two questions about a prompt.
+
+
+def ask_twice(name, prompt, question, *, new_tokens=5, **values):
+    """The questions' facts are the first two words of the prompt."""
+    graded = {"task": "two", "name": name, "grade": lambda answer: len(answer) / 10}
+    words = prompt.split()
+    begin = len(words[0]) + 1
+    second = Example(
+        **graded, prompt=question, answer_prefix="So", max_new_tokens=3,
+        facts=((begin, begin + len(words[1])),),
+    )  # fmt: skip
+    return Example(
+        **graded, prompt=prompt, max_new_tokens=new_tokens, then=second,
+        facts=((0, len(words[0])),), **values,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def twice():
+    return [
+        ask_twice("0", "first second " + "word " * 40, "and the other?"),
+        ask_twice("1", "one two " + "word " * 52, "and?", new_tokens=2, answer_prefix="It is"),
+        ask_twice("2", "word " * 40, "and what else does it say?", new_tokens=7),
+    ]
+
+
+def test_the_second_question_goes_on_from_the_first_one_s_cache(model, tmp_path, twice):
+    cells = grid(*METHODS[:4], layers=[1, 3], keeps=[0.3])
+    for found in evaluate(model, tmp_path, cells, twice):
+        example = next(one for one in twice if one.name == found.name)
+        method = found.cell.method.for_prompt(f"two {found.name}")
+        text = f"<s>{example.prompt}</s><s>{example.answer_prefix}"
+        ids = torch.tensor([TOKENIZER(text, add_special_tokens=False).input_ids])
+        prefilled = prefill(model, ids, method)
+        said = decode(model, prefilled, max_new_tokens=example.max_new_tokens)[0]
+        said = said[said != 257]
+        turn = TOKENIZER(f"</s><s>{example.then.prompt}</s><s>So", add_special_tokens=False)
+        prefilled = ask_again(model, prefilled, [said], [torch.tensor(turn.input_ids)])
+        (second,) = decode_until(model, TOKENIZER, prefilled, [3], [()])
+        assert found.answers == (TOKENIZER.decode(said), second)
+        assert found.scores == tuple(len(answer) / 10 for answer in found.answers)
+        assert found.score == pytest.approx(sum(found.scores) / 2)
+
+
+def test_facts_are_those_of_both_questions(model, tmp_path, twice):
+    for found in evaluate(model, tmp_path, grid(*METHODS[:4], keeps=[0.3]), twice[:2]):
+        example = next(one for one in twice if one.name == found.name)
+        if found.cell.label == "full":
+            assert found.facts == (1.0, 1.0)
+            continue
+        text = f"<s>{example.prompt}</s><s>{example.answer_prefix}"
+        ids = torch.tensor([TOKENIZER(text, add_special_tokens=False).input_ids])
+        method = found.cell.method.for_prompt(f"two {found.name}")
+        kept = set(prefill(model, ids, method).positions[0].tolist())
+        assert found.kept == len(kept)
+        # A token is a byte, and one comes before the prompt.
+        spans = [range(*example.facts[0]), range(*example.then.facts[0])]
+        shares = [sum(place + 1 in kept for place in span) / len(span) for span in spans]
+        assert found.facts == pytest.approx(shares, abs=1e-4)
+
+
+def test_two_questions_of_a_batch_are_those_of_each_prompt_alone(model, tmp_path, twice):
+    cells = grid(*BATCHED[:-1], keeps=[0.3])
+    prompts = [*twice, *(replace(one, name=f"{one.name} alone", then=None) for one in twice)]
+    told = {"on_problem": lambda problem: None}  # some methods refuse so short prompts
+    alone = evaluate(model, tmp_path / "1", cells, prompts, **told)
+    found = evaluate(model, tmp_path / "2", cells, prompts, batch_size=3, **told)
+    assert len(found) > 60 and {len(one.answers) for one in found} == {1, 2}
+    for ours, theirs in zip(found, alone, strict=True):
+        assert untimed(replace(ours, work=0)) == untimed(replace(theirs, work=0))
+
+
+def test_a_second_question_is_part_of_the_key(model, tmp_path, twice):
+    cells, one = grid("claa", keeps=[0.3]), twice[0]
+    computed = []
+    for other in (
+        one,
+        replace(one, then=None),
+        replace(one, then=replace(one.then, prompt="and now?")),
+        replace(one, then=replace(one.then, max_new_tokens=2)),
+        replace(one, then=replace(one.then, facts=())),
+        replace(one, then=replace(one.then, grade=lambda answer: 0.5)),
+    ):
+        before = (
+            len((tmp_path / "records.jsonl").read_bytes()) and kept(tmp_path) if computed else 0
+        )
+        found = evaluate(model, tmp_path, cells, [other])
+        computed.append(kept(tmp_path) - before)
+    assert computed == [2] * 5 + [0] and [one.scores[1] for one in found] == [0.5, 0.5]
+
+
+def test_both_questions_need_a_grade_and_room(model, tmp_path, twice):
+    problems, one = [], twice[0]
+    bad = [
+        replace(one, name="a", then=replace(one.then, grade=None)),
+        replace(one, name="b", then=replace(one.then, max_new_tokens=CONTEXT)),
+        replace(one, name="c", then=replace(one.then, prompt="word " * 99)),
+    ]
+    assert evaluate(model, tmp_path, grid("claa"), bad, on_problem=problems.append) == []
+    assert "two questions about a prompt must both have a grade" in problems[0]
+    assert all("context holds 512" in problem for problem in problems[1:]) and len(problems) == 3
+
+
+def test_a_method_that_reads_hidden_states_shares_the_prefill(model, tmp_path, uneven, monkeypatch):
+    cells = [*grid("claa", keeps=[0.3]), Cell.of("norms", Norms(keep=0.3, layer=2))]
+    alone = evaluate(model, tmp_path / "1", cells, uneven)
+    computed = []
+    layer = model.model.layers[0].mlp
+    handle = layer.register_forward_hook(lambda *given: computed.append(given[1][0].shape[1]))
+    found = evaluate(model, tmp_path / "2", cells, uneven, batch_size=8)
+    handle.remove()
+    assert sum(tokens > 40 for tokens in computed) == 2  # batches: with targets, and without
+    assert [one.answers for one in found] == [one.answers for one in alone]
+    assert [one.facts for one in found] == [one.facts for one in alone]
+
+
+def test_prompts_of_one_length_that_keep_different_numbers_are_one_batch(
+    model, tmp_path, prompts, monkeypatch
+):
+    cells = [*grid("claa", keeps=[0.3]), Cell.of("mass", Mass(layer=2, share=0.6))]
+    texts = ["word and " * 30, "some rain " * 27, "a door or " * 27]
+    alike = [replace(prompts[-1], name=text, prompt=text) for text in texts]
+    alone = evaluate(model, tmp_path / "1", cells, alike)
+    assert len({one.tokens for one in alone}) == 1 and len({one.kept for one in alone}) > 3
+    rows, run = [], RecordedPrefill.run
+    monkeypatch.setattr(
+        RecordedPrefill, "run", lambda self, x: rows.append(len(self.input_ids)) or run(self, x)
+    )
+    found = evaluate(model, tmp_path / "2", cells, alike, batch_size=3)
+    assert rows == [3, 3, 3]
+    for ours, theirs in zip(found, alone, strict=True):
+        assert ours.work == pytest.approx(theirs.work, rel=1e-12)
+        assert untimed(replace(ours, work=0)) == untimed(replace(theirs, work=0))
 
 
 # What ends the work before all is done.
@@ -344,11 +489,12 @@ def test_a_score_that_cannot_be_is_told(model, tmp_path, prompts, score):
     [
         ("encode_prompt", [""]),
         ("RecordedPrefill", [""]),
-        ("decode_until", [", full", ", claa"]),
+        ("decode_answers", [", full", ", claa"]),
     ],
 )
 def test_every_step_of_a_record_is_guarded(part, labels, model, tmp_path, prompts, monkeypatch):
-    place = f"claa_ops.evaluate.grid.records.{part}"
+    module = "encoded" if part == "encode_prompt" else "records"
+    place = f"claa_ops.evaluate.grid.{module}.{part}"
     problems, cells = [], grid("claa")
     with monkeypatch.context() as patch:
         patch.setattr(place, fail)
@@ -410,7 +556,8 @@ def test_random_draws_differ_between_prompts_but_not_between_runs(model, tmp_pat
     records = evaluate(model, tmp_path / "a", cells, prompts)
     draws = {record.logprob for record in records if record.cell.label == "random"}
     assert len(draws) == 4
-    assert evaluate(model, tmp_path / "b", cells, prompts) == records
+    again = evaluate(model, tmp_path / "b", cells, prompts)
+    assert list(map(untimed, again)) == list(map(untimed, records))
 
 
 def test_long_prompts_are_cut_in_the_middle_or_left_out(model, tmp_path, prompts):
@@ -442,8 +589,19 @@ def test_a_method_that_cannot_serve_a_prompt_leaves_the_others(model, tmp_path, 
 
 
 def record(cell, task, name, score, **values):
-    defaults = {"logprob": None, "work": 0.5, "cache_bytes": 100, "tokens": 10, "kept": 5}
-    return Record("tiny", task, name, cell, {}, score, answer=None, **(defaults | values))
+    defaults = {
+        "place": {},
+        "logprob": None,
+        "work": 0.5,
+        "cache_bytes": 100,
+        "seconds": 0.25,
+        "full_seconds": 0.5,
+        "tokens": 10,
+        "kept": 5,
+        "facts": (),
+        "answers": (),
+    }
+    return Record("tiny", task, name, cell, scores=(score,), **(defaults | values))
 
 
 def scored(cell, scores, **values):
@@ -457,22 +615,67 @@ def scored(cell, scores, **values):
 def test_rows_average_tasks_and_pair_differences():
     full, first, second = grid("claa", keeps=[0.1, 0.2])
     records = scored(full, {"a": [1, 1, 1, 1], "b": [1, 0]}, work=1.0, cache_bytes=200)
-    records += scored(first, {"a": [1, 1, 1, 0], "b": [0, 0]})
+    records += scored(first, {"a": [1, 1, 1, 0], "b": [0, 0]}, seconds=0.1)
     records += scored(second, {"a": [0, 1, 1, 1], "b": [0, 1]}, cache_bytes=150)
-    rows = summarise(records)
+    every = summarise(records)
+    rows = [row for row in every if row.is_total]
     assert [row.accuracy.mean for row in rows] == [0.75, 0.375, 0.625]
-    assert [row.tasks["a"].mean for row in rows] == [1.0, 0.75, 0.75]
+    assert [row.accuracy.mean for row in every if row.task == "a"] == [1.0, 0.75, 0.75]
+    assert len(every) == 9 and {row.prompts for row in every if row.task == "b"} == {2}
     assert [row.cache for row in rows] == [1.0, 0.5, 0.75]
+    assert [row.time for row in rows] == [0.5, 0.2, 0.5]
     assert rows[0].difference is None
     assert rows[1].difference.mean == pytest.approx((-1 / 4 - 1 / 2) / 2)
     # Of the second, what it wins and loses in task b cancels, but is not certain.
     assert rows[2].difference.mean == pytest.approx((-1 / 4 + 0) / 2)
     assert rows[2].difference.low < rows[2].difference.mean < rows[2].difference.high
-    lines = as_markdown(rows, "full").splitlines()
-    assert lines[0] == (
-        "| method | layer | keep | work | cache | a | b | all tasks | against full |"
+    first, _, second = as_markdown(rows, "full").partition("| full |")
+    assert first.startswith(
+        "| method | layer | keep | work | time | cache | accuracy | against full | share of full | "
+        "worst task |\n"
     )
-    assert lines[2].startswith("| full | - | - | 1.00 | 1.00 (0.0 MiB) | 1.00 [1.00, 1.00] | 0.50 ")
+    assert second.startswith(" - | - | 1.00 | 0.50 (250.0 ms) | 1.00 (0.0 MiB) | 0.75 ")
+    both = as_markdown(every, "full").split("\n\n")
+    assert len(both) == 2 and both[0].strip() == as_markdown(rows, "full").strip()
+    assert both[1].startswith("| task | method | layer | keep | work |")
+    assert [line.split(" | ")[0] for line in both[1].splitlines()[2:]] == ["| a"] * 3 + ["| b"] * 3
+
+
+def test_a_share_of_full_is_over_the_tasks_that_full_prefill_can_do():
+    full, cell = grid("claa")
+    records = scored(full, {"a": [1, 1], "b": [1, 0, 1, 0], "c": [0, 0, 0, 1], "d": [0, 0]})
+    records += scored(cell, {"a": [1, 0], "b": [1, 0, 1, 0], "c": [1, 1, 1, 1], "d": [1, 1]})
+    whole, row = (row for row in summarise(records) if row.is_total)
+    assert (row.relative.mean, row.worst, row.worst_task) == (0.75, 0.5, "a")
+    assert row.relative.low < 0.75 < row.relative.high <= 1.0
+    assert (whole.relative.low, whole.relative.high, whole.worst) == (1.0, 1.0, 1.0)
+    _, row = (row for row in summarise(records, min_full=0.0) if row.is_total)
+    assert row.relative.mean == pytest.approx((0.5 + 1 + 4) / 3)  # d has no share at all
+    hopeless = [row for row in summarise(records) if row.task == "d"]
+    assert [(row.relative, row.worst, row.worst_task) for row in hopeless] == [
+        (None, None, None)
+    ] * 2
+
+
+def test_rows_of_lengths_and_tasks():
+    full, cell = grid("claa")
+    records = []
+    for each, scores in ((full, [1, 1, 1]), (cell, [1, 0, 1])):
+        for task in ("a", "beyond-short"):
+            for length, score in zip((200, 1000, 2000), scores, strict=True):
+                one = record(each, task, str(length), score, place={"length": length})
+                records.append(replace(one, facts=(1.0, 0.5) if each is cell else (1.0, 1.0)))
+    rows = summarise(records)
+    places = [(row.task, row.length) for row in rows if row.label == "claa"]
+    of_tasks = [("a", 200), ("a", 1000), ("a", 2000), ("beyond-short", None)]
+    assert places == [(None, None), (None, 200), (None, 1000), (None, 2000), *of_tasks]
+    found = {(row.task, row.length): row for row in rows if row.label == "claa"}
+    assert found[None, 1000].worst_task == "a, 1,000" and found[None, 1000].worst == 0
+    assert found[None, None].groups == 4 and found[None, None].prompts == 6
+    assert (found["a", 200].facts, found["a", 200].whole_facts) == (0.75, 0.5)
+    text = as_markdown(rows, "full")
+    assert "| 1,000 | claa |" in text and "0.75 (0.50 whole)" in text
+    assert "| all | claa |" in text and "| beyond-short | claa |" in text
 
 
 def test_the_baseline_is_the_cell_of_the_same_settings():
@@ -481,6 +684,7 @@ def test_the_baseline_is_the_cell_of_the_same_settings():
     rows = summarise(
         [one for cell, mean in means.items() for one in scored(cell, {"a": [mean, mean]})], "fastkv"
     )
+    assert all(row.is_total for row in rows)  # there is one task
     assert [row.difference and row.difference.mean for row in rows] == [None] + [-4.0] * 4 + [
         None
     ] * 4

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from claa_ops.evaluate.tasks.answer import decode_until, force
+from claa_ops.evaluate.tasks.answer import decode_answers, decode_until, force
 from claa_ops.methods import CLAA, FullKV, GemFilter
 from claa_ops.prefill import decode, prefill
 from support.tiny_checkpoint import tiny_model, tiny_tokenizer
@@ -59,3 +59,19 @@ def test_a_stop_text_ends_the_answer(model, monkeypatch):
     assert text == whole[: whole.index(whole[2])]
     assert len(steps) <= 2
     handle.remove()
+
+
+def test_an_answer_that_may_end_takes_no_more_steps(model):
+    def prefilled():
+        return prefill(model, prompt().expand(2, -1), FullKV())
+
+    (whole, _) = decode_until(model, TOKENIZER, prefilled(), [8, 8], [(), ()])
+    enough = [lambda text: whole[:3] in text, None]
+    first, second = decode_answers(model, TOKENIZER, prefilled(), [8, 8], [(), ()], enough)
+    assert (first.text, second.text) == (whole[:3], whole)
+    batch, steps = prefilled(), []
+    handle = model.register_forward_hook(lambda *_: steps.append(1))
+    answers = decode_answers(model, TOKENIZER, batch, [8, 8], [(), ()], enough[:1] * 2)
+    handle.remove()
+    assert [answer.text for answer in answers] == [whole[:3]] * 2 and len(steps) <= 2
+    assert TOKENIZER.decode(answers[0].tokens) == whole[:3]

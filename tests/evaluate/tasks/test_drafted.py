@@ -210,9 +210,19 @@ def test_a_group_is_all_of_its_tasks():
 
 @pytest.mark.parametrize("suite", ["ruler", "beyond"])
 def test_a_suite_has_its_tasks_and_lengths(suite, checkpoint):
-    plan = Settings(models=[checkpoint], suite=suite).plan()
+    plan = Settings(models=[checkpoint], suites=[suite]).plan()
     assert plan.tasks == [suite]
     assert plan.settings.lengths == (4096, 16_384) and plan.settings.prompts == 20
-    chosen = Settings(models=[checkpoint], suite=suite, lengths="700", prompts=3, methods=["claa"])
+    chosen = Settings(
+        models=[checkpoint], suites=[suite], lengths="700", prompts=3, methods=["claa"]
+    )
     plan = chosen.plan()
     assert (plan.methods, plan.settings.lengths, plan.settings.prompts) == (["claa"], [700], 3)
+
+
+def test_suites_join(checkpoint):
+    plan = Settings(models=[checkpoint], suites=["ruler", "beyond", "ruler"]).plan()
+    assert plan.tasks == ["ruler", "beyond"] and plan.settings.lengths == (4096, 16_384)
+    assert len(set(plan.methods)) == len(plan.methods)
+    with pytest.raises(InputError, match="unknown suite 'rule': did you mean 'ruler'"):
+        Settings(models=[checkpoint], suites=["beyond", "rule"]).plan()

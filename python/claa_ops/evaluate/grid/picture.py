@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -22,26 +23,47 @@ _LEGEND_COLUMNS = 3
 
 
 def plot_frontier(rows: Sequence[Row], file: Path) -> None:
-    """Draw accuracy with 95 % intervals against work: each cell a point, each method a colour.
+    """Draw accuracy with 95 % intervals against work, and beside it against measured time.
 
-    A line joins those cells of a method that none of its cheaper cells equals. Methods that do the
-    same work stand side by side.
+    Each cell is a point, each method a colour. A line joins those cells of a method that none of
+    its cheaper cells equals. Methods that cost the same stand side by side.
 
     Args:
         rows: of one model.
         file: where to write the .png picture.
     """
+    rows = [row for row in rows if row.is_total]
     labels = list(dict.fromkeys(row.label for row in rows if row.label != "full"))
     height = 4.9 + 0.2 * -(-(1 + len(labels)) // _LEGEND_COLUMNS)
-    figure = Figure(figsize=(8, height), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(13, height), dpi=150, layout="constrained")
+    by_work, by_time = figure.subplots(1, 2, sharey=True)
+    _plot_costs(by_work, rows, labels, lambda row: row.work)
+    by_work.set_xlabel("work of prefill, share of full prefill's (linear layers)")
+    _plot_costs(by_time, rows, labels, lambda row: row.time)
+    by_time.set_xlabel("seconds of prefill, share of full prefill's (median)")
+    over = rows[0].groups
+    by_work.set_ylabel("accuracy" if over == 1 else f"accuracy (mean of {over} tasks and lengths)")
+    by_work.set_ylim(-0.03, 1.03)
+    prompts = max(row.prompts for row in rows)
+    by_work.set_title(f"{prompts:,} prompts, bars: 95 % intervals", loc="left", fontsize=10)
+    handles, names = by_work.get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=_LEGEND_COLUMNS, fontsize=9, frameon=False
+    )
+    FigureCanvasAgg(figure).print_figure(file)
+
+
+def _plot_costs(
+    axes: Axes, rows: Sequence[Row], labels: Sequence[str], cost: Callable[[Row], float]
+) -> None:
+    """Draw all cells over what they cost, as a share of full prefill's."""
     for index, label in enumerate(labels):
-        points = sorted((row for row in rows if row.label == label), key=lambda row: row.work)
+        points = sorted((row for row in rows if row.label == label), key=cost)
         colour = _COLOURS[index % len(_COLOURS)]
         # Side by side, so that each bar can be seen; but many methods do not reach further aside.
         aside = min(0.004, 0.024 / len(labels)) * (index - (len(labels) - 1) / 2)
         axes.errorbar(
-            [row.work + aside for row in points],
+            [cost(row) + aside for row in points],
             [row.accuracy.mean for row in points],
             yerr=np.array([_arms(row) for row in points]).T,
             linestyle="none",
@@ -59,7 +81,7 @@ def plot_frontier(rows: Sequence[Row], file: Path) -> None:
             if all(row.accuracy.mean > cheaper.accuracy.mean for cheaper in points[:place])
         ]
         axes.plot(
-            [row.work + aside for row in best],
+            [cost(row) + aside for row in best],
             [row.accuracy.mean for row in best],
             color=colour,
             linewidth=1.2,
@@ -68,7 +90,7 @@ def plot_frontier(rows: Sequence[Row], file: Path) -> None:
         if row.label == "full":
             axes.axhline(row.accuracy.mean, color=_FULL, linestyle="--", linewidth=1)
             axes.plot(
-                [row.work],
+                [cost(row)],
                 [row.accuracy.mean],
                 marker="*",
                 markersize=13,
@@ -78,19 +100,10 @@ def plot_frontier(rows: Sequence[Row], file: Path) -> None:
                 clip_on=False,
                 zorder=3,
             )
-    axes.set_xlabel("work of prefill, share of full prefill's (linear layers)")
-    tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
-    over = tasks[0] if len(tasks) == 1 else f"mean of {len(tasks)} tasks"
-    axes.set_ylabel(f"accuracy ({over})")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlim(left=0, right=max(1.02, *(1.02 * row.work for row in rows)))
-    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlim(left=0, right=max(1.02, *(1.02 * cost(row) for row in rows)))
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
-    prompts = max(row.prompts for row in rows)
-    axes.set_title(f"{prompts:,} prompts, bars: 95 % intervals", loc="left", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=_LEGEND_COLUMNS, fontsize=9, frameon=False)
-    FigureCanvasAgg(figure).print_figure(file)
 
 
 _PANELS = 12  # as many as can be read on one picture

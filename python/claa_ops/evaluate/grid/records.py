@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from claa_ops.evaluate.grid.cells import Cell
+from claa_ops.evaluate.grid.encoded import EncodedPrompt, batches, padded
 from claa_ops.evaluate.grid.journal import Journal, Json
 from claa_ops.evaluate.guard import left_out
-from claa_ops.evaluate.provenance import decoder_digest, ids_digest, method_key, model_key
+from claa_ops.evaluate.provenance import decoder_digest, method_key, model_key
 from claa_ops.evaluate.tasks import Example
-from claa_ops.evaluate.tasks.answer import decode_until, force
-from claa_ops.evaluate.tasks.prompt import check_fits, encode_prompt
-from claa_ops.huggingface.models import InputError
-from claa_ops.huggingface.replay import RecordedPrefill
+from claa_ops.evaluate.tasks.answer import DecodedAnswer, decode_answers, force
+from claa_ops.huggingface.replay import RecordedPrefill, Replayed
+from claa_ops.huggingface.turns import ask_again
 from claa_ops.methods import Method
-
-_MARGIN = 16  # tokens that a text may gain when it is decoded and encoded again
-_AHEAD = 8  # batches of prompts that are sorted by length together
 
 End = Literal["all", "time", "interrupt"]  # what ended the work
 
@@ -38,13 +32,16 @@ class Record:
     Attributes:
         model, task, name: which model, and which prompt of which task.
         cell: which way to prefill.
-        place: where the fact stands, for needles.
-        score: in [0, 1].
+        place: the prompt's length, and where the fact stands, for those made here.
+        scores: of each question, in [0, 1].
         logprob: mean log-probability of the target's tokens; None without a target.
         work: multiply-adds by weights, as a share of full prefill's.
         cache_bytes: of the keys and values held after prefill.
+        seconds: of the prefill; of a batch, its seconds over its prompts.
+        full_seconds: of full prefill in the same run, likewise.
         tokens, kept: of the prompt, and those that reached the last layer.
-        answer: what was decoded; None with a target.
+        facts: of each fact that decides an answer the share of its tokens that reached it.
+        answers: what was decoded, for each question; none with a target.
     """
 
     model: str
@@ -52,13 +49,21 @@ class Record:
     name: str
     cell: Cell
     place: Json
-    score: float
+    scores: tuple[float, ...]
     logprob: float | None
     work: float
     cache_bytes: int
+    seconds: float
+    full_seconds: float
     tokens: int
     kept: int
-    answer: str | None
+    facts: tuple[float, ...]
+    answers: tuple[str, ...]
+
+    @property
+    def score(self) -> float:
+        """The mean of all questions' scores, in [0, 1]."""
+        return sum(self.scores) / len(self.scores)
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ def evaluate_model(
     )
     end: End = "all"
     try:
-        for batch in _batches(work.unanswered(examples), batch_size):
+        for batch in batches(work.unanswered(examples), batch_size):
             work.answer(batch)
     except KeyboardInterrupt:
         end = "interrupt"
@@ -132,99 +137,6 @@ def evaluate_model(
 
 class _TimeIsUp(Exception):
     pass
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    index: int  # of its example
-    example: Example
-    ids: Tensor
-    target: Tensor | None
-
-    @classmethod
-    def encode(
-        cls,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        index: int,
-        example: Example,
-        chat: bool | None,
-        max_length: int | None,
-    ) -> _Prompt:
-        """Token ids of prompt and target; a prompt too long is cut in the middle, or refused."""
-        example.check()
-        target, new_tokens = None, example.max_new_tokens
-        if example.target is not None:
-            encoded = tokenizer(example.target, return_tensors="pt", add_special_tokens=False)
-            target = encoded.input_ids[0]
-            new_tokens = len(target)
-        chat = chat if example.chat is None else example.chat
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        limits = [max_length or torch.inf, (context or torch.inf) - new_tokens]
-        text = example.prompt
-        prompt = encode_prompt(tokenizer, text, chat=chat, answer_prefix=example.answer_prefix)
-        excess = prompt.ids.shape[1] - min(limits)
-        if excess > 0 and example.may_cut:
-            text = _cut(tokenizer, text, int(excess) + _MARGIN, new_tokens)
-            prompt = encode_prompt(tokenizer, text, chat=chat, answer_prefix=example.answer_prefix)
-        check_fits(model, prompt, new_tokens)
-        if max_length is not None and prompt.ids.shape[1] > max_length:
-            raise InputError(
-                f"the prompt has {prompt.ids.shape[1]:,} tokens, more than the {max_length:,} "
-                "allowed"
-            )
-        return cls(index, example, prompt.ids, target)
-
-    @property
-    def tokens(self) -> int:
-        """How many the prompt has."""
-        return self.ids.shape[1]
-
-    @property
-    def draw(self) -> str:
-        """What tells the draws of a random method from those for other prompts."""
-        return f"{self.example.task} {self.example.name}"
-
-    @cached_property
-    def key(self) -> Json:
-        """All of the prompt that an answer depends on; the name for the draws of a method."""
-        example = self.example
-        return {
-            "task": example.task,
-            "name": example.name,
-            "prompt": ids_digest(self.ids),
-            "target": None if self.target is None else ids_digest(self.target),
-            "max_new_tokens": example.max_new_tokens,
-            "stop": list(example.stop),
-        }
-
-
-def _cut(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, new_tokens: int) -> str:
-    """The text without that many tokens in its middle, as LongBench shortens its prompts."""
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    kept = len(ids) - tokens
-    if kept < _MARGIN:
-        raise InputError(
-            f"the prompt has {len(ids):,} tokens, of which {max(0, kept):,} would be left beside "
-            f"the {new_tokens:,} that may follow"
-        )
-    head, tail = ids[: kept // 2], ids[len(ids) - (kept - kept // 2) :]
-    # A character of several tokens may be cut through: what is left of it is none.
-    return str(tokenizer.decode(head)).rstrip("\ufffd") + str(tokenizer.decode(tail)).lstrip(
-        "\ufffd"
-    )
-
-
-def _batches(prompts: Iterator[_Prompt], size: int) -> Iterator[list[_Prompt]]:
-    """Prompts that are answered in the same way, of about one length where there is a choice."""
-    if size == 1:
-        yield from ([prompt] for prompt in prompts)
-        return
-    while ahead := list(itertools.islice(prompts, _AHEAD * size)):
-        for is_decoded in (False, True):
-            alike = [prompt for prompt in ahead if (prompt.target is None) == is_decoded]
-            alike.sort(key=lambda prompt: prompt.tokens)
-            yield from (alike[first : first + size] for first in range(0, len(alike), size))
 
 
 class _Work:
@@ -250,12 +162,12 @@ class _Work:
         of_model = {**model_key(model), "decoder": decoder_digest(tokenizer)}
         self._keys = [{**of_model, **method_key(cell.method)} for cell in cells]
 
-    def unanswered(self, examples: Sequence[Example]) -> Iterator[_Prompt]:
+    def unanswered(self, examples: Sequence[Example]) -> Iterator[EncodedPrompt]:
         """The prompts that lack answers; the records of the others are taken from the journal."""
         for index, example in enumerate(examples):
             prompt = None
             with left_out(example.where, self._on_problem):
-                prompt = _Prompt.encode(
+                prompt = EncodedPrompt.encode(
                     self._model, self._tokenizer, index, example, self._chat, self._max_length
                 )
             if prompt is None:
@@ -268,18 +180,16 @@ class _Work:
                 for place in range(len(self._cells)):
                     self._take(prompt, place)
 
-    def answer(self, batch: list[_Prompt]) -> None:
+    def answer(self, batch: list[EncodedPrompt]) -> None:
         """Answer prompts that share a full prefill in all cells."""
         missing = [self._missing(prompt) for prompt in batch]
-        num_layers = self._model.config.get_text_config().num_hidden_layers
-        layers = {
-            layer
+        methods = [
+            cell.method
             for place, cell in enumerate(self._cells)
             if any(lacks[place] for lacks in missing)
-            for layer in cell.method.selection_layers(num_layers)
-        }
+        ]
         self._check_time()
-        prefills = _Prefills(self._model, batch, layers)
+        prefills = _Prefills(self._model, batch, methods)
         for place, cell in enumerate(self._cells):
             asked = [row for row, lacks in enumerate(missing) if lacks[place]]
             if len(asked) == len(batch) and self._answer_together(prefills, place, cell.method):
@@ -291,7 +201,7 @@ class _Work:
 
     def _answer_together(self, prefills: _Prefills, place: int, method: Method) -> bool:
         """Answer the whole batch in a cell, if that is possible; whether it was."""
-        batch, together = prefills.batch, prefills.together
+        batch, together = prefills.batch, prefills.for_all(method)
         draws = any(method.for_prompt(prompt.draw) is not method for prompt in batch)
         # A ranking from before the prefill is one of all prompts, whose work cannot be told apart.
         if together is None or draws or method.needs_ranking or not method.serves_batches:
@@ -320,51 +230,59 @@ class _Work:
             self._journal.add(self._key(prompt, place), result)
 
     def _results(
-        self, prefill: RecordedPrefill, method: Method, prompts: list[_Prompt]
+        self, prefill: RecordedPrefill, method: Method, prompts: list[EncodedPrompt]
     ) -> list[Json]:
-        """What the journal keeps of each prompt."""
+        """What the journal keeps of each prompt; the prompts are of one kind."""
         prefilled = prefill.run(method)
-        costs = zip(prefilled.work_shares(), prefilled.cache_bytes(), prefilled.kept(), strict=True)
-        results: list[Json] = [
-            {"work": work, "cache_bytes": held, "tokens": prompt.tokens, "kept": kept}
-            for prompt, (work, held, kept) in zip(prompts, costs, strict=True)
-        ]
+        results = _costs(prefilled, prompts)
         targets = [prompt.target for prompt in prompts if prompt.target is not None]
         if not targets:
-            examples = [prompt.example for prompt in prompts]
-            answers = decode_until(
-                self._model,
-                self._tokenizer,
-                prefilled,
-                [example.max_new_tokens for example in examples],
-                [example.stop for example in examples],
-            )
-            return [
-                {**result, "answer": answer}
-                for result, answer in zip(results, answers, strict=True)
-            ]
+            for result, answers in zip(results, self._converse(prefilled, prompts), strict=True):
+                result["answers"] = answers
+            return results
         forced = force(self._model, prefilled, targets)
         for result, target, (right, logprob) in zip(results, targets, forced, strict=True):
             if not math.isfinite(logprob):
                 raise ValueError(f"the target's log-probability must be finite, got {logprob}")
-            result |= {"answer": None, "right": right, "logprob": logprob / len(target)}
+            result |= {"answers": [], "right": right, "logprob": logprob / len(target)}
         return results
+
+    def _converse(self, prefilled: Replayed, prompts: list[EncodedPrompt]) -> list[list[str]]:
+        """The answers to each prompt's questions, of which all have as many."""
+        turns = [prompt.turn for prompt in prompts if prompt.turn is not None]
+        texts: list[list[str]] = [[] for _ in prompts]
+        answers: list[DecodedAnswer] = []
+        for questions in zip(*(prompt.example.questions for prompt in prompts), strict=True):
+            if answers:
+                said = [torch.tensor(answer.tokens, dtype=torch.int64) for answer in answers]
+                prefilled = ask_again(self._model, prefilled, said, turns)
+            answers = decode_answers(
+                self._model,
+                self._tokenizer,
+                prefilled,
+                [question.max_new_tokens for question in questions],
+                [question.stop for question in questions],
+                [question.enough for question in questions],
+            )
+            for text, answer in zip(texts, answers, strict=True):
+                text.append(answer.text)
+        return texts
 
     def _check_time(self) -> None:
         if self._is_time_up():
             raise _TimeIsUp
 
-    def _key(self, prompt: _Prompt, place: int) -> Json:
+    def _key(self, prompt: EncodedPrompt, place: int) -> Json:
         return {**self._keys[place], **prompt.key}
 
-    def _missing(self, prompt: _Prompt) -> list[bool]:
+    def _missing(self, prompt: EncodedPrompt) -> list[bool]:
         """For each cell whether the journal lacks its answer."""
         return [
             self._journal.find(self._key(prompt, place)) is None
             for place in range(len(self._cells))
         ]
 
-    def _take(self, prompt: _Prompt, place: int) -> None:
+    def _take(self, prompt: EncodedPrompt, place: int) -> None:
         """Make the record of an answer in the journal, if there is one, with today's grade."""
         cell = self._cells[place]
         result = self._journal.find(self._key(prompt, place))
@@ -378,16 +296,35 @@ class _Work:
 class _Prefills:
     """The full prefills of a batch: of all prompts together, and of each alone."""
 
-    def __init__(self, model: PreTrainedModel, batch: list[_Prompt], layers: set[int]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batch: list[EncodedPrompt], methods: Sequence[Method]
+    ) -> None:
         self.batch = batch
         self.together: RecordedPrefill | None = None
+        self._padded: RecordedPrefill | None = None
         self.alone: dict[int, RecordedPrefill | None] = {}
-        self._model, self._layers = model, layers
+        num_layers = model.config.get_text_config().num_hidden_layers
+        # A method that reads hidden states may do so in any layer.
+        every = any(method.reads_hidden for method in methods)
+        selecting = {layer for each in methods for layer in each.selection_layers(num_layers)}
+        self._model, self._layers = model, None if every else selecting
         if len(batch) > 1:
-            ids, mask = _padded([prompt.ids[0] for prompt in batch])
+            ids, mask = padded([prompt.ids[0] for prompt in batch])
             # Where they do not fit into memory together, they may alone.
             with contextlib.suppress(Exception):
-                self.together = RecordedPrefill(model, ids, mask, layers=layers)
+                self.together = RecordedPrefill(model, ids, mask, layers=self._layers)
+
+    def for_all(self, method: Method) -> RecordedPrefill | None:
+        """The prefill of all prompts that a method can continue from, if there is one."""
+        if not method.differs_by_row or self.together is None:
+            return self.together
+        if self.together.attention_mask is not None:
+            return self.together
+        # Without padding there is no mask, which rows that keep different numbers need.
+        if self._padded is None:
+            with contextlib.suppress(Exception):
+                self._padded = self.together.padded()
+        return self._padded
 
     def take_alone(self, row: int) -> None:
         """Have the prefill of one prompt; what it raises, it raises once, and is None then."""
@@ -401,22 +338,42 @@ class _Prefills:
             self.alone[row] = RecordedPrefill(self._model, ids, layers=self._layers)
 
 
-def _padded(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Token ids ``[B, N]``, padded on the left, and their mask; None without padding."""
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, longest - len(row) :] = row
-        mask[index, longest - len(row) :] = 1
-    return ids, None if mask.all() else mask
+def _costs(prefilled: Replayed, prompts: list[EncodedPrompt]) -> list[Json]:
+    """What the prefill of a batch cost, and what it kept, of each prompt."""
+    of_each = zip(
+        prompts,
+        prefilled.work_shares(),
+        prefilled.cache_bytes(),
+        prefilled.reached(),
+        strict=True,
+    )
+    return [
+        {
+            "work": work,
+            "cache_bytes": held,
+            "seconds": prefilled.seconds / len(prompts),
+            "full_seconds": prefilled.full_seconds / len(prompts),
+            "tokens": prompt.tokens,
+            "kept": int(reached.sum()),
+            "facts": [
+                round(float(reached[fact.start : fact.stop].float().mean()), 4)
+                for fact in prompt.facts
+            ],
+        }
+        for prompt, work, held, reached in of_each
+    ]
 
 
 def _record(name: str, example: Example, cell: Cell, result: Json) -> Record:
     if example.grade is None:
-        score = float(result["right"])
+        scores = [float(result["right"])]
     else:
-        score = example.grade(result["answer"])
+        scores = [
+            question.grade(answer)
+            for question, answer in zip(example.questions, result["answers"], strict=True)
+            if question.grade is not None
+        ]
+    for score in scores:
         if not 0 <= score <= 1:
             raise ValueError(f"the metric must give a score in [0, 1], got {score}")
     return Record(
@@ -425,11 +382,14 @@ def _record(name: str, example: Example, cell: Cell, result: Json) -> Record:
         name=example.name,
         cell=cell,
         place=dict(example.place),
-        score=score,
+        scores=tuple(scores),
         logprob=result.get("logprob"),
         work=result["work"],
         cache_bytes=result["cache_bytes"],
+        seconds=result["seconds"],
+        full_seconds=result["full_seconds"],
         tokens=result["tokens"],
         kept=result["kept"],
-        answer=result["answer"],
+        facts=tuple(result["facts"]),
+        answers=tuple(result["answers"]),
     )

@@ -107,12 +107,16 @@ class Results:
                     "place": record.place,
                     **record.cell.key(),
                     "score": record.score,
+                    "scores": record.scores,
                     "logprob": record.logprob,
                     "work": record.work,
                     "cache_bytes": record.cache_bytes,
+                    "seconds": record.seconds,
+                    "full_seconds": record.full_seconds,
                     "tokens": record.tokens,
                     "kept": record.kept,
-                    "answer": record.answer,
+                    "facts": record.facts,
+                    "answers": record.answers,
                 }
                 for record in self.records
             ],
@@ -163,7 +167,7 @@ class _Run:
         results = Results(
             plan,
             self._records,
-            summarise(self._records, plan.baseline),
+            summarise(self._records, plan.baseline, plan.min_full),
             [*plan.left_out, *dict.fromkeys(self._problems)],
             [*plan.remarks, *_remarks(self._records)],
             machine(resolve_device(plan.device)),

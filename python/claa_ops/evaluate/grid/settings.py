@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from claa_ops.evaluate.grid.suite import find_suite
+from claa_ops.evaluate.grid.suite import find_suites
 from claa_ops.evaluate.parse import (
     Budget,
     Schedule,
@@ -49,6 +49,7 @@ class Plan:
         chat, max_length, batch_size: as `evaluate_model` takes them.
         time_limit: minutes after which nothing more is computed; None for none.
         baseline: the method that differences are taken to.
+        min_full: the accuracy of full prefill from which on a task tells what a method loses.
         draft: the model of ``speculative`` and ``selective-context``.
         remarks: what a user should know of the options, in sentences.
         left_out: what a suite would have but for the lack of an option, in sentences.
@@ -69,6 +70,7 @@ class Plan:
     batch_size: int = 1
     time_limit: float | None = None
     baseline: str = "full"
+    min_full: float = 0.3
     draft: str | None = None
     remarks: Sequence[str] = ()
     left_out: Sequence[str] = ()
@@ -105,12 +107,13 @@ class Settings:
         layer, keep, keep_kv: as `parse_layers`, `parse_budgets` and `parse_budget` read them.
         schedules: as `parse_schedule` reads them.
         tasks: as `check_task` reads them; None for needles.
-        suite: a key of `SUITES`.
+        suites: keys of `SUITES`; of several, all methods, rates, lengths, depths and tasks.
         lengths, depths: of needle prompts, as `parse_lengths` and `parse_depths` read them.
         prompts: for each kind, length and depth of needle.
         seed, filler: of needle prompts, see `needle_examples`.
         limit: records taken of each file; None for all.
-        max_length, batch_size, time_limit, chat, baseline, draft, dtype, device: as in `Plan`.
+        max_length, batch_size, time_limit, chat, baseline, min_full, draft, dtype, device: as in
+            `Plan`.
         out: the folder of records, results and pictures.
         threads: of torch on the CPU; None for its own choice.
     """
@@ -122,7 +125,7 @@ class Settings:
     schedules: list[str] | None = None
     keep_kv: str | None = None
     tasks: list[str] | None = None
-    suite: str | None = None
+    suites: list[str] | None = None
     lengths: str | None = None
     depths: str | None = None
     prompts: int | None = None
@@ -134,6 +137,7 @@ class Settings:
     time_limit: float | None = None
     chat: bool | None = None
     baseline: str = "full"
+    min_full: float = 0.3
     draft: str | None = None
     out: Path = Path("evaluation")
     dtype: str = "auto"
@@ -149,8 +153,8 @@ class Settings:
         chosen: dict[str, Any] = {"methods": ["claa"]}
         prompts: dict[str, Any] = {"seed": self.seed, "filler": self.filler, "limit": self.limit}
         tasks = list(self.tasks or ())
-        if self.suite is not None:
-            suite = find_suite(self.suite)
+        if self.suites:
+            suite = find_suites(self.suites)
             chosen |= {"methods": suite.methods, "keeps": suite.keeps, "any_length": True}
             if self.draft is not None:
                 chosen["methods"] = [*suite.methods, *suite.drafted]
@@ -182,6 +186,7 @@ class Settings:
             time_limit=self.time_limit,
             chat=self.chat,
             baseline=self.baseline,
+            min_full=self.min_full,
             draft=self.draft,
             dtype=self.dtype,
             device=self.device,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from claa_ops.evaluate.parse import Budget
 from claa_ops.huggingface.models import InputError
@@ -94,9 +95,23 @@ SUITES = {
 }
 
 
-def find_suite(name: str) -> Suite:
-    """The suite of this name; InputError, with the nearest name, if there is none."""
-    if name not in SUITES:
-        near = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.0)[0]
-        raise InputError(f"unknown suite {name!r}: did you mean {near!r}?")
-    return SUITES[name]
+def find_suites(names: Sequence[str]) -> Suite:
+    """The suites of these names in one; InputError, with the nearest name, for an unknown one."""
+    for name in names:
+        if name not in SUITES:
+            near = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.0)[0]
+            raise InputError(f"unknown suite {name!r}: did you mean {near!r}?")
+    suites = [SUITES[name] for name in names]
+
+    def together(setting: str) -> tuple[Any, ...]:
+        return tuple(dict.fromkeys(part for suite in suites for part in getattr(suite, setting)))
+
+    return Suite(
+        methods=together("methods"),
+        drafted=together("drafted"),
+        keeps=together("keeps"),
+        lengths=together("lengths"),
+        depths=together("depths"),
+        prompts=max(suite.prompts for suite in suites),
+        tasks=together("tasks"),
+    )

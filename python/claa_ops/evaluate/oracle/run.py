@@ -17,6 +17,7 @@ from claa_ops.evaluate.spec import MethodSpec
 from claa_ops.evaluate.tasks import Example, TaskSettings, examples, has_needles
 from claa_ops.evaluate.tasks.prompt import PromptCounter
 from claa_ops.huggingface.models import InputError, load_model
+from claa_ops.huggingface.transformers_api import cache_layers
 from claa_ops.methods import Method
 from claa_ops.prefill import attach
 
@@ -56,7 +57,8 @@ def run_study(
         )
     num_layers = config.num_hidden_layers
     if settings.layer is None:
-        layers = list(range(num_layers - 1))
+        kinds = enumerate(cache_layers(model.config))
+        layers = [layer for layer, kind in kinds if kind.attends][:-1]
     else:
         layers = sorted(set(parse_layers(settings.layer)))
     methods = {

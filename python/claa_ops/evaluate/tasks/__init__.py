@@ -15,7 +15,7 @@ from claa_ops.evaluate.tasks.records import BENCHMARKS, check_records, record_ex
 from claa_ops.evaluate.tasks.ruler import RULER
 from claa_ops.huggingface.models import InputError
 
-__all__ = ["Example", "TaskSettings", "check_task", "examples", "has_needles"]
+__all__ = ["Example", "TaskSettings", "check_task", "examples", "has_needles", "has_own_lengths"]
 
 # All tasks that are made here, by a name for each group of them.
 GROUPS = {
@@ -77,6 +77,11 @@ def has_needles(tasks: Sequence[str]) -> bool:
     return any(check_task(task)[2] is None for task in tasks)
 
 
+def has_own_lengths(task: str) -> bool:
+    """Whether the prompts of a task made here have several lengths, whichever are asked for."""
+    return task.startswith("beyond-short")
+
+
 def examples(
     tasks: Sequence[str],
     settings: TaskSettings,
@@ -135,7 +140,7 @@ def _made_examples(
             on_problem=on_problem,
         )
         return
-    short = task.startswith("beyond-short")
+    short = has_own_lengths(task)
     yield from drafted_examples(
         task,
         (RULER | BEYOND)[task],

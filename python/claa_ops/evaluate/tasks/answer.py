@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 import torch
@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from claa_ops.huggingface.decoding import end_tokens, greedy
 from claa_ops.huggingface.transformers_api import cache_argument
 from claa_ops.prefill import Prefilled
+
+Enough = Callable[[str], bool] | None
 
 
 @torch.no_grad()
@@ -63,6 +65,20 @@ def decode_until(
     max_new_tokens: Sequence[int],
     stops: Sequence[Sequence[str]],
 ) -> list[str]:
+    """The texts of :func:`decode_answers`."""
+    answers = decode_answers(model, tokenizer, prefilled, max_new_tokens, stops)
+    return [answer.text for answer in answers]
+
+
+@torch.no_grad()
+def decode_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prefilled: Prefilled,
+    max_new_tokens: Sequence[int],
+    stops: Sequence[Sequence[str]],
+    enough: Sequence[Enough] | None = None,
+) -> list[DecodedAnswer]:
     """Decode greedily, each answer until its length, the usual end, or a text that ends it.
 
     Args:
@@ -71,31 +87,46 @@ def decode_until(
         prefilled: the prompts, whose cache this consumes.
         max_new_tokens: for each prompt the longest answer.
         stops: for each prompt the texts that end its answer, and are cut off.
+        enough: for each prompt what says whether its answer so far may end, or None.
+
+    Returns:
+        The answers; no more steps are decoded than the last one of them takes.
     """
     ends = end_tokens(model)
     cache, mask = prefilled.cache, prefilled.attention_mask
     steps = greedy(model, prefilled.logits, cache, prefilled.next_position, mask, ends)
     answers = [
-        _Answer(tokenizer, longest, stop)
-        for longest, stop in zip(max_new_tokens, stops, strict=True)
+        DecodedAnswer(tokenizer, longest, stop, suffices)
+        for longest, stop, suffices in zip(
+            max_new_tokens, stops, enough or [None] * len(stops), strict=True
+        )
     ]
     for tokens in islice(steps, max(max_new_tokens)):
         for answer, token in zip(answers, tokens[:, 0].tolist(), strict=True):
             answer.take(token, ends)
         if all(answer.has_ended for answer in answers):
             break
-    return [answer.text for answer in answers]
+    return answers
 
 
-class _Answer:
-    """One answer, as its tokens come."""
+class DecodedAnswer:
+    """One answer, as its tokens come.
+
+    Attributes:
+        tokens: so far, without one that ends it.
+        has_ended: whether it takes no more.
+    """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, longest: int, stops: Sequence[str]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        longest: int,
+        stops: Sequence[str],
+        enough: Enough,
     ) -> None:
-        self._tokenizer, self._longest = tokenizer, longest
+        self._tokenizer, self._longest, self._enough = tokenizer, longest, enough
         self._stops = [stop for stop in stops if stop]  # an empty text is in every answer
-        self._tokens: list[int] = []
+        self.tokens: list[int] = []
         self.has_ended = longest == 0
 
     def take(self, token: int, ends: Sequence[int]) -> None:
@@ -103,9 +134,12 @@ class _Answer:
         if self.has_ended or token in ends:
             self.has_ended = True
             return
-        self._tokens.append(token)
-        full = len(self._tokens) == self._longest
-        self.has_ended = full or any(stop in self._decoded() for stop in self._stops)
+        self.tokens.append(token)
+        self.has_ended = len(self.tokens) == self._longest
+        if not self.has_ended and (self._stops or self._enough):
+            text = self._decoded()
+            suffices = self._enough is not None and self._enough(text)
+            self.has_ended = suffices or any(stop in text for stop in self._stops)
 
     @property
     def text(self) -> str:
@@ -115,4 +149,4 @@ class _Answer:
         return text[: min(found, default=len(text))]
 
     def _decoded(self) -> str:
-        return str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+        return str(self._tokenizer.decode(self.tokens, skip_special_tokens=True))

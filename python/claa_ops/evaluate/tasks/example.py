@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from claa_ops.evaluate.inputs import require_text
+from claa_ops.huggingface.models import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +28,13 @@ class Example:
         answers: the texts that the grade looks for.
         max_new_tokens: the length at which an answer is cut off.
         stop: texts that end an answer.
+        enough: whether an answer so far may end, because no more of it changes its grade.
         fact: the part of the prompt that decides the answer, where it is known and one.
         facts: where in the prompt all parts stand that decide the answer: for each the first
             character and the one after its last. Of a second question, in the first one's prompt.
         place: where it stands: the prompt's length in tokens and the fact's depth in [0, 1].
-        then: a second question about the prompt, asked after the first one's answer.
+        then: a second question about the prompt, asked as a further turn after the first one's
+            answer; both are decoded, and the score is the mean of theirs.
         may_cut: whether a prompt too long for the model is cut in the middle; else it is refused.
         source: file and line of a record; empty for a prompt that was made here.
     """
@@ -46,12 +49,18 @@ class Example:
     answers: Sequence[str] = ()
     max_new_tokens: int = 0
     stop: tuple[str, ...] = ()
+    enough: Callable[[str], bool] | None = None
     fact: str | None = None
     facts: tuple[tuple[int, int], ...] = ()
     place: Mapping[str, float] = field(default_factory=dict)
     then: Example | None = None
     may_cut: bool = False
     source: str = ""
+
+    @property
+    def questions(self) -> list[Example]:
+        """This one, and the second question if there is one."""
+        return [self] if self.then is None else [self, self.then]
 
     @property
     def where(self) -> str:
@@ -64,3 +73,7 @@ class Example:
         require_text("the answer's prefix", self.answer_prefix)
         for answer in (self.target or "", *self.answers):
             require_text("the right answer", answer)
+        if self.then is not None:
+            if self.grade is None or self.then.grade is None:
+                raise InputError("two questions about a prompt must both have a grade")
+            self.then.check()

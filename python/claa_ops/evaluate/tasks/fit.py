@@ -46,6 +46,10 @@ class Recall:
         said = answer.lower()
         return sum(right.lower() in said for right in self.answers) / len(self.answers)
 
+    def is_full(self, answer: str) -> bool:
+        """Whether all are there, whatever may follow."""
+        return self(answer) == 1.0
+
 
 def drafted_examples(
     task: str,
@@ -107,6 +111,7 @@ def _example(task: str, name: str, draft: Draft, count: TokenCounter, length: in
             grade=Recall(draft.then.answers),
             answers=draft.then.answers,
             max_new_tokens=_answer_tokens(draft.then.answers, count, draft.new_tokens),
+            enough=Recall(draft.then.answers).is_full,
             facts=_spans(prompt, draft.then.needed),
         )
     body = range(len(draft.head), len(prompt) - len(draft.tail))
@@ -118,6 +123,8 @@ def _example(task: str, name: str, draft: Draft, count: TokenCounter, length: in
         grade=Recall(draft.answers),
         answers=draft.answers,
         max_new_tokens=_answer_tokens(draft.answers, count, draft.new_tokens),
+        # A second question comes after the whole answer.
+        enough=None if then else Recall(draft.answers).is_full,
         fact=draft.needed[0] if len(draft.needed) == 1 else None,
         facts=_spans(prompt, draft.needed) + _occurrences(prompt, body, draft.counted),
         place={"length": length},

@@ -100,13 +100,16 @@ def _of_length(
             text.insert(round(depth * len(text)), facts[0])
             for other in facts[1:]:
                 text.insert(draw.randrange(len(text) + 1), other)
+            prompt = f"{_INSTRUCTION}\n\n{' '.join(text)}\n\n{question}"
+            begin = prompt.index(facts[0])
             yield Example(
                 task=f"needle-{kind}",
                 name=name,
-                prompt=f"{_INSTRUCTION}\n\n{' '.join(text)}\n\n{question}",
+                prompt=prompt,
                 answer_prefix=prefix,
                 target=target,
                 fact=facts[0],
+                facts=((begin, begin + len(facts[0])),),
                 place={"length": length, "depth": depth},
             )
 

