@@ -71,6 +71,18 @@ def test_so_it_is_with_every_method_that_prunes(name, model):
     assert_same(model, method, (LENGTH, 55), [*method.selection_layers(4)])
 
 
+@pytest.mark.parametrize(
+    ("family", "layers"), [("qwen3_next", [1]), ("lfm2", [1]), ("falcon_h1", [])]
+)
+def test_a_layer_with_a_recurrence_is_not_selected_within(family, layers):
+    """Layer 1 of the first two has attention alone; each of the third has both."""
+    reason = missing(family, transformers.__version__)
+    if reason is not None:
+        pytest.skip(reason)
+    method = Peak(keep=20, layer=1, in_layer=True)
+    assert_same(attach(build_family(family)), method, (LENGTH, 55), layers)
+
+
 def test_so_it_is_with_hidden_states(model):
     settings = {"keep": 20, "layer": 1, "least": 5, "num_seeds": 4, "in_layer": True}
     assert_same(model, Hops(states="hidden", **settings), (LENGTH, 55), [1])
