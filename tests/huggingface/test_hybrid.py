@@ -146,7 +146,7 @@ METHODS = [
     CLAA(keep=0.4, layer=3, zscore=True),
     FastKV(keep=0.4, rates_of="layer"),
     Peak(keep=0.4, keep_kv=20),
-    Hops(keep=0.4),
+    Hops(keep=0.4, keep_least=0),
     GemFilter(keep=0.4),
     GemFilter(keep=0.4, layer=4),
     GemFilter(keep=0.4, layer=5),

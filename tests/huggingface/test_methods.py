@@ -510,7 +510,14 @@ CASES = {
     ),
     "hops, no question": (
         Hops(
-            keep=(0.6, 0.4), keep_kv=0.3, layer=(1, 3), kernel_size=3, window=8, least=5, question=0
+            keep=(0.6, 0.4),
+            keep_kv=0.3,
+            layer=(1, 3),
+            kernel_size=3,
+            window=8,
+            least=5,
+            keep_least=0,
+            question=0,
         ),
         partial(
             slow_hops,
@@ -527,7 +534,17 @@ CASES = {
         ),
     ),
     "hops, echo alone": (
-        Hops(keep=0.4, kernel_size=5, num_sinks=0, question=9, reach=12, hops=0, least=10, **SMALL),
+        Hops(
+            keep=0.4,
+            keep_least=0,
+            kernel_size=5,
+            num_sinks=0,
+            question=9,
+            reach=12,
+            hops=0,
+            least=10,
+            **SMALL,
+        ),
         partial(
             slow_hops,
             kept=0.4,

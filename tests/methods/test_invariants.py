@@ -105,14 +105,20 @@ PADDED = {  # each method with the rates a and b, and other numbers that depend 
     "fastkv-mixed": lambda a, b: FastKV(keep=30, keep_kv=a, layer=0, window=5),
     "peak-mixed": lambda a, b: Peak(keep=(30, 12, a), layer=(1, 2, 4), window=5),
     "hops": lambda a, b: Hops(
-        keep=(max(a, b), min(a, b)), layer=(1, 3), window=5, least=9, num_seeds=4
+        keep=(max(a, b), min(a, b)), layer=(1, 3), window=5, least=9, num_seeds=4, keep_least=0
     ),
     "claa-least": lambda a, b: CLAA(
         keep=(max(a, b), min(a, b)), layer=(1, 3), keep_kv=b, keep_least=20, window=5
     ),
     "peak-mass": lambda a, b: Peak(keep=a, layer=2, mass=0.99 * b, keep_least=9, window=5),
     "hops-mass": lambda a, b: Hops(
-        keep=(max(a, b), min(a, b)), layer=(1, 3), window=5, least=9, num_seeds=4, mass=0.8
+        keep=(max(a, b), min(a, b)),
+        layer=(1, 3),
+        window=5,
+        least=9,
+        num_seeds=4,
+        keep_least=0,
+        mass=0.8,
     ),
     "claa-near": lambda a, b: CLAA(keep=(a, 0.98 * a), keep_kv=0.97 * a, layer=(1, 3), window=2),
     "claa-equal": lambda a, b: CLAA(

@@ -32,8 +32,8 @@ class Hops(Peak):
     echo have the first ``least`` tokens.
 
     Args:
-        keep, layer, keep_kv, first_full, num_sinks, equal_cache, window, kernel_size, pool_mode:
-            see :class:`Peak`.
+        keep, layer, keep_kv, first_full, num_sinks, equal_cache, keep_least, mass, window,
+            kernel_size, pool_mode: see :class:`Pruning` and :class:`Peak`.
         hops: how many hops; 0 for none.
         question: how many of the prompt's last tokens the echo is of; 0 for no echo.
         reach: tokens after an echo that are as important as the echo itself.
@@ -60,6 +60,7 @@ class Hops(Peak):
     num_seeds: int = field(default=64, kw_only=True)
     temperature: float = field(default=0.05, kw_only=True)
     least: int = field(default=160, kw_only=True)
+    keep_least: int = field(default=256, kw_only=True)
     states: Literal["value", "hidden"] = field(default="value", kw_only=True)
 
     def __post_init__(self) -> None:

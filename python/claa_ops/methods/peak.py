@@ -22,8 +22,8 @@ class Peak(Pruning):
     of which these heads hit some: a wide pooling kernel keeps the whole run.
 
     Args:
-        keep, layer, keep_kv, first_full, equal_cache: see :class:`Pruning`. Each layer's cache is
-            compressed by that layer's own scores, as in FastKV.
+        keep, layer, keep_kv, first_full, equal_cache, keep_least, mass: see :class:`Pruning`.
+            Each layer's cache is compressed by that layer's own scores, as in FastKV.
         num_sinks: first tokens of the prompt that are always kept; the earlier the selection, the
             more the layers after it miss them.
         window, kernel_size, pool_mode: see :class:`Method`. The window must reach back into the
