@@ -48,18 +48,103 @@ TINY = {
 
 
 @torch.no_grad()
-def test_a_prefill_of_known_indices_leaves_what_claa_left():
+def test_whole_prefills_are_of_models_in_known_shapes():
+    pytest.importorskip("transformers")
+    from bench import shapes, ttft
+    from claa_ops.prefill import attach
+
+    ids = torch.randint(1, 1000, (1, 80))
+    for name in shapes.MODELS:
+        torch.manual_seed(0)
+        model = attach(shapes.build(name, ["cpu"], **TINY))
+        methods = ttft.contestants(["peak:layer=1", "snapkv:keep=0.5"], [25, 50], 4)
+        held = {label: ttft.prefilled(model, ids, each) for label, each in methods.items()}
+        entries = {label: cache.layers[3].keys.shape[2] for label, cache in held.items()}
+        assert entries == {
+            "full": 80,
+            "peak:layer=1 25 %": 20,
+            "peak:layer=1 50 %": 40,
+            "snapkv:keep=0.5": 40,
+        }
+        # Two of four layers see a quarter: the products are .625 of full prefill's.
+        work = ttft.prefill(model, ids, methods["peak:layer=1 25 %"]).work
+        full = ttft.count_work(model, [80] * 4)
+        assert work.linear / full.linear == 0.625
+        assert ttft.work_of_layers(work) == work.linear + work.attention
+
+
+def test_rows_of_one_model_length_and_mode_take_the_place_of_older_ones(tmp_path):
     pytest.importorskip("transformers")
     from bench import ttft
-    from claa_ops.methods import CLAA
 
-    model = ttft.build("Llama-3.1-8B", "cpu", **TINY)
+    def rows(mode, *prefills, tokens=8192):
+        names = {"model": "Llama-3.1-8B", "tokens": tokens, "mode": mode}
+        return [names | {"prefill": prefill} for prefill in prefills]
+
+    path = tmp_path / "ttft.json"
+    ttft.add_to(path, {"device": "one", "commit": "a"}, rows("eager", "full", "claa"))
+    ttft.add_to(path, {"device": "one", "commit": "a"}, rows("eager", "full", tokens=100))
+    new = rows("eager", "full", "peak") + rows("graph", "full")
+    ttft.add_to(path, {"device": "two", "commit": "b"}, new)
+    report = json.loads(path.read_text())
+    assert report["machine"] == {"device": "two", "commit": "b"}
+    found = [(row["commit"], row["tokens"], row["mode"], row["prefill"]) for row in report["rows"]]
+    assert found == [
+        ("a", 100, "eager", "full"),
+        ("b", 8192, "eager", "full"),
+        ("b", 8192, "eager", "peak"),
+        ("b", 8192, "graph", "full"),
+    ]
+
+
+def test_prefills_run_there_and_back_and_the_longest_once():
+    pytest.importorskip("transformers")
+    from bench import ttft
+
+    assert ttft.turns(["a", "b"], 32_768) == ["a", "b", "b", "a"] * 2
+    assert ttft.turns(["a", "b"], 131_072) == ["a", "b"]
+
+
+@torch.no_grad()
+def test_norms_and_mlps_of_all_layers_are_two_graphs():
+    pytest.importorskip("transformers")
+    from bench import shapes, ttft
+
+    model, graphs = shapes.build("Llama-3.1-8B", ["cpu"], **TINY), []
     ids = torch.randint(1, 1000, (1, 80))
-    settings = {"keep": 0.25, "layer": 1}
-    recorded = ttft.Remembering(**settings)
-    ttft.prefilled(model, ids, recorded)
-    assert [x is None for x in recorded.selected.values()] == [True, False, True]
-    methods = CLAA(**settings), ttft.Known(recorded.kept, recorded.selected)
-    caches = [ttft.prefilled(model, ids, method) for method in methods]
-    for layer, known in zip(*(cache.layers for cache in caches), strict=True):
-        assert torch.equal(layer.keys, known.keys) and torch.equal(layer.values, known.values)
+    expected = model(ids).logits
+
+    def count(graph, example):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        compile_ = torch.nn.Module.compile
+        patch.setattr(
+            torch.nn.Module, "compile", lambda self, **how: compile_(self, backend=count, **how)
+        )
+        with ttft.compiled_parts(model):
+            assert torch.equal(model(ids).logits, expected) and len(graphs) == 2
+    assert torch.equal(model(ids).logits, expected) and len(graphs) == 2
+
+
+def test_the_operations_of_a_selection_after_layer_3():
+    """Of Llama-3.1-8B at 8k, 32k and 128k, 10 % kept: after the layer, and within it."""
+    pytest.importorskip("transformers")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from bench import shapes, ttft
+
+    family, sizes = shapes.MODELS["Llama-3.1-8B"]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    expected = {8192: (0.202, 0.177), 32_768: (0.182, 0.157), 131_072: (0.156, 0.129)}
+    for tokens, shares in expected.items():
+        kept = torch.linspace(0, tokens - 1, tokens // 10).long()[None]
+        full = ttft.count_work(model, [tokens] * 32)
+        seen = [tokens] * 4 + [tokens // 10] * 28
+        for within, share in zip(({}, {3: kept}), shares, strict=True):
+            work = ttft.count_work(model, seen, within=within)
+            found = ttft.work_of_layers(work) / ttft.work_of_layers(full)
+            assert found == pytest.approx(share, abs=1e-3)

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -234,12 +235,13 @@ def test_offloaded_weights_are_refused():
         attach(model)
 
 
-def test_more_than_one_device_is_refused(monkeypatch):
+def test_several_devices_without_a_map_are_refused(monkeypatch):
     model = build("llama")
     devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
     weights = [type("Weight", (), {"device": device}) for device in devices]
     monkeypatch.setattr(model, "parameters", lambda: iter(weights))
-    with pytest.raises(ValueError, match="LlamaForCausalLM must be on one device, got cuda:0, cu"):
+    message = "must be on one device or spread by a device_map, got cuda:0, cuda:1"
+    with pytest.raises(ValueError, match=message):
         attach(model)
 
 
@@ -405,6 +407,26 @@ def test_flash_attention_keeps_its_name_and_gets_no_position_ids(flash, model):
     assert flash and not any("position_ids" in kwargs for kwargs in flash)
     _, expected = generate(model, ids, ClaaCache(model.config, METHOD), mask)
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_flash_attention_selects_within_a_plain_layer(flash, model):
+    flashing = build("llama")
+    flashing.config._attn_implementation_internal = "flash_attention_2"
+    attach(flashing)
+    ids, mask = prompt(60, 41)
+    method = replace(METHOD, in_layer=True)
+    cache = ClaaCache(flashing.config, method)
+    _, logits = generate(flashing, ids, cache, mask)
+    assert [*cache.within] == [1]
+    _, expected = generate(model, ids, ClaaCache(model.config, METHOD), mask)
+    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
+    for layer in flashing.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "sliding_window": 16}), with_kwargs=True
+        )
+    message = "within a layer must be in one with plain causal attention, use sdpa or eager att"
+    with pytest.raises(ValueError, match=message):
+        generate(flashing, ids, ClaaCache(flashing.config, method), mask)
 
 
 def test_flash_attention_has_no_windows_after_a_selection(flash):

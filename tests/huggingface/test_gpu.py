@@ -1,5 +1,7 @@
 """The model path on a GPU: SDPA's back ends and their logsumexp, compiled and captured prefill."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from transformers import CompileConfig
 import claa_ops
 from claa_ops.huggingface import logsumexp
 from claa_ops.huggingface.logsumexp import attention_and_logsumexp
+from claa_ops.huggingface.rows import attention_of_rows
 from claa_ops.huggingface.static import StaticClaaCache
 from claa_ops.methods import CLAA
 from claa_ops.prefill import ClaaCache, PrefillState, attach
@@ -156,11 +159,13 @@ def test_prefill_is_one_compiled_graph():
 
 @torch.no_grad()
 @pytest.mark.parametrize("backend", WITH_LSE)
-def test_a_captured_prefill_replays_on_other_prompts(backend, observed):
+@pytest.mark.parametrize("in_layer", [False, True])
+def test_a_captured_prefill_replays_on_other_prompts(backend, in_layer, observed):
     model = attach(model_for())
+    method = replace(METHOD, in_layer=in_layer)
 
     def prefill(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        cache = ClaaCache(model.config, METHOD)
+        cache = ClaaCache(model.config, method)
         logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
         kept = [x for layer in cache.layers for x in (layer.keys, layer.values)]
         return logits, cache.state.positions, *kept
@@ -172,13 +177,71 @@ def test_a_captured_prefill_replays_on_other_prompts(backend, observed):
         observed.clear()
         with torch.cuda.graph(graph):
             outputs = prefill(ids)
-        assert all(lse is not None for _, _, lse in observed)
+        assert [lse is None for _, _, lse in observed] == [False, in_layer, False, False]
         for seed in (1, 2):
             other, _ = on_gpu(200, seed=seed)
             ids.copy_(other)
             graph.replay()
             for actual, expected in zip(outputs, prefill(other), strict=True):
                 assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("start", [None, (0, 700)], ids=["whole", "padded"])
+def test_attention_of_rows_is_the_causal_attention_at_those_rows(start, dtype):
+    """FlexAttention, at several lengths, against float64."""
+    for tokens, kept in ((3000, 500), (2048, 256), (4100, 130), (1000, 40)):
+        query, key, value = (
+            torch.randn(2, heads, tokens, 64, device="cuda", dtype=dtype) for heads in (6, 2, 2)
+        )
+        first = None if start is None else torch.tensor(start, device="cuda")
+        begins = (0, 0) if start is None else start
+        index = torch.stack(
+            [(torch.randperm(tokens - each)[:kept] + each).sort()[0] for each in begins]
+        )
+        index = index.cuda()
+        if start is not None:
+            index[1, :9] = -1
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device="cuda").tril()[None, None]
+        if first is not None:
+            seen = torch.arange(tokens, device="cuda") >= first[:, None, None, None]
+            mask = mask & seen | torch.eye(tokens, dtype=torch.bool, device="cuda")
+        whole = F.scaled_dot_product_attention(
+            query.double(), key.double(), value.double(), mask, scale=0.2, enable_gqa=True
+        )
+        places = index.clamp_min(0)[:, None, :, None].expand(-1, 6, -1, 64)
+        some = attention_of_rows(query.gather(2, places), key, value, index, first, 0.2)
+        assert some.isfinite().all() and some.dtype == dtype
+        error = (some - whole.gather(2, places)) * (index >= 0)[:, None, :, None]
+        assert error.abs().max() < (3e-2 if dtype == torch.bfloat16 else 1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(300,), (300, 230)], ids=["one", "padded"])
+def test_a_selection_within_a_layer_is_the_one_after_it(lengths):
+    ids, mask = on_gpu(*lengths)
+    model = attach(model_for(dtype=torch.float32))
+    within = replace(METHOD, in_layer=True)
+    (tokens, logits), (found, others) = (
+        generate(model, ids, ClaaCache(model.config, method), mask) for method in (METHOD, within)
+    )
+    assert torch.equal(found, tokens)
+    torch.testing.assert_close(others, logits, atol=1e-2, rtol=1e-2)
+
+
+@torch.no_grad()
+def test_a_selection_within_a_layer_compiles_into_one_graph():
+    torch.compiler.reset()
+    model = attach(model_for(dtype=torch.float32))
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    ids, _ = on_gpu(300)
+    method = replace(METHOD, in_layer=True)
+    caches = [ClaaCache(model.config, method) for _ in range(2)]
+    logits = compiled(ids, past_key_values=caches[0], logits_to_keep=1).logits
+    expected = model(ids, past_key_values=caches[1], logits_to_keep=1).logits
+    torch.testing.assert_close(logits, expected, atol=1e-2, rtol=1e-2)
+    assert torch.equal(caches[0].state.positions, caches[1].state.positions)
+    assert caches[0].lengths == caches[1].lengths
 
 
 @torch.no_grad()

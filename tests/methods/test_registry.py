@@ -154,6 +154,7 @@ def test_settings_reach_the_methods_that_have_them():
         ("asl", {"passes": 3}, "ASL: passes must be 1 or 2, got 3"),
         ("asl", {"full_before": None}, "ASL: full_before must be True or False, got None"),
         ("asl", {"equal_cache": True}, "ASL: equal_cache must be False, got True"),
+        ("asl", {"in_layer": True}, "ASL: in_layer must be False, got True"),
         ("speculative", {"look_ahead": 0}, "SpeculativePrefill: look_ahead must be a positive in"),
         ("speculative", {"chunk": 0}, "SpeculativePrefill: chunk must be a positive integer or No"),
         (

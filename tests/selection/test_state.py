@@ -116,6 +116,30 @@ def test_a_plain_decoder_with_four_calls_is_claa_by_hand():
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_an_engine_may_select_before_the_attention():
+    """The state asks for queries and keys alone; the kept tokens attend to all that were there."""
+    model, hidden = Decoder(), torch.randn(2, 60, WIDTH)
+    expected, cache, positions = model(hidden, METHOD)
+    angle = torch.arange(60)[:, None] * 0.3 ** torch.arange(DIM // 2)
+    angle = angle.expand(2, -1, -1)
+    state = prefill.begin(METHOD, num_layers=LAYERS, prompt_length=60)
+    for layer in range(LAYERS):
+        query, key, value = project(hidden, model.qkv[layer], angle)
+        state.observe(layer, query[:, :, -METHOD.window :], key)
+        held = state.compress(layer, key, value)
+        assert all(map(torch.equal, held, cache[layer]))
+        index = state.select(layer)
+        attended = attend(query, key, value, None)
+        if index is not None:
+            attended = claa_ops.gather_tokens(attended, index)  # an engine computes no others
+            hidden = claa_ops.gather_tokens(hidden, index)
+            angle = claa_ops.gather_tokens(angle, index)
+        hidden = hidden + attended @ model.output[layer]
+    torch.testing.assert_close(hidden, expected)
+    assert torch.equal(state.positions, positions)
+
+
 def test_full_kv_changes_nothing():
     model, hidden = Decoder(), torch.randn(2, 30, WIDTH)
     output, cache, positions = model(hidden, FullKV())
@@ -325,3 +349,17 @@ def test_what_was_not_shown_is_asked_for(name):
     state, _ = observed()
     with pytest.raises(RuntimeError, match=f"CLAA: {name} of layer 0 must be passed to observe"):
         getattr(state.observed, name)
+
+
+def test_the_state_follows_its_layers_to_another_device():
+    start = torch.tensor([2, 0])
+    state = prefill.begin(CLAA(keep=0.5, layer=0), num_layers=3, prompt_length=40, start=start)
+    query, key = torch.randn(2, HEADS, 40, DIM), torch.randn(2, KV_HEADS, 40, DIM)
+    state.observe(0, query, key)
+    state.notes["peaks"] = state.importance
+    assert state.running is state.importance is not None
+    state.method = FullKV()  # it computes nothing, which the device without memory cannot
+    state.observe(1, query.to("meta"), key.to("meta"))
+    held = (state.start, state.row_lengths, state.importance, state.notes["peaks"])
+    assert {each.device.type for each in (*held, state.observed.start)} == {"meta"}
+    assert state.running is state.importance

@@ -25,6 +25,7 @@ class Settings:
     zscore: bool = False
     sliding_window: int | None = None
     first_sliding: int = 0
+    in_layer: bool = False  # the selection layer computes its queries for kept tokens alone
 
     def sees(self, layer: int, query_position: int, key_position: int) -> bool:
         distance = query_position - key_position
@@ -66,7 +67,27 @@ def generate(model, ids: list[int], steps: int, settings: Settings) -> Result:
                 if step == 0
                 else [a + b for a, b in zip(caches[layer], entries, strict=True)]
             )
-            hidden = hidden + attend(query, positions, seen, settings, layer) @ (
+            caches[layer], index = seen, None
+            if step == 0:
+                scores = window_scores(query, key, positions, settings, layer)
+                ranking.append(standardise(scores) if settings.zscore else scores)
+                compressible = layer >= settings.first_full and not settings.slides(layer)
+                if compressible and len(ids) > settings.capacity:
+                    caches[layer] = [
+                        [seen[g][i] for i in best(scores[g], settings.capacity, settings.window)]
+                        for g in range(len(seen))
+                    ]
+                if layer == settings.layer and len(ids) > settings.kept:
+                    rows = [row for scored in ranking[-settings.last_n :] for row in scored]
+                    importance = [max(column) for column in zip(*rows, strict=True)]
+                    index = best(importance, settings.kept, settings.window)
+                    ids, positions = [ids[i] for i in index], [positions[i] for i in index]
+                    result.positions = positions
+            if index is not None and settings.in_layer:
+                hidden, query, asking = hidden[index], query[:, index], positions
+            else:
+                asking = [position for position, _, _ in entries[0]]
+            hidden = hidden + attend(query, asking, seen, settings, layer) @ (
                 weights[prefix + "self_attn.o_proj.weight"].T
             )
             states = norm(hidden, weights[prefix + "post_attention_layernorm.weight"], config)
@@ -75,24 +96,8 @@ def generate(model, ids: list[int], steps: int, settings: Settings) -> Result:
             hidden = hidden + (gate * gate.sigmoid() * up) @ (
                 weights[prefix + "mlp.down_proj.weight"].T
             )
-            caches[layer] = seen
-            if step > 0:
-                continue
-            scores = window_scores(query, key, positions, settings, layer)
-            ranking.append(standardise(scores) if settings.zscore else scores)
-            compressible = layer >= settings.first_full and not settings.slides(layer)
-            if compressible and len(ids) > settings.capacity:
-                caches[layer] = [
-                    [seen[g][i] for i in best(scores[g], settings.capacity, settings.window)]
-                    for g in range(len(seen))
-                ]
-            if layer == settings.layer and len(ids) > settings.kept:
-                rows = [row for scored in ranking[-settings.last_n :] for row in scored]
-                importance = [max(column) for column in zip(*rows, strict=True)]
-                index = best(importance, settings.kept, settings.window)
+            if index is not None and not settings.in_layer:
                 hidden = hidden[index]
-                ids, positions = [ids[i] for i in index], [positions[i] for i in index]
-                result.positions = positions
         last = norm(hidden[-1:], weights["model.norm.weight"], config)
         result.logits.append((last @ weights["lm_head.weight"].T)[0])
         result.tokens.append(int(result.logits[-1].argmax()))

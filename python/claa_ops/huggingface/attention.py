@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from claa_ops.huggingface.cache import ClaaCache, SlidingLayer
+from claa_ops.huggingface.cache import ClaaCache, Look, SlidingLayer
 from claa_ops.huggingface.generation import AttachedCache
 from claa_ops.huggingface.logsumexp import attention_and_logsumexp
+from claa_ops.huggingface.rows import BLOCK, attention_of_rows, visible_to
+from claa_ops.huggingface.sparse import LEAST, block_sparse_attention
 from claa_ops.huggingface.transformers_api import (
     AttentionFunction,
     attention_function,
@@ -21,6 +23,10 @@ from claa_ops.huggingface.transformers_api import (
     register_attention_function,
     sdpa_mask,
 )
+
+
+class LookDone(Exception):
+    """Raised to leave a layer before its attention, of which the keys and queries were seen."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,17 @@ def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
             return base(module, query, key, value, attention_mask, **kwargs)
         layer: Any = module.layer_idx
         held = claa_cache.layers[layer]
+        look = claa_cache.look if isinstance(claa_cache, ClaaCache) else None
+        if isinstance(claa_cache, ClaaCache) and look is not None and look.key is None:
+            _observe(claa_cache, layer, query, key, value, None, kwargs)
+            look.key, look.value = key, value
+            if torch.compiler.is_compiling():  # what follows is left out of the graph
+                return _nothing(query, value), None
+            raise LookDone
+        if look is not None and look.index is not None:
+            return _attention_of_selected(
+                base, base_name, module, query, look, attention_mask, kwargs
+            )
         if not claa_cache.prefilling and held.is_sliding and held.positions is not None:
             attention_mask = _window_mask(claa_cache, held, query, additive=base_name == "eager")
         if "flash" in base_name:
@@ -127,36 +144,118 @@ def _with_prefill(base: AttentionFunction, base_name: str) -> AttentionFunction:
                 )
             # Positions with gaps would be taken for several sequences packed into one.
             kwargs.pop("position_ids", None)
-        fused = None
-        if claa_cache.prefilling and base_name == "sdpa" and attention_mask is None:
-            fused = _plain_attention(module, query, key, value, kwargs)
-        if fused is None:
-            output, lse = base(module, query, key, value, attention_mask, **kwargs), None
+        output, lse = None, None
+        if claa_cache.prefilling:
+            output, lse = _fused(
+                claa_cache, base_name, module, query, key, value, attention_mask, kwargs
+            )
+        if output is None:
+            attended = base(module, query, key, value, attention_mask, **kwargs)
         else:
-            output, lse = (fused[0].transpose(1, 2).contiguous(), None), fused[1]
-        if not isinstance(claa_cache, ClaaCache):
-            return output
+            attended = output.transpose(1, 2).contiguous(), None
+        if not isinstance(claa_cache, ClaaCache) or look is not None:
+            return attended
         if claa_cache.taken is not None:
             claa_cache.put_in_order(layer, claa_cache.taken)
         elif claa_cache.prefilling or claa_cache.turn is not None:
-            see = claa_cache.observe if claa_cache.prefilling else claa_cache.look_again
-            see(
-                layer,
-                query,
-                key,
-                value=value,
-                hidden=claa_cache.hidden,
-                lse=lse,
-                scale=kwargs.get("scaling"),
-                sliding_window=kwargs.get("sliding_window") or 0,
-                softcap=kwargs.get("softcap") or 0.0,
-                sink_logits=kwargs.get("s_aux"),
-            )
-            claa_cache.hidden = None
-        return output
+            _observe(claa_cache, layer, query, key, value, lse, kwargs)
+        return attended
 
     vars(claa_attention)["claa_base"] = base
     return claa_attention
+
+
+def _fused(
+    cache: AttachedCache,
+    base_name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    attention: dict[str, Any],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Output and logsumexp of a layer of the prompt, as far as they come from another kernel.
+
+    That is a block-sparse one, if the method wants it and the attention is causal and nothing
+    else, or SDPA's own, asked for the logsumexp too.
+    """
+    if not _is_plain(module, attention):
+        return None, None
+    scale, window = attention.get("scaling"), attention.get("sliding_window") or 0
+    state = cache.state if isinstance(cache, ClaaCache) else None
+    if isinstance(cache, ClaaCache) and state is not None:
+        layer: Any = module.layer_idx
+        share = cache.key_share(layer)
+        windowed, long = 0 < window < key.shape[2], key.shape[2] > LEAST * BLOCK
+        if share is not None and long and not windowed:
+            cache.sparse[layer] = share
+            return block_sparse_attention(query, key, value, share, state.start, scale), None
+    if base_name != "sdpa" or mask is not None:
+        return None, None
+    return attention_and_logsumexp(query, key, value, scale) or (None, None)
+
+
+def _observe(
+    cache: ClaaCache,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor | None,
+    attention: dict[str, Any],
+) -> None:
+    """Show a layer of the prompt, or of a turn that looks again."""
+    see = cache.observe if cache.prefilling else cache.look_again
+    see(
+        layer,
+        query,
+        key,
+        value=value,
+        hidden=cache.hidden,
+        lse=lse,
+        scale=attention.get("scaling"),
+        sliding_window=attention.get("sliding_window") or 0,
+        softcap=attention.get("softcap") or 0.0,
+        sink_logits=attention.get("s_aux"),
+    )
+    cache.hidden = None
+
+
+def _nothing(query: Tensor, value: Tensor) -> Tensor:
+    """What no one reads, in the form of an attention's output."""
+    batch, heads, tokens, _ = query.shape
+    return query.new_zeros(batch, tokens, heads, value.shape[3])
+
+
+def _attention_of_selected(
+    base: AttentionFunction,
+    base_name: str,
+    module: nn.Module,
+    query: Tensor,
+    look: Look,
+    mask: Tensor | None,
+    attention: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of the tokens that a layer selected within itself, to all that it saw."""
+    key, value, index = look.key, look.value, look.index
+    assert key is not None and value is not None and index is not None
+    window = attention.get("sliding_window") or 0
+    windowed = 0 < window < key.shape[2]
+    if base_name != "eager" and _is_plain(module, attention) and not windowed:
+        scale = attention.get("scaling")
+        output = attention_of_rows(query, key, value, index, look.start, scale)
+        return output.transpose(1, 2).contiguous(), None
+    if "flash" in base_name:
+        raise ValueError(
+            "ClaaCache: a selection within a layer must be in one with plain causal attention, "
+            f"use sdpa or eager attention, got {base_name} in layer {module.layer_idx}"
+        )
+    if mask is None:
+        mask = visible_to(index, key.shape[2], look.start)
+        if base_name == "eager":
+            mask = _additive(mask, query.dtype)
+    return base(module, query, key, value, mask, **attention)
 
 
 def _base_of(attention: AttentionFunction) -> AttentionFunction | None:
@@ -168,15 +267,12 @@ def unwrapped(attention: AttentionFunction) -> AttentionFunction:
     return _base_of(attention) or attention
 
 
-def _plain_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention: dict[str, Any]
-) -> tuple[Tensor, Tensor] | None:
-    """Output and logsumexp, if this is an SDPA attention that is causal and nothing else."""
+def _is_plain(module: nn.Module, attention: dict[str, Any]) -> bool:
+    """Whether it is causal and nothing else, but perhaps within a sliding window."""
     special = ("dropout", "position_bias", "s_aux", "softcap")
     causal = attention.get("is_causal", getattr(module, "is_causal", True))
-    if causal is False or any(attention.get(name) for name in special):
-        return None
-    return attention_and_logsumexp(query, key, value, attention.get("scaling"))
+    given = [attention.get(name) for name in special]
+    return causal is not False and not any(isinstance(each, Tensor) or each for each in given)
 
 
 def _window_mask(
@@ -185,7 +281,8 @@ def _window_mask(
     """The sliding window of later tokens over selected entries: by position, not by index."""
     seen = cache.get_seq_length()
     visible = held.visible(torch.arange(seen - query.shape[2], seen, device=query.device))[:, None]
-    if not additive:
-        return visible
-    hidden = torch.finfo(query.dtype).min
-    return torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, hidden)
+    return _additive(visible, query.dtype) if additive else visible
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)

@@ -25,9 +25,26 @@ from claa_ops.huggingface.transformers_api import (
     cache_layers,
 )
 from claa_ops.ops.gather_kv import gather_kv
+from claa_ops.selection.budget import Budget
 from claa_ops.selection.method import Method
 from claa_ops.selection.state import PrefillState, Turn, begin, check_method
 from claa_ops.selection.taken import TakenUp
+
+
+@dataclass
+class Look:
+    """What a layer's attention gets of all tokens, before a selection within the layer.
+
+    Attributes:
+        start: ``[B]``: the first of these n tokens that is not padding; None without padding.
+        key, value: ``[B, G, n, D]``, once the attention was called.
+        index: ``[B, k]``: the tokens that are selected; None for all of them.
+    """
+
+    start: Tensor | None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    index: Tensor | None = None
 
 
 class ClaaCache(AttachedCache):
@@ -146,6 +163,12 @@ class ClaaCache(AttachedCache):
         self.parked: Parked | None = None
         # What the layers after a selection receive, gathered once for each type of layer.
         self.selected: dict[str, dict[str, Any]] = {}
+        # Of the layer that selects within itself, while it runs.
+        self.look: Look | None = None
+        # Of each such layer that has run, which of its tokens it selected; None for all.
+        self.within: dict[int, Tensor | None] = {}
+        # Of each layer that has attended to a share of its keys, the share.
+        self.sparse: dict[int, Budget] = {}
 
     @property
     def lengths(self) -> list[int]:
@@ -291,13 +314,29 @@ class ClaaCache(AttachedCache):
         """
         count = self._selecting.get(layer)
         assert self.state is not None  # begin_forward made it
-        return None if count is None else self.state.select(count)
+        return None if count is None or layer in self.within else self.state.select(count)
+
+    def selects_within(self, layer: int) -> bool:
+        """Whether :meth:`select` may be asked before this layer's attention.
+
+        Not in one with a recurrence too, which hands its state on from all tokens.
+        """
+        count = self._selecting.get(layer)
+        if count is None or count != self._counted.get(layer) or self.kinds[layer].states:
+            return False
+        assert self.state is not None  # begin_forward made it
+        return self._method.selects_within(self.state, count)
+
+    def key_share(self, layer: int) -> Budget | None:
+        """Of its blocks of keys, the share that this layer attends to; None for all."""
+        assert self.state is not None  # begin_forward made it
+        return self._method.key_share(self.state, self._counted[layer])
 
     def end_forward(self) -> None:
         """Called by an attached model after its layers."""
         self.given.clear()
         self.selected.clear()
-        self.hidden = self.turn = self.taken = None
+        self.hidden = self.look = self.turn = self.taken = None
         if self.prefilling and self.parked is not None:
             waits = self.state is not None and self.state.parked is not None
             self.parked = self.parked.after_prefill(self.layer_types) if waits else None
@@ -347,6 +386,9 @@ class ClaaCache(AttachedCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append the keys and values of a layer; return all that its attention should see."""
+        if self.look is not None and self.look.key is not None:  # they were appended then
+            assert self.look.value is not None
+            return self.look.key, self.look.value
         if layer_idx == self.attending[0] and self.in_forward:
             seen = self.get_seq_length() + key_states.shape[2]
             self._seen = self._seen.new_empty(seen, 0)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from claa_ops.huggingface.attention import check_attention
-from claa_ops.huggingface.cache import ClaaCache, Parked, hide_before
+from claa_ops.huggingface.attention import LookDone, check_attention
+from claa_ops.huggingface.cache import ClaaCache, Look, Parked, hide_before
 from claa_ops.huggingface.generation import AttachedCache, new_cache
 from claa_ops.huggingface.transformers_api import (
     Arguments,
@@ -219,7 +219,37 @@ class ContinueWithSelected(_Hook):
             arguments.update(cache.selected[kind])
         if cache.method.reads_hidden:
             cache.hidden = hidden
+        cache.look = None
+        if cache.selects_within(self.index):
+            hidden = self._select_within(module, hidden, arguments, cache)
         return (hidden,), arguments
+
+    def _select_within(
+        self, module: nn.Module, hidden: Tensor, arguments: Arguments, cache: ClaaCache
+    ) -> Tensor:
+        """Select before the layer's attention; return the hidden states that go through it.
+
+        The layer runs twice: of all tokens up to the attention, which sees their keys, and whole
+        of those that are selected. ``arguments`` become what goes with these.
+        """
+        state = cache.state
+        assert state is not None  # begin_forward made it
+        cache.look = look = Look(state.start)
+        try:
+            module.forward(hidden, **arguments)
+        except LookDone:
+            pass
+        index = cache.select(self.index)
+        look.index = cache.within[self.index] = index
+        if index is None:
+            return hidden
+        if cache.first_pass:
+            raise FirstPassDone
+        cache.selected.clear()
+        mask = arguments.pop("attention_mask", None)
+        arguments.update(_gather(arguments, index, state.start))
+        arguments["attention_mask"] = _mask_rows(mask, index)
+        return gather_tokens(hidden, index)
 
     def _select(self, cache: ClaaCache, state: PrefillState, hidden: Tensor) -> Tensor:
         """The hidden states ``[B, k, C]`` of what continues, of those after the layer before."""
@@ -301,11 +331,21 @@ class PassCache(_Hook):
         if not isinstance(cache, AttachedCache):
             return None
         mask = arguments.get("attention_mask")
-        if mask is not None:
+        # Within a layer that selects it is of all tokens that the layer saw.
+        if mask is not None and not (isinstance(cache, ClaaCache) and cache.look is not None):
             layer: Any = module.layer_idx
             new = arguments["hidden_states"].shape[1]
             arguments["attention_mask"] = cache.layers[layer].columns(mask, new)
         return (), {**arguments, "claa_cache": cache}
+
+
+def _mask_rows(mask: Tensor | None, index: Tensor) -> Tensor | None:
+    """The rows ``[B, heads, k, n]`` of a mask ``[B, heads, n, n]``; others as they are."""
+    if mask is None or mask.dim() == 2:
+        return mask
+    mask = mask.expand(index.shape[0], -1, -1, -1)
+    row = torch.arange(index.shape[0], device=index.device)[:, None]
+    return mask[row, :, index.clamp_min(0)].movedim(1, 2)
 
 
 _MASKS = ("attention_mask", "mamba_attention_mask")  # the latter of layers that have two
@@ -323,6 +363,9 @@ def _gather(arguments: Arguments, positions: Tensor, start: Tensor | None) -> Ar
     angles = _angles(arguments)
     selected: Arguments = {}
     if angles:  # recurrences know the order of the tokens without them
+        # A model over several devices hands what goes with the tokens from its first to all.
+        device = angles[0].device
+        positions, start = positions.to(device), None if start is None else start.to(device)
         # Some models transpose theirs, and gather_tokens moves whole rows.
         rows = (gather_tokens(x.contiguous(), positions) for x in angles)
         selected["position_embeddings"] = tuple(rows)

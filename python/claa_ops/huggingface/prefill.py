@@ -98,7 +98,7 @@ def prefill(
         **cache_argument(model, cache),
     )
     assert cache.state is not None  # the forward made it
-    work = prompt.work + count_work(model, cache.seen)
+    work = prompt.work + count_work(model, cache.seen, within=cache.within, sparse=cache.sparse)
     for layer, lengths in cache.state.ahead:
         work += count_work(model, lengths, logits=0, first=layer)
     full = count_work(model, [input_ids.shape[1]] * len(cache.layers))

@@ -395,6 +395,7 @@ class RecordedPrefill:
         return (
             same
             and cache.method.rows(cache.state) <= _ROWS
+            and not cache.method.alters_layers
             and (not cache.method.reads_hidden or len(self._outputs) == self._depth)
             and all(
                 torch.equal(x[:, first:], y[:, first:])
@@ -493,9 +494,10 @@ class _Layer:
         if self._index == 0:
             replay.active = replay.record.begins(arguments, cache)
             replay.seen.append([])
-        tokens = arguments["hidden_states"].shape[1]
-        start = cache.state.start if cache.taken is None else cache.taken.start
-        replay.seen[-1].append(Seen(tokens, start, self._index))
+        if cache.look is None or cache.look.key is None:  # else it runs on, with some of them
+            tokens = arguments["hidden_states"].shape[1]
+            start = cache.state.start if cache.taken is None else cache.taken.start
+            replay.seen[-1].append(Seen(tokens, start, self._index))
         if replay.active and cache.has_selected:
             replay.record.require_output(self._index - 1)
             replay.active = False

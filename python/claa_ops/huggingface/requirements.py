@@ -29,7 +29,7 @@ def layers_and_attentions(
 
     Raises:
         TypeError: the model is not of the form that the adapter needs.
-        ValueError: its weights are not on one device, or a layer is of a kind not served.
+        ValueError: its weights are not where its layers run, or a layer is of a kind not served.
     """
     name = type(model).__name__
     if hasattr(model, "_orig_mod"):

@@ -134,7 +134,7 @@ def has_alibi(config: PreTrainedConfig, taken: Iterable[str]) -> bool:
 
 
 def placement(model: PreTrainedModel) -> str | None:
-    """What is wrong with where the weights are; None if they are on one device."""
+    """What is wrong with where the weights are; None if they are on devices that a forward uses."""
     if (getattr(model, "tp_size", None) or 1) > 1:
         return f"not be tensor parallel, got {model.tp_size} ranks"
     devices = {parameter.device.type for parameter in model.parameters()}
@@ -143,8 +143,8 @@ def placement(model: PreTrainedModel) -> str | None:
         where = "the CPU or the disk (device_map)" if moved else "the meta device: load them first"
         return f"have its weights in memory, got some that are on {where}"
     devices = {str(parameter.device) for parameter in model.parameters()}
-    if len(devices) > 1:
-        return f"be on one device, got {', '.join(sorted(devices))}"
+    if len(devices) > 1 and not hasattr(model, "hf_device_map"):
+        return f"be on one device or spread by a device_map, got {', '.join(sorted(devices))}"
     return None
 
 

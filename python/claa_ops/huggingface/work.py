@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
+from claa_ops.huggingface.sparse import pairs_seen
 from claa_ops.huggingface.transformers_api import (
     Dimensions,
     PreTrainedModel,
     decoder_of,
     dimensions,
 )
+from claa_ops.selection.budget import Budget
 from claa_ops.selection.work import Work
 
 
 def count_work(
-    model: PreTrainedModel, tokens: Sequence[int], logits: int = 1, first: int = 0
+    model: PreTrainedModel,
+    tokens: Sequence[int],
+    logits: int = 1,
+    first: int = 0,
+    within: Mapping[int, Tensor | None] | None = None,
+    sparse: Mapping[int, Budget] | None = None,
 ) -> Work:
     """Count the multiply-adds of a forward whose i-th layer sees ``tokens[i]`` tokens.
 
@@ -30,16 +37,27 @@ def count_work(
         tokens: of each layer that ran, from layer ``first`` on.
         logits: of how many tokens the head is computed.
         first: the first layer that ran.
+        within: of each layer that selected before its attention, which of its tokens, ``[B, k]``,
+            as :attr:`ClaaCache.within`: it projects all of them to queries, keys and values, and
+            these go through the whole layer.
+        sparse: of each layer that attended to a share of its keys, the share, as
+            :attr:`ClaaCache.sparse`.
     """
     sizes = dimensions(model.config)
     linear = attention = 0
     blocks = decoder_of(model).layers
     layers = zip(tokens, blocks[first:], sizes.kinds[first:], strict=False)
-    for seen, block, kind in layers:
-        linear += seen * _weights_per_token(block, sizes)
-        if kind.attends:
-            width = sizes.heads * _head_dim(block, sizes)
-            attention += 2 * width * _visible_pairs(seen, kind.window)
+    for layer, (seen, block, kind) in enumerate(layers, first):
+        whole, pairs = seen, _visible_pairs(seen, kind.window) if kind.attends else 0
+        if sparse is not None and layer in sparse:
+            pairs = pairs_seen(seen, sparse[layer])
+        if within is not None and layer in within:
+            linear += seen * _projections_per_token(block, sizes)
+            index = within[layer]
+            if index is not None:
+                whole, pairs = index.shape[1], _pairs_of(index, kind.window)
+        linear += whole * _weights_per_token(block, sizes)
+        attention += 2 * sizes.heads * _head_dim(block, sizes) * pairs
     return Work(linear, attention, logits * sizes.hidden_size * sizes.vocab_size)
 
 
@@ -55,6 +73,21 @@ def _weights_per_token(block: nn.Module, sizes: Dimensions) -> int:
     dense = sum(shape.numel() for shape in shapes if len(shape) == 2) + convolved
     stacked = sum(shape.numel() for shape in shapes if len(shape) == 3) - convolved
     return dense + (stacked * used // experts if used and experts else stacked)
+
+
+def _projections_per_token(block: nn.Module, sizes: Dimensions) -> int:
+    """Matrix entries that make a token's query, key and value, by whatever names."""
+    attention = next(module for module in block.modules() if hasattr(module, "layer_idx"))
+    matrices = (weight for weight in attention.parameters() if weight.dim() == 2)
+    output = sizes.heads * _head_dim(block, sizes) * sizes.hidden_size
+    return sum(weight.numel() for weight in matrices) - output
+
+
+def _pairs_of(index: Tensor, window: int | None) -> int:
+    """Query-key pairs of the tokens at ``[B, k]`` of those that a layer sees, for one prompt."""
+    visible = index.clamp_min(-1) + 1
+    visible = visible.clamp_max(window) if window else visible
+    return int(visible.sum()) // index.shape[0]
 
 
 def _head_dim(block: nn.Module, sizes: Dimensions) -> int:

@@ -66,6 +66,7 @@ class ASL(Pruning):
         single = self.layer is None or isinstance(self.layer, int)
         self.require(single, "layer", "one layer")
         self.require(not self.equal_cache, "equal_cache", "False")
+        self.require(not self.in_layer, "in_layer", "False")  # most tested layers select nothing
         given = self.last_n is None or is_count(self.last_n, 1)
         self.require(given, "last_n", "a positive integer")
         if self.tau is not None:

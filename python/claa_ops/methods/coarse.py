@@ -57,6 +57,7 @@ class Coarse(Peak):
         super().__post_init__()
         self.require(not isinstance(self.layer, tuple), "layer", "one layer")
         self.require(self.pool_mode == "avg", "pool_mode", "'avg'")
+        self.require(not self.in_layer, "in_layer", "False")  # all tokens go through that layer
         self.require(is_count(self.every, 1), "every", "a positive integer")
         if self.ahead is not None:
             first = 1 + self.layer if isinstance(self.layer, int) else 1

@@ -70,6 +70,7 @@ class LazyLLM(Pruning):
             self.require(whole, "keep_kv", "1.0 with revive")
             self.require(not self.equal_cache, "equal_cache", "False with revive")
             self.require(not self.second_look, "second_look", "False with revive")
+            self.require(not self.in_layer, "in_layer", "False with revive")
             self.require(self.mass is None, "mass", "None with revive")
 
     def _each(self, name: str) -> list[Any]:

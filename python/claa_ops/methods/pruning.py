@@ -59,6 +59,13 @@ class Pruning(Method):
             layers together hold ``keep_kv`` of the entries of full prefill, whole caches
             included, so that the method can be compared at equal bytes with one that has
             ``first_full=0``.
+        in_layer: select before the attention of the selection layer instead of after the layer,
+            which then computes no more than keys and values of the tokens that are dropped. The
+            result is the same but for rounding.
+        attention_share: a rate in (0, 1): the layers that see the whole prompt attend to so many
+            of its blocks of 128 keys, those most like their queries (block-sparse attention). 1
+            for exact attention, which the layers with sliding windows, softcaps or sink logits
+            keep.
         second_look: park the hidden states behind the selection layer. A later turn of the
             conversation then ranks the prompt anew, by its own last tokens, and the best of what
             the later layers do not hold, as many as ``keep`` says, are taken up again. All
@@ -91,6 +98,8 @@ class Pruning(Method):
     first_full: int = 0
     num_sinks: int = 0
     equal_cache: bool = False
+    in_layer: bool = field(default=False, kw_only=True)
+    attention_share: float = field(default=1.0, kw_only=True)
     keep_least: int = field(default=0, kw_only=True)
     mass: float | None = field(default=None, kw_only=True)
     second_look: bool = field(default=False, kw_only=True)
@@ -100,6 +109,7 @@ class Pruning(Method):
     # Parsed here, once: torch.compile traces what a prefill calls, but not fractions.
     _keeps: tuple[Budget, ...] = field(init=False, repr=False, compare=False)
     _keep_kv: Budget = field(init=False, repr=False, compare=False)
+    _attention_share: Budget | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,6 +129,10 @@ class Pruning(Method):
         self.require(is_count(self.first_full, 0), "first_full", "an integer of at least 0")
         self.require(is_count(self.num_sinks, 0), "num_sinks", "an integer of at least 0")
         self.require(isinstance(self.equal_cache, bool), "equal_cache", "True or False")
+        self.require(isinstance(self.in_layer, bool), "in_layer", "True or False")
+        share = Budget.of(float(self.attention_share)) if is_number(self.attention_share) else None
+        self.require(share is not None, "attention_share", "a rate in (0, 1]")
+        object.__setattr__(self, "_attention_share", share if self.attention_share != 1 else None)
         self.require(is_count(self.keep_least, 0), "keep_least", "an integer of at least 0")
         rate = self.mass is None or (is_number(self.mass) and 0 < self.mass < 1)
         self.require(rate, "mass", "a rate in (0, 1), or None")
@@ -149,6 +163,7 @@ class Pruning(Method):
             whole = self.keep_kv in (None, 1.0) and not isinstance(self.keep_kv, int)
             self.require(whole, "keep_kv", "1.0 with second_look")
             self.require(not self.equal_cache, "equal_cache", "False with second_look")
+            self.require(not self.in_layer, "in_layer", "False with second_look")
 
     def _require_room_for_sinks(self, name: str, budgets: list[Budget]) -> None:
         least = self.window + self.num_sinks
@@ -254,6 +269,20 @@ class Pruning(Method):
         if layer not in self.stages(state.num_layers) or not self._drops(state, layer):
             return None
         return self._best_at(state, layer)
+
+    def selects_within(self, state: PrefillState, layer: int) -> bool:
+        """At a selection layer that drops tokens, with ``in_layer``."""
+        stages = self.stages(state.num_layers) if self.in_layer else ()
+        return layer in stages and self._drops(state, layer)
+
+    def key_share(self, state: PrefillState, layer: int) -> Budget | None:
+        """``attention_share``, while all tokens of the prompt are there."""
+        return self._attention_share if state.positions is None else None
+
+    @property
+    def alters_layers(self) -> bool:
+        """With ``in_layer``, or with an ``attention_share`` below 1."""
+        return self.in_layer or self._attention_share is not None
 
     @property
     def looks_again(self) -> bool:

@@ -269,6 +269,22 @@ class Method:
         """
         return None
 
+    def selects_within(self, state: PrefillState, layer: int) -> bool:
+        """Whether :meth:`select` may be asked before this layer's attention, not after the layer.
+
+        Then only the selected tokens need the attention's output, and the rest of the layer.
+        """
+        return False
+
+    def key_share(self, state: PrefillState, layer: int) -> Budget | None:
+        """Of its blocks of keys, the share that this layer's queries attend to; None for all."""
+        return None
+
+    @property
+    def alters_layers(self) -> bool:
+        """Whether layers that see the whole prompt compute otherwise than in a full prefill."""
+        return False
+
     # Help for overriding the decisions.
 
     def keep_best(

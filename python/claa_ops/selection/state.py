@@ -45,6 +45,10 @@ def begin(
         if index is not None:
             hidden = claa_ops.gather_tokens(hidden, index)   # and cos, sin, position ids
 
+    All three may come before the attention, for they need its queries and keys alone. Then only
+    the tokens at ``index`` need its output, over all keys that precede them, and only they go
+    through the rest of the layer.
+
     With a method that goes back, such as :class:`claa_ops.methods.Coarse`, or looks a second time
     in a later turn, the hidden states behind one layer are parked. Between these two::
 
@@ -200,6 +204,7 @@ class PrefillState:
         self.scores: dict[int, Tensor] = {}
         self._keep_scores = keep_scores
         self._observed: Layer | None = None
+        self._device: torch.device | None = None
         self.layer, self._call = -1, "select"
 
     @property
@@ -265,6 +270,7 @@ class PrefillState:
             ValueError: the layer is out of range, ``key`` does not have n rows, or ``query`` has
                 fewer than the method reads.
         """
+        self._follow(key.device)
         self.see(
             Layer(
                 self,
@@ -522,6 +528,22 @@ class PrefillState:
             return None
         head = index if index.dim() == 2 else index[:, 0]  # all heads keep the same number
         return (head < start[:, None]).sum(dim=1)
+
+    def _follow(self, device: torch.device) -> None:
+        """Move what the state holds to the device of the next layer, where it is another one."""
+        before, self._device = self._device, device
+        if before in (None, device):
+            return
+
+        def moved(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        for name in ("start", "row_lengths", "positions", "ranking", "importance"):
+            setattr(self, name, moved(getattr(self, name)))
+        length, start, positions = self.seen_when_parked
+        self.seen_when_parked = length, moved(start), moved(positions)
+        self.running = None if self.running is None else self.importance
+        self.notes = {name: moved(value) for name, value in self.notes.items()}
 
     def _advance(self, layer: int, call: str) -> None:
         """Check that calls come in order: layers ascend; observe, then compress, then select."""
