@@ -123,7 +123,7 @@ def test_whoever_keeps_everything_is_full_prefill(model, name):
 @pytest.mark.parametrize("lengths", [(LENGTH,), (LENGTH, SHORT)], ids=["alone", "padded"])
 def test_before_the_last_layer_whoever_takes_up_everything_is_full_prefill(model, name, lengths):
     """The last layer's keys of the prompt follow from parked states, which are those of full."""
-    method = replace(METHODS[name], keep=0.4, layer=LAYERS - 2)
+    method = replace(METHODS[name], keep=0.4, keep_least=0, layer=LAYERS - 2)
     ids, mask = prompt(*lengths)
     mask = mask if len(lengths) > 1 else None
     turns = [ids, *turns_of(len(lengths), (9, 12, 1, 6))]

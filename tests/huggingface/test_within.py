@@ -64,9 +64,11 @@ def test_it_is_the_selection_after_the_layer(method, lengths, attention):
 IN_TURN = [name for name, kind in METHODS.items() if issubclass(kind, Pruning)]
 
 
-@pytest.mark.parametrize("name", [name for name in IN_TURN if name not in ("asl", "oracle")])
+@pytest.mark.parametrize(
+    "name", [name for name in IN_TURN if name not in ("asl", "coarse", "oracle")]
+)
 def test_so_it_is_with_every_method_that_prunes(name, model):
-    """But for ASL, which refuses it, and the oracle, whose answer is asked for beforehand."""
+    """But for ASL and Coarse, which refuse it, and the oracle, whose answer comes beforehand."""
     method = make_method(name, num_layers=4, keep=0.3, keep_least=0, in_layer=True)
     assert_same(model, method, (LENGTH, 55), [*method.selection_layers(4)])
 

@@ -104,7 +104,8 @@ class LazyLLM(Pruning):
     @property
     def differs_by_row(self) -> bool:
         """With ``revive``: one prompt may take up more than another."""
-        return self.revive or super().differs_by_row
+        # Not by super(), whose property is always true to torch.compile.
+        return self.revive or self.mass is not None
 
     def parks(self, state: PrefillState, layer: int) -> bool:
         """With ``revive``, behind every selection layer that another one follows."""

@@ -32,7 +32,7 @@ class Suite:
     tasks: Sequence[str] = ("needle",)
 
 
-_OURS = ("claa", "fastkv", "peak", "random", "oracle")
+_OURS = ("claa", "fastkv", "peak", "hops", "coarse", "random", "oracle")
 
 # CLAA (arXiv 2602.16054): LongBench, RULER and needles of 16k to 64k tokens at ten depths, keep
 # 10, 20 and 40 %, selection after the last layer of the first half. Its table has GemFilter,
@@ -61,6 +61,7 @@ SUITES = {
             "selective-context",
             "peak",
             "hops",
+            "coarse",
             "oracle",
             "random",
             "sinks-random",
