@@ -36,7 +36,7 @@ DRAFTS = (8, 12, 16)  # layers of a draft
 SINKS, WINDOW, KERNEL = 4, 16, 25  # what is kept for certain, and pooling, as in Peak
 WHOLE: dict[str, Any] = {"keep_kv": 1.0}  # the caches of the layers up to the selection stay whole
 
-# The methods of docs/quality.md that signals are compared with: a name, the method, its settings.
+# The methods of docs/quality-needles.md that signals are compared with: a name, the method, its settings.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "claa": ("claa", WHOLE),
     "claa, wide": (
@@ -171,7 +171,7 @@ class Laboratory:
             return prefill(self.model, self.ids, method, self.mask, prepared=prepared)
 
     def method(self, label: str, layer: Any, **changes: Any) -> Any:
-        """A method of docs/quality.md."""
+        """A method of docs/quality-needles.md."""
         name, settings = METHODS[label]
         return make_method(name, num_layers=self.depth, layer=layer, **{**settings, **changes})
 

@@ -51,7 +51,7 @@ def tuned_method(model: PreTrainedModel) -> Method:
 
     Raises:
         LookupError: none was saved for this model.
-        InputError: the saved one cannot be read, or is of another version of this package.
+        ValueError: the saved one cannot be read, or is of another version of this package.
 
     Example::
 

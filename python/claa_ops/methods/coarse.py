@@ -26,7 +26,7 @@ class Coarse(Peak):
     Args:
         keep: tokens of the whole prompt that continue: see :class:`Pruning`.
         layer: the selection layer, behind which the prefill resumes. None for
-            :meth:`default_layer` of the model's depth.
+            ``default_layer`` of the model's depth.
         ahead: the last layer of the part; None for Peak's default layer, or the one after
             ``layer`` if that is deeper.
         every: the part is every so many-th token of the prompt, the sinks and the window.

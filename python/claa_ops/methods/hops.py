@@ -32,8 +32,8 @@ class Hops(Peak):
     echo have the first ``least`` tokens.
 
     Args:
-        keep, layer, keep_kv, first_full, num_sinks, equal_cache, keep_least, mass, window,
-            kernel_size, pool_mode: see :class:`Pruning` and :class:`Peak`.
+        keep, layer, keep_kv, first_full, equal_cache, keep_least, mass: see :class:`Pruning`.
+        num_sinks, window, kernel_size, pool_mode: see :class:`Peak`.
         hops: how many hops; 0 for none.
         question: how many of the prompt's last tokens the echo is of; 0 for no echo.
         reach: tokens after an echo that are as important as the echo itself.

@@ -57,7 +57,8 @@ def begin(
         if state.layer < layer:       # back behind that layer, whose tokens are selected anew
             layer, hidden = state.layer, parked
 
-    A method may also ask, before ``select``, for parked tokens to join: :meth:`take_up`.
+    A method may also ask, before ``select``, for parked tokens to join:
+    :meth:`PrefillState.take_up`.
 
     Args:
         method: such as :class:`claa_ops.methods.CLAA`.
