@@ -60,7 +60,7 @@ def draw_answers(axes: Axes, scores: dict[str, dict[str, float]]) -> None:
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set(xlim=(-0.03, 1.03), xlabel="answers right")
     axes.grid(axis="y", lw=0.3)
-    axes.legend(frameon=False, loc="upper left", fontsize=8)
+    axes.legend(frameon=False, loc="lower left", fontsize=8)
 
 
 def read_answers(path: Path) -> dict[str, dict[str, float]]:
