@@ -1,11 +1,23 @@
 """A second turn of a batch is that of each prompt alone, or a plain one with all tokens kept."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from claa_ops.huggingface.replay import RecordedPrefill
 from claa_ops.huggingface.turns import ask_again
-from claa_ops.methods import ASL, CLAA, FullKV, GemFilter, LazyLLM, SnapKV, SpeculativePrefill
+from claa_ops.methods import (
+    ASL,
+    CLAA,
+    Coarse,
+    FullKV,
+    GemFilter,
+    LazyLLM,
+    Peak,
+    SnapKV,
+    SpeculativePrefill,
+)
 from claa_ops.prefill import attach, decode, prefill
 from support.tiny_models import build, decoded, prompt
 
@@ -17,6 +29,7 @@ METHODS = {
     "asl": ASL(keep=0.5, layer=0, last_n=1, window=8, tau=None),
     "gemfilter": GemFilter(keep=0.4, layer=1),
     "speculative": SpeculativePrefill(keep=0.4, look_ahead=3, chunk=None),
+    "coarse": Coarse(keep=0.4, layer=0, ahead=1),
 }
 STEPS, ANSWERS, TURNS = 6, (6, 2, 4), (5, 9, 1)
 
@@ -75,6 +88,26 @@ def test_a_third_turn_follows_the_second():
     with torch.no_grad():
         expected = plain(torch.cat([ids[0], written, *asked])[None]).logits[:, -1]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(80, 62), (80, 80)], ids=["padded", "of one length"])
+def test_a_second_question_finds_what_the_first_one_dropped(lengths):
+    """Before the last layer: its keys follow from hidden states that are those of full prefill."""
+    plain, model, asked = build("llama"), attach(build("llama")), turns([5, 9])
+    ids, mask = prompt(*lengths)
+    method, answers = Peak(keep=0.5, layer=2, second_look=True), (STEPS, 2)
+    found, lost = (
+        conversation(model, ids, each, answers, asked, mask)
+        for each in (method, replace(method, second_look=False, keep_kv=1.0))
+    )
+    for row, length in enumerate(lengths):
+        (said, logits, tokens), (lost_said, lost_logits, _) = found, lost
+        assert torch.equal(said[row], lost_said[row])
+        own = [ids[row, -length:], said[row], asked[row], tokens[row, :-1]]
+        with torch.no_grad():
+            expected = plain(torch.cat(own)[None]).logits[0, -len(logits[row]) :]
+        torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(lost_logits[row, 0], expected[0], atol=1e-2)
 
 
 def test_what_cannot_follow_is_refused():

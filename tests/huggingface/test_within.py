@@ -189,6 +189,23 @@ def test_a_method_that_looks_in_vain_runs_the_whole_layer(model):
     assert alone.work == work and 2 * (work.linear + work.head) == products
 
 
+@dataclass(frozen=True)
+class Impatient(Peak):
+    """Would select within its layer, although it parks the hidden states behind it."""
+
+    def selects_within(self, state, layer):
+        return True
+
+
+def test_a_method_that_parks_selects_after_its_layer(model):
+    ids, mask = prompt(LENGTH, 60)
+    settings = {"keep": 20, "layer": 1, "second_look": True}
+    caches = [ClaaCache(model.config, kind(**settings)) for kind in (Peak, Impatient)]
+    logits, others = (generate(model, ids, cache, mask, steps=4)[1] for cache in caches)
+    assert torch.equal(logits, others)
+    assert not caches[1].within and caches[1].parked.hidden.shape[1] == LENGTH
+
+
 def test_hidden_states_and_a_later_turn(model):
     method = Peak(keep=20, layer=1, in_layer=True)
     ids, _ = prompt(LENGTH)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import claa_ops
 from claa_ops import prefill
-from claa_ops.methods import CLAA, FullKV
+from claa_ops.methods import CLAA, FullKV, Peak
 
 LAYERS, HEADS, KV_HEADS, DIM, WIDTH = 4, 4, 2, 8, 24
 
@@ -363,3 +363,17 @@ def test_the_state_follows_its_layers_to_another_device():
     held = (state.start, state.row_lengths, state.importance, state.notes["peaks"])
     assert {each.device.type for each in (*held, state.observed.start)} == {"meta"}
     assert state.running is state.importance
+
+
+def test_a_turn_follows_its_layers_to_another_device():
+    start = torch.tensor([2, 0])
+    method = Peak(keep=0.5, layer=0, second_look=True)
+    state = prefill.begin(method, num_layers=3, prompt_length=40, start=start)
+    query, key = torch.randn(2, HEADS, 50, DIM), torch.randn(2, KV_HEADS, 50, DIM)
+    state.observe(0, query[:, :, :40], key[:, :, :40])
+    assert state.select(0).shape == (2, 20) and state.parked == 0
+    turn = state.turn(40, 10)
+    turn.method = FullKV()  # it computes nothing, which the device without memory cannot
+    turn.observe(0, query.to("meta"), key.to("meta"))
+    held = (turn.start, turn.seen_when_parked[1], turn.held)
+    assert {each.device.type for each in held} == {"meta"}

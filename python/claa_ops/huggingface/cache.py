@@ -117,10 +117,11 @@ class ClaaCache(AttachedCache):
         if not self.attending:
             raise ValueError("ClaaCache: a layer must attend, got none")
         for layer, kind in enumerate(self.kinds):
-            if method.may_park and kind.states:
+            if method.may_park and (kind.states or not kind.attends):
                 raise ValueError(
                     f"ClaaCache: {type(method).__name__} runs tokens through layers a second time, "
-                    f"which needs layers without states, got {kind.name} for layer {layer}"
+                    f"which needs layers that attend and have no states, got {kind.name} for "
+                    f"layer {layer}"
                 )
             if method.looks_again and kind.name != "full_attention":
                 raise ValueError(
@@ -276,8 +277,9 @@ class ClaaCache(AttachedCache):
         """Order the entries of a layer, of which those that were taken up came last."""
         assert self.state is not None  # the prefill made it
         held = self.layers[layer]
-        held.keys, held.values = gather_kv(held.keys, held.values, taken.order())
-        held.start = self.state.start
+        device, start = held.keys.device, self.state.start
+        held.keys, held.values = gather_kv(held.keys, held.values, taken.order().to(device))
+        held.start = None if start is None else start.to(device)
 
     def observe(self, layer: int, query: Tensor, key: Tensor, **seen: Any) -> None:
         """Take in what a layer of the prompt saw, and keep what the method keeps of its entries.
@@ -319,9 +321,12 @@ class ClaaCache(AttachedCache):
     def selects_within(self, layer: int) -> bool:
         """Whether :meth:`select` may be asked before this layer's attention.
 
-        Not in one with a recurrence too, which hands its state on from all tokens.
+        Not in one with a recurrence too, which hands its state on from all tokens, nor with a
+        method that may come back to the hidden states behind the layer.
         """
         count = self._selecting.get(layer)
+        if self.method.may_park:
+            return False
         if count is None or count != self._counted.get(layer) or self.kinds[layer].states:
             return False
         assert self.state is not None  # begin_forward made it

@@ -272,7 +272,7 @@ class ContinueWithSelected(_Hook):
         cache.forget(again)
         del cache.seen[state.layer + 1 :]
         cache.parked = None
-        hidden = gather_tokens(parked.hidden, selected)
+        hidden = gather_tokens(parked.hidden, selected.to(parked.hidden.device))
         for layer in again:
             block, arguments = parked.calls[layer]
             hidden = _output(block(hidden, **arguments))
@@ -284,7 +284,7 @@ class ContinueWithSelected(_Hook):
         """Take parked tokens through the layers up to this one, and put them among the others."""
         parked = cache.parked
         assert parked is not None and state.parked is not None  # or none could be taken up
-        joining = gather_tokens(parked.hidden, taken.among_parked)
+        joining = _joining(parked, taken)
         cache.selected.clear()
         cache.taken = taken
         for layer in range(state.parked + 1, self.index):
@@ -305,8 +305,8 @@ class ContinueWithSelected(_Hook):
         if self.index == turn.parked + 1:
             cache.taken = taken = turn.take_up(turn.parked)
             if taken is not None:
-                joining = gather_tokens(cache.parked.hidden, taken.among_parked)
-                hidden = torch.cat([joining, hidden], dim=1)
+                joining = _joining(cache.parked, taken)
+                hidden = torch.cat([joining.to(hidden.device), hidden], dim=1)
         if cache.taken is not None:
             kind = cache.layer_types[self.index]
             if kind not in cache.selected:
@@ -398,6 +398,11 @@ def _angles(arguments: Arguments) -> tuple[Tensor, ...]:
     return angles
 
 
+def _joining(parked: Parked, taken: TakenUp) -> Tensor:
+    """``[B, r, C]``: the parked hidden states of tokens that are taken up."""
+    return gather_tokens(parked.hidden, taken.among_parked.to(parked.hidden.device))
+
+
 def _of_taken(given: Arguments, taken: TakenUp, mask: Tensor | None) -> Arguments:
     """The arguments that go with tokens that were taken up.
 
@@ -406,11 +411,13 @@ def _of_taken(given: Arguments, taken: TakenUp, mask: Tensor | None) -> Argument
         taken: which of them they are.
         mask: one that the layer's attention takes: theirs has its form.
     """
-    rows = (gather_tokens(x.contiguous(), taken.index) for x in _angles(given))
+    angles = _angles(given)
+    index = taken.index.to(angles[0].device)  # the first of a model's devices
+    rows = (gather_tokens(x.contiguous(), index) for x in angles)
     of_taken: Arguments = {"position_embeddings": tuple(rows)}
     if (ids := given.get("position_ids")) is not None:
-        ids = ids.expand(taken.index.shape[0], -1)
-        of_taken["position_ids"] = ids.gather(1, taken.index.clamp_min(0))
+        ids = ids.expand(index.shape[0], -1)
+        of_taken["position_ids"] = ids.gather(1, index.clamp_min(0))
     visible = taken.visible()[:, None]
     if mask is not None and mask.is_floating_point():
         hidden = torch.finfo(mask.dtype).min

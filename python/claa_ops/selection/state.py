@@ -634,7 +634,13 @@ class Turn(PrefillState):
     @property
     def held(self) -> Tensor:
         """``[B, k]``: the tokens of the prompt that the layers after the parked one hold."""
-        return self._prefill.held
+        return self._prefill.held.to(self._device)
+
+    def _follow(self, device: torch.device) -> None:
+        super()._follow(device)
+        self._valid = None if self._valid is None else self._valid.to(device)
+        for alone in self._alone:
+            alone._follow(device)
 
     def take_up(self, layer: int) -> TakenUp | None:
         """Which tokens of the prompt continue with the turn's behind the parked layer.

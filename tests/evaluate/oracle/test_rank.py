@@ -419,6 +419,10 @@ def test_records_are_prompts_and_bad_ones_are_named(checkpoint, tmp_path):
             "snapkv cannot be compared: expected a method that selects",
         ),
         (
+            ["--prompt", PROMPT, "--method", "coarse:every=3"],
+            "coarse:every=3 cannot be compared: expected a method that ranks all tokens",
+        ),
+        (
             ["--prompt", PROMPT, "--method", "oracle"],
             "the oracle is what methods are compared with",
         ),

@@ -18,7 +18,7 @@ from claa_ops.evaluate.tasks import Example, TaskSettings, examples, has_needles
 from claa_ops.evaluate.tasks.prompt import PromptCounter
 from claa_ops.huggingface.models import InputError, load_model
 from claa_ops.huggingface.transformers_api import cache_layers
-from claa_ops.methods import Method
+from claa_ops.methods import Coarse, Method, find_method
 from claa_ops.prefill import attach
 
 
@@ -123,6 +123,11 @@ def _make_method(
     spec: MethodSpec, num_layers: int, layers: Sequence[int], keep: float | int
 ) -> Method:
     """The method, if it ranks the tokens at each of the layers."""
+    if issubclass(find_method(spec.name), Coarse):
+        raise InputError(
+            f"{spec.label} cannot be compared: expected a method that ranks all tokens up to the "
+            "layer after which it selects; this one runs a part of them ahead for that"
+        )
     if spec.has("layer"):
         return [spec.make(num_layers, layer, keep) for layer in layers][0]  # each is checked
     method = spec.make(num_layers, keep=keep)
