@@ -36,7 +36,8 @@ DRAFTS = (8, 12, 16)  # layers of a draft
 SINKS, WINDOW, KERNEL = 4, 16, 25  # what is kept for certain, and pooling, as in Peak
 WHOLE: dict[str, Any] = {"keep_kv": 1.0}  # the caches of the layers up to the selection stay whole
 
-# The methods of docs/quality-needles.md that signals are compared with: a name, the method, its settings.
+# The methods of docs/quality-needles.md that signals are compared with: a name, the method, its
+# settings.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "claa": ("claa", WHOLE),
     "claa, wide": (

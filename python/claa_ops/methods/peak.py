@@ -36,7 +36,8 @@ class Peak(Pruning):
         ValueError: a setting is out of its range.
 
     Source: ours; the reduction is that of CLAA's Answer-Informed Oracle (arXiv 2602.16054), but
-    for the maximum over the queries where the oracle takes the mean. docs/quality-needles.md measures it.
+    for the maximum over the queries where the oracle takes the mean. It is measured in
+    docs/quality-needles.md.
 
     Example:
         >>> method = Peak(keep=0.1, layer=8)
