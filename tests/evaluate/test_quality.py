@@ -21,7 +21,7 @@ from claa_ops.huggingface.answer import answer_attention, pool
 from claa_ops.huggingface.models import load_model, smollm2_file
 from claa_ops.huggingface.replay import RecordedPrefill
 from claa_ops.huggingface.turns import ask_again
-from claa_ops.methods import CLAA, FastKV, FullKV, Peak, Random
+from claa_ops.methods import CLAA, FastKV, FullKV, Hops, Peak, Random
 from claa_ops.prefill import ClaaCache, attach
 
 pytestmark = pytest.mark.skipif(
@@ -158,7 +158,11 @@ def make_chains(tokenizer, filler: Path):
 
 def test_a_chain_is_answered_in_full_and_lost_by_what_the_question_alone_ranks(smollm2, tmp_path):
     model, tokenizer = smollm2
-    methods = {"full": FullKV(), "peak": Peak(keep=0.2, layer=10)}
+    methods = {
+        "full": FullKV(),
+        "peak": Peak(keep=0.2, layer=10),
+        "hops": Hops(keep=0.3, layer=10, keep_least=0, least=40),
+    }
     logprobs: dict[str, list[float]] = {name: [] for name in methods}
     right: dict[str, list[bool]] = {name: [] for name in methods}
     for ids, begin, code in make_chains(tokenizer, write_filler(tmp_path)):
@@ -172,6 +176,8 @@ def test_a_chain_is_answered_in_full_and_lost_by_what_the_question_alone_ranks(s
     print(found)
     assert found["full"][0] > -0.4 and found["full"][1] > 0.5
     assert found["peak"][0] < found["full"][0] - 1.0 and found["peak"][1] < 0.25
+    # In prompts of 385 tokens 115 are kept: hops find most of what follows.
+    assert found["hops"][0] > found["peak"][0] + 1.0 and found["hops"][1] >= 0.4
 
 
 @torch.no_grad()
