@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from claa_ops.methods import CLAA, Coarse, FastKV, LazyLLM, Peak, PromptDistill
+from claa_ops.methods import CLAA, Coarse, FastKV, Hops, LazyLLM, Peak, PromptDistill
 from claa_ops.prefill import ClaaCache, attach
 from support.tiny_models import build, prompt
 
@@ -31,6 +31,8 @@ def prefill_and_decode(forward, cache, ids, mask, steps=2):
         ("llama", RATE, False),
         ("llama", STAGED, False),
         ("llama", LazyLLM(keep=0.3), False),
+        ("llama", Hops(keep=0.4, layer=1, keep_least=0), False),
+        ("llama", Hops(keep=0.4, layer=1, keep_least=0), True),
         ("llama", PromptDistill(keep=0.4), False),
         ("llama", Coarse(keep=0.4, layer=0, ahead=1), False),
         ("llama", Peak(keep=0.4, layer=1, second_look=True), False),

@@ -141,3 +141,11 @@ def test_values_of_a_part_of_the_heads_are_refused():
         prefill.begin(
             Hops(layer=1), num_layers=4, prompt_length=100, reduce=lambda scores, how: scores
         )
+
+
+@given(reach=st.integers(0, 30), tokens=st.integers(1, 60), seed=st.integers(0, 99))
+def test_an_echo_reaches_what_follows_it(reach, tokens, seed):
+    echo = torch.rand(1, tokens, generator=torch.Generator().manual_seed(seed))
+    reached = Hops(reach=2 * reach)._reached(echo)
+    expected = [echo[0, max(0, j - 2 * reach) : j + 9].max() for j in range(tokens)]
+    assert reached[0].tolist() == torch.stack(expected).tolist()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from claa_ops.methods.peak import Peak
 from claa_ops.ops.hop_tokens import hop_tokens
+from claa_ops.ops.pool_heads import pool_heads
 from claa_ops.selection.budget import is_count, is_number
 from claa_ops.selection.layer import Layer
 from claa_ops.selection.padding import mask_padding
@@ -36,7 +37,7 @@ class Hops(Peak):
         num_sinks, window, kernel_size, pool_mode: see :class:`Peak`.
         hops: how many hops; 0 for none.
         question: how many of the prompt's last tokens the echo is of; 0 for no echo.
-        reach: tokens after an echo that are as important as the echo itself.
+        reach: tokens after an echo that are as important as the echo itself; even.
         num_seeds: tokens that a hop starts from.
         temperature: of the similarity; the lower, the fewer tokens a seed leads to.
         least: tokens of the budget that no hop has a share of.
@@ -67,7 +68,8 @@ class Hops(Peak):
         super().__post_init__()
         self.require(is_count(self.hops, 0), "hops", "an integer of at least 0")
         self.require(is_count(self.question, 0), "question", "an integer of at least 0")
-        self.require(is_count(self.reach, 0), "reach", "an integer of at least 0")
+        even = is_count(self.reach, 0) and self.reach % 2 == 0 and self.reach < 2**15
+        self.require(even, "reach", "an even number of tokens below 32,768")
         self.require(is_count(self.num_seeds, 1), "num_seeds", "a positive integer")
         warm = is_number(self.temperature) and self.temperature >= 0.025
         self.require(warm, "temperature", "at least 0.025")
@@ -99,8 +101,7 @@ class Hops(Peak):
         if self.question:
             echo = self._echo(layer)
             seeds = torch.maximum(-_places(peaks, layer.start), -_places(echo, layer.start))
-            spread = F.max_pool1d(F.pad(echo, (self.reach, _BEFORE)), self.reach + 1 + _BEFORE, 1)
-            direct = torch.stack([peaks, spread], dim=1)
+            direct = torch.stack([peaks, self._reached(echo)], dim=1)
         if not self.hops:
             return -self._entries(_places(direct, layer.start), None)
         linked = self._similar(
@@ -123,6 +124,13 @@ class Hops(Peak):
         found = self._similar(layer, last, hops=1, num_seeds=self.question, kernel_size=7)
         echo = found[:, 0].masked_fill(place >= tokens - self.question, 0)
         return echo[:, : layer.context]
+
+    def _reached(self, echo: Tensor) -> Tensor:
+        """``[B, M]``: the best echo from ``reach`` tokens before each token to a few behind it."""
+        half = (self.reach + _BEFORE) // 2
+        padded = F.pad(echo, (half, half))[:, None]
+        best = pool_heads(padded, 1, kernel_size=2 * half + 1, pool_mode="max")
+        return best[:, 0, _BEFORE : _BEFORE + echo.shape[1]]
 
     def _similar(self, layer: Layer, scores: Tensor, **settings: int) -> Tensor:
         """:func:`hop_tokens` from the best tokens by these scores."""
