@@ -19,7 +19,7 @@ from claa_ops.huggingface.models import (
 )
 
 METHODS = ("hops", "peak")
-KEEPS = (0.05, 0.1, 0.15, 0.25, 0.4)
+KEEPS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 # How much of the model reads the whole prompt.
 DEPTHS = (1 / 10, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2)
 # One fact; one of several, with and without the beginning of the answer, and in short prompts;
