@@ -148,3 +148,24 @@ def test_the_operations_of_a_selection_after_layer_3():
             work = ttft.count_work(model, seen, within=within)
             found = ttft.work_of_layers(work) / ttft.work_of_layers(full)
             assert found == pytest.approx(share, abs=1e-3)
+
+
+def test_tasks_are_evaluated_in_parts_and_told_as_one(checkpoint, tmp_path, monkeypatch):
+    from bench import frontier
+
+    (tmp_path / "text.txt").write_text("A sentence of a text that says little. " * 40)
+    options = ["--model", checkpoint, "--device", "cpu", "--filler", str(tmp_path / "text.txt")]
+    options += ["--method", "peak", "--layer", "0", "--keep", "0.3", "--lengths", "400"]
+    out = tmp_path / "out"
+    words = ["--task", "beyond-keys", "ruler-niah-single-2", "--jobs", "2", "--out", str(out)]
+    argv = ["frontier", *words, "--", *options, "--prompts", "1"]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit) as ended:
+        frontier.main()
+    assert ended.value.code == 0
+    parts = [json.loads((out / part / "results.json").read_text()) for part in ("part-1", "part-2")]
+    whole = json.loads((out / "results.json").read_text())
+    assert {record["task"] for record in whole["records"]} == {"beyond-keys", "ruler-niah-single-2"}
+    assert sorted(map(str, whole["records"])) == sorted(
+        str(record) for part in parts for record in part["records"]
+    )
