@@ -173,12 +173,16 @@ def cache_layers(config: PreTrainedConfig) -> list[LayerKind]:
     kinds, settings = get_layer_types_and_kwargs(config)
     named = getattr(config, "layer_types", None) or kinds
     kinds = [name if name in WITH_NOTHING else kind for name, kind in zip(named, kinds)]  # noqa: B905
-    # 5.17 has one setting for all layers.
+    # 5.17 has one setting for all layers, a window also for those without.
     each = [settings] * len(kinds) if isinstance(settings, dict) else settings
     return [
-        LayerKind(kind, setting.get("sliding_window"), _states(kind, setting))
+        LayerKind(kind, _window(kind, setting), _states(kind, setting))
         for kind, setting in zip(kinds, each, strict=True)
     ]
+
+
+def _window(kind: str, setting: Arguments) -> int | None:
+    return setting.get("sliding_window") if kind == "sliding_attention" else None
 
 
 def _states(kind: str, setting: Arguments) -> int:
