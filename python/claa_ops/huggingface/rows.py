@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -150,14 +151,27 @@ def block_mask(index: Tensor, tokens: int, start: Tensor | None) -> BlockMask:
     partial = (first[:, :, None] + order) % key_blocks
     shape = (*whole.shape, key_blocks)
     lists = (ends - first, partial, whole, order.expand(shape))
-    partial_number, partial, whole_number, whole = (
-        each[:, None].int().contiguous() for each in lists
-    )
 
     def visible(batch: Tensor, head: Tensor, row: Tensor, place: Tensor) -> Tensor:
         seen = place <= index[batch, row]
         return seen if start is None else seen & (place >= start[batch])
 
+    return mask_of_blocks([each[:, None] for each in lists], visible, rows, tokens)
+
+
+def mask_of_blocks(
+    lists: Sequence[Tensor], visible: Callable[..., Tensor], rows: int, tokens: int
+) -> BlockMask:
+    """FlexAttention's mask of listed blocks.
+
+    Args:
+        lists: for each block of queries how many blocks of keys are partial, ``[B, heads, query
+            blocks]``, and these first among all, ``[B, heads, query blocks, key blocks]``; the
+            same of whole ones.
+        visible: of a partial block, as FlexAttention calls it.
+        rows, tokens: how many queries and keys there are.
+    """
+    partial_number, partial, whole_number, whole = (each.int().contiguous() for each in lists)
     return BlockMask.from_kv_blocks(
         partial_number,
         partial,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from claa_ops.huggingface.rows import BLOCK, fake_output, flex_fits, flexible
+from claa_ops.huggingface.rows import BLOCK, fake_output, flex_fits, flexible, mask_of_blocks
 from claa_ops.selection.budget import Budget
 
 LEAST = 4  # blocks of keys that a block of queries sees: the first, its own, that before, the best
@@ -158,19 +158,9 @@ def _block_mask(chosen: Tensor, start: Tensor) -> BlockMask:
     lists = []
     for part in (chosen & bounds, chosen & ~bounds):
         lists += [part.sum(dim=3), part.int().argsort(dim=3, descending=True, stable=True)]
-    partial_number, partial, whole_number, whole = (each.int().contiguous() for each in lists)
 
     def visible(batch: Tensor, head: Tensor, row: Tensor, place: Tensor) -> Tensor:
         return (place <= row) & (place >= start[batch])
 
     tokens = chosen.shape[3] * BLOCK
-    return BlockMask.from_kv_blocks(
-        partial_number,
-        partial,
-        whole_number,
-        whole,
-        BLOCK_SIZE=BLOCK,
-        mask_mod=visible,
-        seq_lengths=(tokens, tokens),
-        compute_q_blocks=False,
-    )
+    return mask_of_blocks(lists, visible, tokens, tokens)
