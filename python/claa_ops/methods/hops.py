@@ -97,17 +97,20 @@ class Hops(Peak):
         layer.state.notes["evidence"] = peaks
         if not (self.hops or self.question) or not self._selects(layer):
             return peaks
-        direct, seeds = peaks[:, None], peaks
+        seeds = peaks
         if self.question:
             echo = self._echo(layer)
-            seeds = torch.maximum(-_places(peaks, layer.start), -_places(echo, layer.start))
-            direct = torch.stack([peaks, self._reached(echo)], dim=1)
+            rankings = torch.stack([peaks, self._reached(echo), echo], dim=1)
+            places = _places(rankings, layer.start)
+            direct, seeds = places[:, :2], -torch.minimum(places[:, 0], places[:, 2])
+        else:
+            direct = _places(peaks[:, None], layer.start)
         if not self.hops:
-            return -self._entries(_places(direct, layer.start), None)
+            return -self._entries(direct, None)
         linked = self._similar(
             layer, seeds, hops=self.hops, num_seeds=self.num_seeds, kernel_size=self.kernel_size
         )
-        return -self._entries(_places(direct, layer.start), _places(linked, layer.start))
+        return -self._entries(direct, _places(linked, layer.start))
 
     def evidence(self, state: PrefillState) -> Tensor:
         """Peak's scores: the order of a budget has no mass."""
