@@ -32,7 +32,7 @@ using namespace hop_tokens;
 constexpr int kColumns = 32;   // vectors of channels that a block of sum_kernel adds
 constexpr int kMeanRows = 32;  // threads that share the tiles of one channel
 constexpr int kSeedThreads = 128;
-constexpr int kScoreThreads = 512, kScored = 192;  // of a block of score_kernel, and its tokens
+constexpr int kScoreThreads = 512, kScored = 52;  // of a block of score_kernel, and its tokens
 
 // ---------------------------------------------------------------------------------- mean
 
@@ -203,7 +203,7 @@ __global__ __launch_bounds__(kSeedThreads) void seed_kernel(const HopTokensParam
 // added to the pools that they belong to.
 __global__ __launch_bounds__(kScoreThreads) void score_kernel(const HopTokensParams p,
                                                               const Buffers w) {
-  constexpr int kParts = 8, kQuads = kScoreThreads / kParts, kChunk = 4 * kQuads;
+  constexpr int kParts = 32, kQuads = kScoreThreads / kParts, kChunk = 4 * kQuads;
   constexpr int kEach = kGroup / kParts;  // seeds whose links a thread loads at once
   __shared__ __align__(16) float parts[kParts][kChunk];
   wait_for_kernels_ahead();
@@ -310,9 +310,13 @@ cudaError_t find_links(const HopTokensParams& p, const Buffers& w, cudaStream_t 
     if (w.on_tensor_cores) {
       const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
       const int64_t blocks = min(ceil_div(multiprocessors, rows), w.tiles);
-      const bool resident = fits(shared_bytes(w.slices, true));
-      return launch(resident ? link_kernel<T, kFirstHop, true> : link_kernel<T, kFirstHop, false>,
-                    rows * blocks, shared_bytes(w.slices, resident), stream, p, w, int(blocks));
+      const bool resident = fits(shared_bytes(w.slices, true, kManySteps));
+      const bool many = resident || fits(shared_bytes(w.slices, false, kManySteps));
+      const auto kernel = resident ? link_kernel<T, kFirstHop, true, kManySteps>
+                          : many   ? link_kernel<T, kFirstHop, false, kManySteps>
+                                   : link_kernel<T, kFirstHop, false, kFewSteps>;
+      const int64_t bytes = shared_bytes(w.slices, resident, many ? kManySteps : kFewSteps);
+      return launch(kernel, rows * blocks, bytes, stream, p, w, int(blocks));
     }
   }
   return launch(plain_link_kernel<T, kFirstHop>, rows * w.tiles, 0, stream, p, w);
