@@ -51,7 +51,8 @@ set(cuda_objects claa_cuda)
 
 # Kernels of Hopper's own instructions: for that architecture alone.
 if("90a-real" IN_LIST CLAA_CUDA_ARCHITECTURES)
-  add_library(claa_hopper OBJECT csrc/cuda/hopper/peak.cu csrc/cuda/hopper/scores.cu
+  add_library(claa_hopper OBJECT csrc/cuda/hopper/hop_links.cu csrc/cuda/hopper/peak.cu
+                                 csrc/cuda/hopper/scores.cu
                                  csrc/cuda/hopper/scores_narrow.cu csrc/cuda/hopper/scores_wide.cu
                                  csrc/cuda/hopper/softmax.cu)
   set_target_properties(claa_hopper PROPERTIES CUDA_ARCHITECTURES 90a-real)

@@ -141,9 +141,29 @@ __device__ float sum_of_block(float mine, float* parts) {
   return parts[0];
 }
 
-// Block: a seed. With kPacks the seed goes into the panel: the A fragments of its slices, as in
-// product.cuh.
-template <class T, bool kPacks>
+// How the seeds are laid out for the link kernel: not at all, as A fragments of its slices
+// (product.cuh), or as tiles of 64 seeds (hopper/wgmma.cuh).
+enum class Form { none, slices, panels };
+
+// Where octet i of a seed goes.
+template <Form kForm>
+__device__ void store_octet(uint4* group, int in_group, int i, const uint4& octet) {
+  if constexpr (kForm == Form::panels) {
+    group[i / 8 * kPanelWords + in_group * 8 + (i % 8 ^ in_group % 8)] = octet;
+  } else {
+    const int lane = in_group % 8 * 4 + i % 4, is_lower = in_group / 8 % 2;
+    auto* to = reinterpret_cast<uint32_t*>(group + i / 4 * kSliceWords + in_group / 16 * 2 * kWarp +
+                                           lane) +
+               is_lower;
+    to[0] = octet.x;
+    to[2] = octet.y;
+    to[4 * kWarp] = octet.z;
+    to[4 * kWarp + 2] = octet.w;
+  }
+}
+
+// Block: a seed.
+template <class T, Form kForm>
 __global__ __launch_bounds__(kSeedThreads) void seed_kernel(const HopTokensParams p,
                                                             const Buffers w) {
   __shared__ float parts[kSeedThreads];
@@ -155,15 +175,15 @@ __global__ __launch_bounds__(kSeedThreads) void seed_kernel(const HopTokensParam
                    max(position, 0) * p.states_stride_n;
   const float* mean = w.mean + b * p.channels();
   float square = 0.f, dot = 0.f;
-  if constexpr (kPacks) {
-    const int per_piece = int(ceil_div(p.dim, kSlice)), slices = int(p.pieces) * per_piece;
-    auto* words =
-        reinterpret_cast<uint32_t*>(w.panel + (b * w.groups + s / kGroup) * w.slices * kSliceWords);
-    for (int i = threadIdx.x; i < w.slices * 4; i += kSeedThreads) {
-      const int slice = i / 4, piece = slice / per_piece;
-      const int d = slice % per_piece * kSlice + i % 4 * 8;
+  if constexpr (kForm != Form::none) {
+    constexpr int kOctets = (kForm == Form::panels ? kPanelChannels : kSlice) / 8;
+    const int per_piece = int(ceil_div(p.dim, kOctets * 8)) * kOctets;
+    const int octets = int(kForm == Form::panels ? w.panels : w.slices) * kOctets;
+    uint4* group = w.panel + (b * w.groups + s / kGroup) * octets * kGroup;
+    for (int i = threadIdx.x; i < octets; i += kSeedThreads) {
+      const int piece = i / per_piece, d = i % per_piece * 8;
       uint4 octet{};
-      if (position >= 0 && slice < slices && d < p.dim) {
+      if (position >= 0 && piece < p.pieces && d < p.dim) {
         octet = *reinterpret_cast<const uint4*>(state + piece * p.states_stride_g + d);
         float x[8];
         unpack<T>(octet, x);
@@ -174,13 +194,7 @@ __global__ __launch_bounds__(kSeedThreads) void seed_kernel(const HopTokensParam
           dot += m * x[j];
         }
       }
-      const int lane = in_group % 8 * 4 + i % 4, is_lower = in_group / 8 % 2;
-      uint32_t* to =
-          words + (slice * kSliceWords + in_group / 16 * 2 * kWarp + lane) * 4 + is_lower;
-      to[0] = octet.x;
-      to[2] = octet.y;
-      to[4 * kWarp] = octet.z;
-      to[4 * kWarp + 2] = octet.w;
+      store_octet<kForm>(group, in_group, i, octet);
     }
   } else if (position >= 0) {
     for (int i = threadIdx.x; i < p.channels(); i += kSeedThreads) {
@@ -306,6 +320,7 @@ cudaError_t find_mean(const HopTokensParams& p, const Buffers& w, cudaStream_t s
 template <class T, bool kFirstHop>
 cudaError_t find_links(const HopTokensParams& p, const Buffers& w, cudaStream_t stream) {
   const int64_t rows = p.batch * w.groups;
+  if (w.on_hopper) return hopper::find_links(p, w, stream);
   if constexpr (sizeof(T) == 2) {
     if (w.on_tensor_cores) {
       const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
@@ -324,12 +339,14 @@ cudaError_t find_links(const HopTokensParams& p, const Buffers& w, cudaStream_t 
 
 template <class T>
 cudaError_t find_seeds(const HopTokensParams& p, const Buffers& w, cudaStream_t stream) {
-  const dim3 blocks(unsigned(p.batch * w.seeds));
+  auto kernel = seed_kernel<T, Form::none>;
   if constexpr (sizeof(T) == 2) {
-    if (w.on_tensor_cores)
-      return launch_overlapping(seed_kernel<T, true>, blocks, kSeedThreads, stream, p, w);
+    if (w.on_hopper)
+      kernel = seed_kernel<T, Form::panels>;
+    else if (w.on_tensor_cores)
+      kernel = seed_kernel<T, Form::slices>;
   }
-  return launch_overlapping(seed_kernel<T, false>, blocks, kSeedThreads, stream, p, w);
+  return launch_overlapping(kernel, dim3(unsigned(p.batch * w.seeds)), kSeedThreads, stream, p, w);
 }
 
 template <class T>

@@ -18,7 +18,9 @@ constexpr int kStepSlices = 2;                          // of the tokens, copied
 constexpr int kStepWords = kStepSlices * 2 * kThreads;  // uint4 of a step
 constexpr int kManySteps = 5, kFewSteps = 2;  // of the ring of them, as shared memory allows
 constexpr int kQuarters = 4;                  // chunks of seeds that fit in shared memory
-constexpr int kChunkSlices = 4, kRing = 3;    // of seeds that do not: slices of a chunk, and chunks
+constexpr int kPanelChannels = 64;            // on Hopper: of a row of a tile of wgmma.cuh
+constexpr int kPanelWords = kGroup * kPanelChannels / 8;  // uint4 of a panel of the seeds
+constexpr int kChunkSlices = 4, kRing = 3;  // of seeds that do not: slices of a chunk, and chunks
 
 // A seed, for all blocks. Position -1: none.
 struct Seed {
@@ -28,22 +30,23 @@ struct Seed {
 
 // What is kept in the workspace, from part to part.
 struct Buffers {
-  int64_t tiles, width, groups, seeds, slices;  // of a row; width: tokens, in whole tiles
-  bool on_tensor_cores;
-  float* sums;             // [batch, tiles, channels]
-  float* mean;             // [batch, channels]
-  float* token_dots;       // [batch, width]: m (x - m)
-  float* token_scales;     // [batch, width]: one over the length of x - m
-  float* links;            // [batch, seeds, width]
-  float* link_sums;        // [batch, groups, tiles, kGroup]
-  float* factors;          // [batch, seeds]
-  float* rank;             // [batch, context]: what the next seeds are chosen by
-  uint4* panel;            // [batch, groups, slices, kSliceWords]: the seeds, for tensor cores
-  Seed* seed;              // [batch, seeds]
-  int32_t* best;           // [batch, num_seeds]
-  int32_t* counts;         // [hops, batch]
-  uint32_t* tickets;       // [batch, groups]: blocks that have finished
-  uint8_t* was_seed;       // [batch, context]
+  int64_t tiles, width, groups, seeds;  // of a row; width: tokens, in whole tiles
+  int64_t slices, panels;               // of a token
+  bool on_tensor_cores, on_hopper;      // the latter has panels in place of slices
+  float* sums;                          // [batch, tiles, channels]
+  float* mean;                          // [batch, channels]
+  float* token_dots;                    // [batch, width]: m (x - m)
+  float* token_scales;                  // [batch, width]: one over the length of x - m
+  float* links;                         // [batch, seeds, width]
+  float* link_sums;                     // [batch, groups, tiles, kGroup]
+  float* factors;                       // [batch, seeds]
+  float* rank;                          // [batch, context]: what the next seeds are chosen by
+  uint4* panel;       // [batch, groups, words of slices or panels]: the seeds, for tensor cores
+  Seed* seed;         // [batch, seeds]
+  int32_t* best;      // [batch, num_seeds]
+  int32_t* counts;    // [hops, batch]
+  uint32_t* tickets;  // [batch, groups]: blocks that have finished
+  uint8_t* was_seed;  // [batch, context]
   char* select = nullptr;  // select_topk's own
   int64_t bytes;
 
@@ -86,6 +89,24 @@ inline bool fits(int64_t bytes) {
   return bytes + kStatic <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
+}  // namespace claa::cuda::hop_tokens
+
+// The links on Hopper (hopper/hop_links.cu). `takes`: whether its instructions can do the work on
+// this device, with these sizes and strides.
+namespace claa::cuda::hopper {
+#ifdef CLAA_HOPPER
+bool takes(const HopTokensParams& p);
+cudaError_t find_links(const HopTokensParams& p, const hop_tokens::Buffers& w, cudaStream_t stream);
+#else
+inline bool takes(const HopTokensParams&) { return false; }
+inline cudaError_t find_links(const HopTokensParams&, const hop_tokens::Buffers&, cudaStream_t) {
+  return cudaErrorNotSupported;
+}
+#endif
+}  // namespace claa::cuda::hopper
+
+namespace claa::cuda::hop_tokens {
+
 inline Buffers::Buffers(const HopTokensParams& p) {
   tiles = ceil_div(p.context, kTile);
   width = tiles * kTile;
@@ -95,6 +116,8 @@ inline Buffers::Buffers(const HopTokensParams& p) {
   on_tensor_cores = rows_are_aligned(p.dtype, p.dim, p.states, p.states_stride_b, p.states_stride_g,
                                      p.states_stride_n) &&
                     fits(shared_bytes(slices, false, kFewSteps));
+  on_hopper = on_tensor_cores && hopper::takes(p);
+  panels = p.pieces * ceil_div(p.dim, kPanelChannels);
   char* next = static_cast<char*>(p.workspace);
   const auto take = [&](auto*& array, int64_t n) {
     array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(next);
@@ -108,7 +131,8 @@ inline Buffers::Buffers(const HopTokensParams& p) {
   take(link_sums, p.batch * groups * tiles * kGroup);
   take(factors, p.batch * seeds);
   take(rank, p.batch * p.context);
-  take(panel, on_tensor_cores ? p.batch * groups * slices * kSliceWords : 0);
+  const int64_t words = on_hopper ? panels * kPanelWords : slices * kSliceWords;
+  take(panel, on_tensor_cores ? p.batch * groups * words : 0);
   take(seed, p.batch * seeds);
   take(best, p.batch * p.num_seeds);
   take(counts, p.hops * p.batch);

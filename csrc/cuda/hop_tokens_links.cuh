@@ -35,8 +35,12 @@ struct LinkRow {
 };
 
 // By all blocks of a row, at their ends: the last of them joins the sums of all tiles. `parts` has
-// room for 16 * kGroup floats.
-__device__ inline void join_sums(const Buffers& w, const LinkRow& at, float* parts) {
+// room for kJoined<kThreads> floats.
+template <int kThreads>
+constexpr int kJoined = kThreads / (kGroup / 4) * kGroup;
+
+template <int kThreads>
+__device__ void join_sums(const Buffers& w, const LinkRow& at, float* parts) {
   __shared__ bool is_last;
   __threadfence();
   __syncthreads();
@@ -382,7 +386,7 @@ __global__ __launch_bounds__(kThreads, 1) void link_kernel(const HopTokensParams
       w.link_sums[(at.row * w.tiles + tile) * kGroup + threadIdx.x] = sum;
     }
   }
-  join_sums(w, at, warp_sums[0][0]);
+  join_sums<kThreads>(w, at, warp_sums[0][0]);
 }
 
 // The same for a lane's tokens, every 32nd of the tile, and the seeds of its warp.
@@ -482,7 +486,7 @@ __global__ __launch_bounds__(kThreads) void plain_link_kernel(const HopTokensPar
     }
     write_plain_links<kFirstHop>(p, w, at, sum, square, seeds, parts);
   }
-  join_sums(w, at, parts);
+  join_sums<kThreads>(w, at, parts);
 }
 
 }  // namespace claa::cuda::hop_tokens

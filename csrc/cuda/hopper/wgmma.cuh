@@ -92,7 +92,7 @@ __device__ void fence_products(float (&x)[kProducts]) {
 // at x[4j] and x[4j + 1], and row 16w + r + 8 and the same columns at x[4j + 2] and x[4j + 3].
 template <class T, int kDim, int kColumns>
 __device__ void start_products(float (&x)[kColumns / 2], const char* rows, int n_rows,
-                               const char* columns, int n_columns) {
+                               const char* columns, int n_columns, bool adds = false) {
   fence_products(x);
   cute::warpgroup_arrive();
 #pragma unroll
@@ -100,8 +100,8 @@ __device__ void start_products(float (&x)[kColumns / 2], const char* rows, int n
     const int panel = step / 4, byte = step % 4 * 32;
     const uint64_t a[1] = {descriptor(rows, panel * n_rows * kRowBytes + byte)};
     const uint64_t b[1] = {descriptor(columns, panel * n_columns * kRowBytes + byte)};
-    const cute::SM90::GMMA::ScaleOut scale[1] = {step ? cute::SM90::GMMA::ScaleOut::One
-                                                      : cute::SM90::GMMA::ScaleOut::Zero};
+    const cute::SM90::GMMA::ScaleOut scale[1] = {step || adds ? cute::SM90::GMMA::ScaleOut::One
+                                                              : cute::SM90::GMMA::ScaleOut::Zero};
     cute::detail::explode(Wgmma<T, kColumns>::fma, a, cute::seq<0>{}, b, cute::seq<0>{}, x,
                           cute::make_seq<kColumns / 2>{}, scale, cute::seq<0>{});
   }
