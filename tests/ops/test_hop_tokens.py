@@ -120,10 +120,10 @@ def test_matches_reference(shape, dtype, device):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     ("pieces", "dim"),
-    [(1, 1), (5, 1), (3, 5), (2, 8), (1, 24), (1, 40), (3, 96), (13, 128), (1, 1672), (1, 2056)],
+    [(1, 1), (5, 1), (3, 5), (2, 8), (1, 24), (1, 40), (60, 32), (3, 96), (9, 128), (1, 1672)],
 )
 def test_any_length_of_a_state(pieces, dim, dtype, device):
-    """On a GPU up to 1536 channels of the seeds are read once, more of them for every tile."""
+    """On a GPU about a thousand channels of the seeds are read once, more of them for every tile."""
     check_first_hop(*inputs(2, 333, 3, pieces, dim, device=device, dtype=dtype), num_seeds=20)
 
 
@@ -245,7 +245,7 @@ SIZES = {
     "context": st.integers(1, 80),
     "window": st.integers(0, 3),
     "pieces": st.integers(1, 3),
-    "dim": st.integers(1, 20),
+    "dim": st.integers(1, 20) | st.sampled_from([64, 72]),
     "num_seeds": st.integers(1, 20),
     "gap": st.integers(0, 12),
     "seed": st.integers(0, 2**16),
