@@ -30,10 +30,14 @@ class Hops(Peak):
     share words with the ones before, which the question does not name.
 
     Each ranking has a share of the budget, Peak and the echo two, each hop one; and Peak and the
-    echo have the first ``least`` tokens.
+    echo have the first ``least`` tokens. In stages each selection ranks anew what is left, by the
+    peaks of all layers so far and by the states of its own layer.
 
     Args:
         keep, layer, keep_kv, first_full, equal_cache, keep_least, mass: see :class:`Pruning`.
+            The defaults are those with which docs/quality.md measures it: three tenths of the
+            prompt continue after the layer at a ninth of the depth, and caches hold whatever
+            reached their layer.
         num_sinks, window, kernel_size, pool_mode: see :class:`Peak`.
         hops: how many hops; 0 for none.
         question: how many of the prompt's last tokens the echo is of; 0 for no echo.
@@ -52,9 +56,11 @@ class Hops(Peak):
     Source: ours. docs/quality.md measures what it keeps and what it does not.
 
     Example:
-        >>> method = Hops(keep=0.2, layer=3)
+        >>> method = Hops(keep=0.3, layer=3)
     """
 
+    keep: float | int | tuple[float | int, ...] = 0.3
+    keep_kv: float | int | None = 1.0
     hops: int = 3
     question: int = 32
     reach: int = field(default=48, kw_only=True)
@@ -75,6 +81,11 @@ class Hops(Peak):
         self.require(warm, "temperature", "at least 0.025")
         self.require(is_count(self.least, 0), "least", "an integer of at least 0")
         self.require(self.states in ("value", "hidden"), "states", "'value' or 'hidden'")
+
+    @staticmethod
+    def default_layer(num_layers: int) -> int:
+        """A ninth of the depth: 3 of 28 to 32."""
+        return num_layers // 9
 
     @property
     def reads_hidden(self) -> bool:
