@@ -25,7 +25,6 @@ from claa_ops.huggingface.transformers_api import cache_argument, cache_of, deco
 from claa_ops.huggingface.work import LayerCost, layer_costs
 from claa_ops.methods import FullKV, Method
 from claa_ops.methods.pruning import Pruning
-from claa_ops.selection.budget import Budget
 from claa_ops.selection.method import Preparation
 from claa_ops.selection.state import PrefillState, begin
 from claa_ops.selection.work import Work
@@ -42,19 +41,15 @@ _AFTER_A_RANKING = {"window", "chunk", *(setting.name for setting in fields(Prun
 class Seen(NamedTuple):
     """Tokens of a padded batch: how many, and of each row, ``[B]``, how many are padding.
 
-    ``layer`` is the one that saw them, and ``joins`` says whether it had seen others before;
-    ``selects_within``, ``within`` and ``sparse`` say whether it selected before its attention and
-    which of them, and to which share of its keys it attended: see
-    :func:`claa_ops.huggingface.work.count_work`.
+    ``layer`` is the one that saw them, and ``joins`` says whether it had seen others before. What
+    it selected within itself, and to which share of its keys it attended, is in its ``cache``.
     """
 
     tokens: int
     start: Tensor | None
     layer: int = 0
     joins: bool = False
-    selects_within: bool = False
-    within: Tensor | None = None
-    sparse: Budget | None = None
+    cache: ClaaCache | None = None
 
     def of_rows(self, batch: int) -> list[int]:
         """How many of them are each row's own."""
@@ -107,16 +102,18 @@ class Replayed(Prefilled):
             return [self.work]
         work = [Work()] * batch
         for seen, lengths in itertools.chain.from_iterable(map(self._lengths, self.seen)):
-            cost = self.costs[seen.layer]
+            cost, layer = self.costs[seen.layer], seen.layer
+            assert seen.cache is not None  # a layer ran with it
+            within, share = seen.cache.within, seen.cache.sparse.get(layer)
             for row, tokens in enumerate(lengths):
-                if not seen.selects_within:
-                    work[row] += cost.work(tokens, seen.sparse)
+                if layer not in within:
+                    work[row] += cost.work(tokens, share)
                     continue
-                index = seen.within
+                index = within[layer]
                 if index is not None:
                     index = index[row] - (seen.tokens - tokens)
                     index = index[None, index >= 0]
-                work[row] += cost.work_within(tokens, index, seen.sparse)
+                work[row] += cost.work_within(tokens, index, share)
         return work
 
     def _lengths(self, forward: list[Seen]) -> list[tuple[Seen, list[int]]]:
@@ -545,11 +542,8 @@ class _Layer:
             return self._compute(*args, **kwargs)
         finally:  # a first pass ends within a layer
             if counts:
-                layer, within, sparse = self._index, cache.within, cache.sparse
-                joins, selects = cache.taken is not None, layer in within
-                replay.seen[-1].append(
-                    Seen(tokens, start, layer, joins, selects, within.get(layer), sparse.get(layer))
-                )
+                joins = cache.taken is not None
+                replay.seen[-1].append(Seen(tokens, start, self._index, joins, cache))
 
 
 def _given(arguments: dict[str, Any]) -> list[Tensor]:
