@@ -152,7 +152,9 @@ class Settings:
         """
         found: list[Cell] = []
         for spec in self.specs():
-            if self.methods is None and spec.name == "coarse" and num_layers < 3:
+            # Coarse has a layer of its own, and one more after it.
+            others = self.layer is not None or self.schedules is not None or num_layers < 3
+            if self.methods is None and spec.name == "coarse" and others:
                 continue
             full, *cells = make_cells(
                 [spec],
