@@ -86,7 +86,7 @@ def test_the_settings_to_try_cost_no_more_than_most_work():
     full, *cells = Settings().cells(28)
     assert full.label == "full" and len(set(cells)) == len(cells)
     found = {(cell.label, cell.layer, cell.keep) for cell in cells}
-    assert ("hops", (3, 12), (0.4, 0.2)) in found and ("hops", (3, 12), (0.5, 0.2)) not in found
+    assert ("hops", (3, 12), (0.45, 0.2)) in found and ("hops", (3, 12), (0.5, 0.2)) not in found
     assert ("hops", 3, 0.3) in found and ("hops", 3, 0.4) not in found
     assert {label for label, _, _ in found} == {"hops", "peak", "coarse"}
     assert all(cell.method.expected_work(28) <= 0.4 + 1e-6 for cell in cells)

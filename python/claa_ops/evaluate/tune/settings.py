@@ -38,7 +38,7 @@ DEPTHS: dict[str, tuple[float, ...] | None] = {
 NAMED_DEPTHS = (1 / 10, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2)
 # Stages: how deep the two selections are, and what each of them keeps.
 STAGES = ((1 / 8, 0.4), (1 / 8, 0.46), (1 / 8, 0.54))
-STAGE_KEEPS = ((0.2, 0.1), (0.3, 0.15), (0.4, 0.2), (0.5, 0.15), (0.5, 0.2))
+STAGE_KEEPS = ((0.2, 0.1), (0.3, 0.15), (0.4, 0.2), (0.45, 0.2), (0.5, 0.2))
 MOST_WORK = 0.4
 # One fact; look-ups in code, among codes alone, of codes of 36 letters and in a table; two kinds of
 # chains; many facts; short prompts; a question that stands first; an agent's call.
