@@ -33,6 +33,7 @@ def prefill_and_decode(forward, cache, ids, mask, steps=2):
         ("llama", LazyLLM(keep=0.3), False),
         ("llama", Hops(keep=0.4, layer=1, keep_least=0), False),
         ("llama", Hops(keep=0.4, layer=1, keep_least=0), True),
+        ("llama", Hops(keep=(0.7, 0.4), layer=(0, 1), keep_least=0), True),
         ("llama", PromptDistill(keep=0.4), False),
         ("llama", Coarse(keep=0.4, layer=0, ahead=1), False),
         ("llama", Peak(keep=0.4, layer=1, second_look=True), False),

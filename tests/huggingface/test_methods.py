@@ -178,24 +178,34 @@ def slow_peak(
 
 
 def slow_hops(llama, ids, *, hops, question, seeds, temperature, least, kernel, **settings):
+    led: list[list[dict[int, float]]] = []  # of the first selection: the echo, and the hops
+
     def rank(peaks, seen):
-        states = seen.value.transpose(0, 1).flatten(1)
-        direct, start, linked = [peaks], peaks, []
-        if question:
-            echo = slow_methods.echo(states, question, temperature)[: len(peaks)]
-            direct.append(slow_methods.reached(echo, 8, 12))
-            both = zip(slow_methods.places(peaks), slow_methods.places(echo), strict=True)
-            start = -torch.tensor([min(pair) for pair in both]).double()
-        if hops:
-            linked = slow_methods.hop_scores(
-                start,
-                states[: len(peaks)],
-                hops=hops,
-                seeds=seeds,
-                temperature=temperature,
-                kernel=kernel,
-            )
-        return slow_methods.in_turn(direct, linked, least)
+        if not led:
+            states = seen.value.transpose(0, 1).flatten(1)
+            start, reached, linked = peaks, [], []
+            if question:
+                echo = slow_methods.echo(states, question, temperature)[: len(peaks)]
+                reached = [slow_methods.reached(echo, 8, 12)]
+                both = zip(slow_methods.places(peaks), slow_methods.places(echo), strict=True)
+                start = -torch.tensor([min(pair) for pair in both]).double()
+            if hops:
+                linked = slow_methods.hop_scores(
+                    start,
+                    states[: len(peaks)],
+                    hops=hops,
+                    seeds=seeds,
+                    temperature=temperature,
+                    kernel=kernel,
+                )
+            for rankings in (reached, linked):
+                led.append([dict(zip(seen.kept, each.tolist(), strict=False)) for each in rankings])
+        kept = seen.kept[: len(peaks)]
+        reached, linked = (
+            [torch.tensor([each[j] for j in kept]).double() for each in rankings]
+            for rankings in led
+        )
+        return slow_methods.in_turn([peaks, *reached], linked, least)
 
     return slow_peak(llama, ids, kernel=kernel, rank=rank, **settings)
 
@@ -539,12 +549,40 @@ CASES = {
         partial(
             slow_hops,
             kept=30,
-            cached=30,
+            cached=1.0,
             kernel=5,
             hops=3,
             question=9,
             seeds=6,
             least=4,
+            temperature=0.2,
+        ),
+    ),
+    "hops, staged": (
+        Hops(
+            keep=(0.7, 0.4),
+            layer=(1, 3),
+            keep_least=0,
+            kernel_size=5,
+            num_sinks=2,
+            window=8,
+            question=9,
+            reach=12,
+            num_seeds=6,
+            least=6,
+            temperature=0.2,
+        ),
+        partial(
+            slow_hops,
+            kept=(0.7, 0.4),
+            cached=1.0,
+            layer=(1, 3),
+            num_sinks=2,
+            kernel=5,
+            hops=3,
+            question=9,
+            seeds=6,
+            least=6,
             temperature=0.2,
         ),
     ),
@@ -576,6 +614,7 @@ CASES = {
     "hops, echo alone": (
         Hops(
             keep=0.4,
+            keep_kv=None,
             keep_least=0,
             kernel_size=5,
             num_sinks=0,

@@ -10,6 +10,7 @@ import torch
 
 from claa_ops.huggingface.answer import ModelReader
 from claa_ops.huggingface.replay import RecordedPrefill
+from claa_ops.huggingface.work import count_work
 from claa_ops.methods import (
     ASL,
     CLAA,
@@ -165,11 +166,15 @@ def test_a_row_of_a_batch_is_the_prompt_alone(family, name):
     batch = RecordedPrefill(model, ids, mask)
     together = batch.run(method)
     shares, cached = together.work_shares(), together.cache_bytes()
-    reached = together.reached()
+    reached, operations = together.reached(), together.operation_shares()
     for row, tokens in enumerate((80, 61)):
         own = ids[row : row + 1, -tokens:]
         alone = prefill(model, own, method)
         assert shares[row] == pytest.approx(alone.work_share, rel=1e-12)
+        full = count_work(model, [tokens] * len(alone.cache.layers))
+        done = alone.work.linear + alone.work.attention
+        share = done / (full.linear + full.attention)
+        assert operations[row] == pytest.approx(share, rel=1e-12)
         assert cached[row] == alone.cache.nbytes()
         places = range(tokens) if alone.positions is None else alone.positions[0].tolist()
         assert reached[row].nonzero()[:, 0].tolist() == list(places)
@@ -177,6 +182,7 @@ def test_a_row_of_a_batch_is_the_prompt_alone(family, name):
         sliced = batch.row(row).run(method)
         assert sliced.cache_bytes() == [alone.cache.nbytes()]
         assert sliced.work_shares() == [alone.work_share]
+        assert sliced.operation_shares() == [share]
         for logits in (together.logits[row], sliced.logits[0]):
             torch.testing.assert_close(logits, alone.logits[0], atol=1e-5, rtol=1e-5)
         if alone.positions is not None:

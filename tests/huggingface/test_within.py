@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from claa_ops.huggingface import rows
 from claa_ops.huggingface.replay import RecordedPrefill
 from claa_ops.huggingface.rows import attention_of_rows, block_mask
+from claa_ops.huggingface.work import count_work
 from claa_ops.methods import CLAA, METHODS, FastKV, Hops, LazyLLM, Peak, Pruning, make_method
 from claa_ops.prefill import ClaaCache, attach, prefill
 from support import hand_loop
@@ -231,7 +232,12 @@ def test_a_recorded_prefill_computes_it_as_a_whole(model, lengths):
     found = recorded.run(method)
     assert torch.equal(found.logits, expected.logits)
     assert found.work == expected.work
-    assert all(share < 1 for share in found.work_shares())
+    for row, tokens in enumerate(lengths):
+        alone = prefill(model, ids[row : row + 1, -tokens:], method).work
+        full = count_work(model, [tokens] * len(found.costs))
+        share = (alone.linear + alone.attention) / (full.linear + full.attention)
+        assert found.operation_shares()[row] == pytest.approx(share, rel=1e-12)
+        assert found.work_shares()[row] == pytest.approx(alone.linear / full.linear, rel=1e-12)
 
 
 @torch.no_grad()

@@ -60,6 +60,14 @@ def test_defaults_scale_with_the_depth():
     assert {name: layers[name] for name in published} == published
     assert make_method("claa", num_layers=30).layer == 14
     assert make_method("asl", num_layers=28).layer == 9
+    # Ours: as docs/quality.md measures it.
+    assert [make_method("hops", num_layers=depth).layer for depth in (2, 24, 28, 36)] == [
+        0,
+        2,
+        3,
+        4,
+    ]
+    assert (methods.Hops().keep, methods.Hops().keep_kv) == (0.3, 1.0)
     for name, layer in published.items():
         method = METHODS[name]()
         assert make_method(name, num_layers=32) == method.at_depth(32)

@@ -34,7 +34,7 @@ _OPTIONS = {
     ),
     "keep": typer.Option(
         help="Tokens that the layers after the selection layer see, or that a cache keeps: a rate "
-        "(0.1, 10%) or a number. Default: 0.1."
+        "(0.1, 10%) or a number. Default: the method's own rate, 0.1 for most."
     ),
     "layer": typer.Option(
         help="The selection layer, from 0; it still sees every token. Default: the method's for "

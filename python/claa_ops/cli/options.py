@@ -43,7 +43,7 @@ OPTIONS: dict[str, Any] = {
     ),
     "keep_kv": typer.Option(
         help="Tokens that each layer's K/V cache keeps, likewise; 1.0 keeps exact digits. "
-        "Default: --keep."
+        "Default: --keep, and 1.0 for hops."
     ),
     "seed": typer.Option(min=0, help="Of the needle prompts."),
     "filler": typer.Option(

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from claa_ops.cli.options import OPTIONS, AsJson, expand, limit_threads, step_progress
-from claa_ops.evaluate.tune.settings import KEEPS, METHODS, TASKS, Settings
+from claa_ops.evaluate.tune.settings import KEEPS, METHODS, MOST_WORK, TASKS, Settings
 from claa_ops.huggingface.models import InputError, load_model
 
 _OPTIONS = {
@@ -21,11 +21,20 @@ _OPTIONS = {
         f"{', '.join(METHODS)}.",
     ),
     "layer": typer.Option(
-        help="Selection layers to try, such as 3,7,10-12. Default: six, from a tenth of the depth "
-        "to a half."
+        help="Selection layers to try, such as 3,7,10-12. Default: up to six, from a tenth of the "
+        "depth on."
     ),
     "keep": typer.Option(
         help=f"Rates or numbers of tokens to try. Default: {','.join(map(str, KEEPS))}."
+    ),
+    "schedules": typer.Option(
+        "--schedule",
+        help="Selection in stages to try, such as 3:40%,12:20%. Repeat it for several. Default: "
+        "some of hops, where no method, layer or rate is named.",
+    ),
+    "most_work": typer.Option(
+        help="Try what needs at most this share of full prefill's multiply-adds by weights. "
+        f"Default: {MOST_WORK:g}, and all if a layer or a rate is named."
     ),
     "keep_kv": typer.Option(
         help="Tokens that each layer's K/V cache keeps of those that the layer sees, for all "
@@ -45,10 +54,10 @@ _OPTIONS = {
     "prompts": typer.Option(min=1, max=1_000, help="Prompts of each task, at most."),
     "seed": typer.Option(min=0, help="Of the prompts; `evaluate` never has the same ones."),
     "time_limit": typer.Option(
-        min=0.0, help="Minutes, without loading. Default: 1 on a GPU, 5 on a CPU."
+        min=0.0, help="Minutes, without loading. Default: 3 on a GPU, 10 on a CPU."
     ),
     "batch_size": typer.Option(
-        min=1, help="Prompts that share a forward. Default: 4 on a GPU, 1 on a CPU."
+        min=1, help="Prompts that share a forward. Default: 16 on a GPU, 1 on a CPU."
     ),
     "out": typer.Option(help="A .json file for the result, beside the place where it is saved."),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from claa_ops.evaluate.parse import Budget
@@ -74,6 +74,12 @@ class MethodSpec:
     def default_layer(self, num_layers: int) -> int:
         """The layer after which the method selects, in a model of this depth, unless told."""
         return self.make(num_layers).selection_layers(num_layers)[0]
+
+    @property
+    def default_rate(self) -> float:
+        """The method's own ``keep`` if that is a rate, else a tenth."""
+        (own,) = (field.default for field in fields(_find(self.name)) if field.name == "keep")
+        return own if isinstance(own, float) else 0.1
 
     def with_settings(self, **settings: Any) -> MethodSpec:
         """The same method with more settings."""

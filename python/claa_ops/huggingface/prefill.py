@@ -162,7 +162,7 @@ def _read(
     first = None
     if method.two_pass:
         first = _first_pass(model, input_ids, position_ids, attention_mask, start, cache)
-        work += count_work(model, cache.seen, logits=0)
+        work += count_work(model, cache.seen, logits=0, within=cache.within, sparse=cache.sparse)
         if first.positions is not None:
             chosen = first.positions.clamp_min(0)  # padding is hidden
             input_ids = input_ids.gather(1, chosen)

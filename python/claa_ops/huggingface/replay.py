@@ -22,11 +22,12 @@ from claa_ops.huggingface.cache import ClaaCache, StateLayer
 from claa_ops.huggingface.decoding import count_positions
 from claa_ops.huggingface.prefill import Prefilled, prefill
 from claa_ops.huggingface.transformers_api import cache_argument, cache_of, decoder_of
-from claa_ops.huggingface.work import count_work
+from claa_ops.huggingface.work import LayerCost, layer_costs
 from claa_ops.methods import FullKV, Method
 from claa_ops.methods.pruning import Pruning
 from claa_ops.selection.method import Preparation
 from claa_ops.selection.state import PrefillState, begin
+from claa_ops.selection.work import Work
 
 _ROWS = 64  # of the queries, the last: a method that reads more is computed as a whole
 
@@ -40,12 +41,15 @@ _AFTER_A_RANKING = {"window", "chunk", *(setting.name for setting in fields(Prun
 class Seen(NamedTuple):
     """Tokens of a padded batch: how many, and of each row, ``[B]``, how many are padding.
 
-    ``layer`` is the one that saw them.
+    ``layer`` is the one that saw them, and ``joins`` says whether it had seen others before. What
+    it selected within itself, and to which share of its keys it attended, is in its ``cache``.
     """
 
     tokens: int
     start: Tensor | None
     layer: int = 0
+    joins: bool = False
+    cache: ClaaCache | None = None
 
     def of_rows(self, batch: int) -> list[int]:
         """How many of them are each row's own."""
@@ -61,7 +65,7 @@ class Replayed(Prefilled):
         seen: what the layers of each forward saw, as they ran; there are two in a method with two
             passes, and some layers run twice in one that goes back.
         full: the tokens of each prompt.
-        weights: of each layer, the multiply-adds of a token by its weights.
+        costs: of each layer.
         seconds: of the prefill of the batch. All but the layers that were replayed is measured
             here; those count as the full prefill took for them.
         full_seconds: of the full prefill of the same batch.
@@ -69,7 +73,7 @@ class Replayed(Prefilled):
 
     seen: list[list[Seen]]
     full: list[int]
-    weights: list[int]
+    costs: list[LayerCost]
     seconds: float
     full_seconds: float
 
@@ -78,23 +82,57 @@ class Replayed(Prefilled):
 
         That of a single one has the drafts and answers that made a ranking; the others lack them.
         """
+        return [own.linear / full.linear for own, full in self._work_beside_full()]
+
+    def operation_shares(self) -> list[float]:
+        """The same of the multiply-adds in attention as well."""
+        return [
+            (own.linear + own.attention) / (full.linear + full.attention)
+            for own, full in self._work_beside_full()
+        ]
+
+    def _work_beside_full(self) -> list[tuple[Work, Work]]:
+        lengths = [self.state.prompt_length] if len(self.full) == 1 else self.full
+        full = [sum((cost.work(tokens) for cost in self.costs), Work()) for tokens in lengths]
+        return list(zip(self._work_of_rows(), full, strict=True))
+
+    def _work_of_rows(self) -> list[Work]:
         batch = len(self.full)
         if batch == 1:
-            return [self.work_share]
-        work = [0] * batch
-        for forward in self.seen:
-            # The layers before a selection see the same, and so do those after it.
-            for _, alike in itertools.groupby(
-                forward, key=lambda seen: (seen.tokens, id(seen.start))
-            ):
-                group = list(alike)
-                weights = sum(self.weights[seen.layer] for seen in group)
-                for row, tokens in enumerate(group[0].of_rows(batch)):
-                    work[row] += tokens * weights
-        return [
-            done / (tokens * sum(self.weights))
-            for done, tokens in zip(work, self.full, strict=True)
-        ]
+            return [self.work]
+        work = [Work()] * batch
+        for seen, lengths in itertools.chain.from_iterable(map(self._lengths, self.seen)):
+            cost, layer = self.costs[seen.layer], seen.layer
+            assert seen.cache is not None  # a layer ran with it
+            within, share = seen.cache.within, seen.cache.sparse.get(layer)
+            for row, tokens in enumerate(lengths):
+                if layer not in within:
+                    work[row] += cost.work(tokens, share)
+                    continue
+                index = within[layer]
+                if index is not None:
+                    index = index[row] - (seen.tokens - tokens)
+                    index = index[None, index >= 0]
+                work[row] += cost.work_within(tokens, index, share)
+        return work
+
+    def _lengths(self, forward: list[Seen]) -> list[tuple[Seen, list[int]]]:
+        """Of each layer of a forward, how many tokens each row has; those that join count there."""
+        found: list[tuple[Seen, list[int]]] = []
+        latest: dict[int, list[int]] = {}
+        padding: dict[int, list[int]] = {}  # read from the device once
+        for seen in forward:
+            start = id(seen.start)
+            if start not in padding:
+                padding[start] = [seen.tokens - own for own in seen.of_rows(len(self.full))]
+            lengths = [seen.tokens - each for each in padding[start]]
+            if seen.joins:
+                for row, tokens in enumerate(lengths):
+                    latest[seen.layer][row] += tokens
+            else:
+                latest[seen.layer] = lengths
+                found.append((seen, lengths))
+        return found
 
     def cache_bytes(self) -> list[int]:
         """For each prompt the bytes that its cache holds before any decoding, were it alone."""
@@ -228,7 +266,7 @@ class RecordedPrefill:
             **vars(prefilled),
             seen=replay.seen,
             full=self._whole.of_rows(len(self.input_ids)),
-            weights=self._weights,
+            costs=self._costs,
             # Handing out what full prefill computed is no part of it.
             seconds=self.seconds if isinstance(method, FullKV) else seconds,
             full_seconds=self.seconds,
@@ -285,10 +323,8 @@ class RecordedPrefill:
         return Seen(self.input_ids.shape[1], self._start)
 
     @functools.cached_property
-    def _weights(self) -> list[int]:
-        """Of each layer, the multiply-adds of a token by its weights."""
-        layers = range(self._depth)
-        return [count_work(self.model, [0] * layer + [1]).linear for layer in layers]
+    def _costs(self) -> list[LayerCost]:
+        return layer_costs(self.model)
 
     def _prepare(self, method: Method) -> tuple[Preparation | None, float]:
         """The answer of an oracle or a draft, once for all layers and budgets; its seconds."""
@@ -494,16 +530,20 @@ class _Layer:
         if self._index == 0:
             replay.active = replay.record.begins(arguments, cache)
             replay.seen.append([])
-        if cache.look is None or cache.look.key is None:  # else it runs on, with some of them
-            tokens = arguments["hidden_states"].shape[1]
-            start = cache.state.start if cache.taken is None else cache.taken.start
-            replay.seen[-1].append(Seen(tokens, start, self._index))
+        counts = cache.look is None or cache.look.key is None  # else it runs on, with some of them
+        tokens = arguments["hidden_states"].shape[1]
+        start = cache.state.start if cache.taken is None else cache.taken.start
         if replay.active and cache.has_selected:
             replay.record.require_output(self._index - 1)
             replay.active = False
-        if replay.active:
-            return replay.hand_out(self._index, cache)
-        return self._compute(*args, **kwargs)
+        try:
+            if replay.active:
+                return replay.hand_out(self._index, cache)
+            return self._compute(*args, **kwargs)
+        finally:  # a first pass ends within a layer
+            if counts:
+                joins = cache.taken is not None
+                replay.seen[-1].append(Seen(tokens, start, self._index, joins, cache))
 
 
 def _given(arguments: dict[str, Any]) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -44,21 +45,62 @@ def count_work(
             :attr:`ClaaCache.sparse`.
     """
     sizes = dimensions(model.config)
-    linear = attention = 0
-    blocks = decoder_of(model).layers
-    layers = zip(tokens, blocks[first:], sizes.kinds[first:], strict=False)
-    for layer, (seen, block, kind) in enumerate(layers, first):
-        whole, pairs = seen, _visible_pairs(seen, kind.window) if kind.attends else 0
-        if sparse is not None and layer in sparse:
-            pairs = pairs_seen(seen, sparse[layer])
-        if within is not None and layer in within:
-            linear += seen * _projections_per_token(block, sizes)
-            index = within[layer]
-            if index is not None:
-                whole, pairs = index.shape[1], _pairs_of(index, kind.window)
-        linear += whole * _weights_per_token(block, sizes)
-        attention += 2 * sizes.heads * _head_dim(block, sizes) * pairs
-    return Work(linear, attention, logits * sizes.hidden_size * sizes.vocab_size)
+    work = Work(head=logits * sizes.hidden_size * sizes.vocab_size)
+    costs = layer_costs(model, first, first + len(tokens))
+    for layer, (seen, cost) in enumerate(zip(tokens, costs, strict=False), first):
+        share = None if sparse is None else sparse.get(layer)
+        if within is None or layer not in within:
+            work += cost.work(seen, share)
+        else:
+            work += cost.work_within(seen, within[layer], share)
+    return work
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What a layer costs.
+
+    Attributes:
+        weights: multiply-adds of a token with all of its weights.
+        projections: of these, those that make query, key and value.
+        pair: multiply-adds of a query with a key, and of its probability with a value.
+        window: keys that a query sees, where the attention slides; None elsewhere.
+    """
+
+    weights: int
+    projections: int
+    pair: int
+    window: int | None
+
+    def work(self, tokens: int, share: Budget | None = None) -> Work:
+        """Of so many tokens, which attend to all keys before them or to a share of these."""
+        pairs = _visible_pairs(tokens, self.window) if self.pair else 0
+        if share is not None:
+            pairs = pairs_seen(tokens, share)
+        return Work(tokens * self.weights, self.pair * pairs)
+
+    def work_within(self, tokens: int, index: Tensor | None, share: Budget | None = None) -> Work:
+        """Where the layer selected ``index``, ``[B, k]``, before its attention; None for all."""
+        projected = Work(tokens * self.projections)
+        if index is None:
+            return projected + self.work(tokens, share)
+        attention = self.pair * _pairs_of(index, self.window)
+        return projected + Work(index.shape[1] * self.weights, attention)
+
+
+def layer_costs(model: PreTrainedModel, first: int = 0, last: int | None = None) -> list[LayerCost]:
+    """What each layer costs, from layer ``first`` to the one before ``last``."""
+    sizes = dimensions(model.config)
+    layers = slice(first, last)
+    return [
+        LayerCost(
+            _weights_per_token(block, sizes),
+            _projections_per_token(block, sizes) if kind.attends else 0,
+            2 * sizes.heads * _head_dim(block, sizes) if kind.attends else 0,
+            kind.window,
+        )
+        for block, kind in zip(decoder_of(model).layers[layers], sizes.kinds[layers], strict=True)
+    ]
 
 
 def _weights_per_token(block: nn.Module, sizes: Dimensions) -> int:

@@ -88,6 +88,11 @@ class Coarse(Peak):
             return self.ahead
         return max(Peak.default_layer(num_layers), self.stage(num_layers) + 1)
 
+    def expected_work(self, num_layers: int) -> float:
+        """That of the part too."""
+        ran_ahead = self.last(num_layers) - self.stage(num_layers)
+        return super().expected_work(num_layers) + ran_ahead / (self.every * num_layers)
+
     @property
     def may_park(self) -> bool:
         """True: the part is taken from all hidden states, to which the prefill comes back."""

@@ -12,7 +12,7 @@ from claa_ops.ops.hop_tokens import hop_tokens
 from claa_ops.ops.pool_heads import pool_heads
 from claa_ops.selection.budget import is_count, is_number
 from claa_ops.selection.layer import Layer
-from claa_ops.selection.padding import mask_padding
+from claa_ops.selection.padding import gather_kept, mask_padding
 from claa_ops.selection.state import PrefillState
 
 _BEFORE = 8  # tokens before an echo that are as important as the echo
@@ -30,10 +30,15 @@ class Hops(Peak):
     share words with the ones before, which the question does not name.
 
     Each ranking has a share of the budget, Peak and the echo two, each hop one; and Peak and the
-    echo have the first ``least`` tokens.
+    echo have the first ``least`` tokens. In stages each selection ranks what is left, by the peaks
+    of all layers so far, and by the echo and the hops of the first selection layer: the states of
+    later ones are less alike for the same words.
 
     Args:
         keep, layer, keep_kv, first_full, equal_cache, keep_least, mass: see :class:`Pruning`.
+            The defaults are those with which docs/quality.md measures it: three tenths of the
+            prompt continue after the layer at a ninth of the depth, and caches hold whatever
+            reached their layer.
         num_sinks, window, kernel_size, pool_mode: see :class:`Peak`.
         hops: how many hops; 0 for none.
         question: how many of the prompt's last tokens the echo is of; 0 for no echo.
@@ -52,9 +57,11 @@ class Hops(Peak):
     Source: ours. docs/quality.md measures what it keeps and what it does not.
 
     Example:
-        >>> method = Hops(keep=0.2, layer=3)
+        >>> method = Hops(keep=0.3, layer=3)
     """
 
+    keep: float | int | tuple[float | int, ...] = 0.3
+    keep_kv: float | int | None = 1.0
     hops: int = 3
     question: int = 32
     reach: int = field(default=48, kw_only=True)
@@ -75,6 +82,11 @@ class Hops(Peak):
         self.require(warm, "temperature", "at least 0.025")
         self.require(is_count(self.least, 0), "least", "an integer of at least 0")
         self.require(self.states in ("value", "hidden"), "states", "'value' or 'hidden'")
+
+    @staticmethod
+    def default_layer(num_layers: int) -> int:
+        """A ninth of the depth: 3 of 28 to 32."""
+        return num_layers // 9
 
     @property
     def reads_hidden(self) -> bool:
@@ -97,20 +109,21 @@ class Hops(Peak):
         layer.state.notes["evidence"] = peaks
         if not (self.hops or self.question) or not self._selects(layer):
             return peaks
-        seeds = peaks
-        if self.question:
-            echo = self._echo(layer)
-            rankings = torch.stack([peaks, self._reached(echo), echo], dim=1)
-            places = _places(rankings, layer.start)
-            direct, seeds = places[:, :2], -torch.minimum(places[:, 0], places[:, 2])
-        else:
-            direct = _places(peaks[:, None], layer.start)
-        if not self.hops:
-            return -self._entries(direct, None)
-        linked = self._similar(
-            layer, seeds, hops=self.hops, num_seeds=self.num_seeds, kernel_size=self.kernel_size
-        )
-        return -self._entries(direct, _places(linked, layer.start))
+        notes = layer.state.notes
+        if "led" not in notes:
+            notes["led"] = self._led(layer, peaks)
+        places = _places(torch.cat([peaks[:, None], notes["led"]], dim=1), layer.start)
+        direct = 2 if self.question else 1
+        return -self._entries(places[:, :direct], places[:, direct:] if self.hops else None)
+
+    def select(self, state: PrefillState, layer: int) -> Tensor | None:
+        """At a selection layer, the tokens that enter the budget first, and the window."""
+        index = super().select(state, layer)
+        last = max(self.stages(state.num_layers))
+        if index is not None and layer < last and "led" in state.notes:
+            context = index[:, : -self.window]
+            state.notes["led"] = gather_kept(state.notes["led"], context)
+        return index
 
     def evidence(self, state: PrefillState) -> Tensor:
         """Peak's scores: the order of a budget has no mass."""
@@ -118,6 +131,19 @@ class Hops(Peak):
 
     def _selects(self, layer: Layer) -> bool:
         return layer.index in self.stages(layer.state.num_layers)
+
+    def _led(self, layer: Layer, peaks: Tensor) -> Tensor:
+        """``[B, r, M]``: what the echo reaches, if there is one, and what each hop leads to."""
+        seeds, found = peaks, []
+        if self.question:
+            echo = self._echo(layer)
+            found.append(self._reached(echo)[:, None])
+            places = _places(torch.stack([peaks, echo], dim=1), layer.start)
+            seeds = -places.amin(dim=1)
+        if self.hops:
+            settings = {"num_seeds": self.num_seeds, "kernel_size": self.kernel_size}
+            found.append(self._similar(layer, seeds, hops=self.hops, **settings))
+        return torch.cat(found, dim=1)
 
     def _echo(self, layer: Layer) -> Tensor:
         """``[B, M]``: how like a token is to one of the question; 0 in the question itself."""

@@ -28,6 +28,7 @@ from claa_ops.selection.padding import mask_padding
 from claa_ops.selection.state import PrefillState, Turn
 
 Keep = float | int
+_LONG = 2**20  # tokens of a long prompt
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,11 @@ class Pruning(Method):
         stages = self.stages(num_layers)
         self.require(max(stages) <= num_layers - 2, "layer", allowed)
         self.require(not self.second_look or len(stages) == 1, "layer", "one with second_look")
+
+    def expected_work(self, num_layers: int) -> float:
+        """The share of full prefill's multiply-adds by weights, of a long prompt."""
+        seen = self._seen(Sizes(_LONG, _LONG, num_layers))
+        return sum(seen) / (_LONG * num_layers)
 
     def capacity(self, sizes: Sizes[Size], layer: int) -> Size:
         """How many entries the cache of this layer may keep."""

@@ -17,6 +17,7 @@ from claa_ops.evaluate.tasks import Example, TaskSettings, examples
 from claa_ops.evaluate.tasks.answer import decode_until, force
 from claa_ops.huggingface.replay import RecordedPrefill
 from claa_ops.huggingface.turns import ask_again
+from claa_ops.huggingface.work import count_work
 from claa_ops.prefill import attach, decode, prefill
 from support.own_methods import Mass, Norms
 from support.tiny_checkpoint import CONTEXT, LAYERS, tiny_model, tiny_tokenizer
@@ -94,6 +95,9 @@ def test_records_are_those_of_prefills_of_their_own(model, tmp_path, prompts):
         assert record.cache_bytes == prefilled.cache.nbytes()
         if record.cell.label != "oracle:max_new_tokens=3":
             assert record.work == pytest.approx(prefilled.work_share)
+            full = count_work(model, [record.tokens] * LAYERS)
+            done = prefilled.work.linear + prefilled.work.attention
+            assert record.operations == pytest.approx(done / (full.linear + full.attention))
 
 
 def test_nothing_is_computed_twice(model, tmp_path, monkeypatch, prompts):
@@ -239,9 +243,10 @@ def test_a_record_of_a_batch_is_that_of_its_prompt_alone(model, tmp_path, uneven
     assert len(alone) == len(uneven) * (len(cells) - 1)
     for ours, theirs in zip(together, alone, strict=True):
         assert ours.work == pytest.approx(theirs.work, rel=1e-12)
+        assert ours.operations == pytest.approx(theirs.operations, rel=1e-12)
         assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
-        assert untimed(replace(ours, work=0, logprob=0)) == untimed(
-            replace(theirs, work=0, logprob=0)
+        assert untimed(replace(ours, work=0, operations=0, logprob=0)) == untimed(
+            replace(theirs, work=0, operations=0, logprob=0)
         )
 
 
@@ -349,7 +354,9 @@ def test_two_questions_of_a_batch_are_those_of_each_prompt_alone(model, tmp_path
     found = evaluate(model, tmp_path / "2", cells, prompts, batch_size=3, **told)
     assert len(found) > 60 and {len(one.answers) for one in found} == {1, 2}
     for ours, theirs in zip(found, alone, strict=True):
-        assert untimed(replace(ours, work=0)) == untimed(replace(theirs, work=0))
+        assert untimed(replace(ours, work=0, operations=0)) == untimed(
+            replace(theirs, work=0, operations=0)
+        )
 
 
 def test_a_second_question_is_part_of_the_key(model, tmp_path, twice):
@@ -412,7 +419,10 @@ def test_prompts_of_one_length_that_keep_different_numbers_are_one_batch(
     assert rows == [3, 3, 3]
     for ours, theirs in zip(found, alone, strict=True):
         assert ours.work == pytest.approx(theirs.work, rel=1e-12)
-        assert untimed(replace(ours, work=0)) == untimed(replace(theirs, work=0))
+        assert ours.operations == pytest.approx(theirs.operations, rel=1e-12)
+        assert untimed(replace(ours, work=0, operations=0)) == untimed(
+            replace(theirs, work=0, operations=0)
+        )
 
 
 # What ends the work before all is done.
@@ -593,6 +603,7 @@ def record(cell, task, name, score, **values):
         "place": {},
         "logprob": None,
         "work": 0.5,
+        "operations": 0.5,
         "cache_bytes": 100,
         "seconds": 0.25,
         "full_seconds": 0.5,

@@ -23,7 +23,7 @@ from claa_ops.methods import Method
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_METHOD, _KEEP = "claa", "0.1"
+_METHOD = "claa"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,8 @@ class Settings:
             InputError: a setting is none of those expected, or a file is missing.
         """
         spec = self._spec()
-        parse_budget("keep", self.keep or _KEEP)
+        if self.keep is not None:
+            parse_budget("keep", self.keep)
         if self.keep_kv is not None:
             parse_budget("keep_kv", self.keep_kv)
         if self.schedule is not None:
@@ -142,7 +143,9 @@ class Settings:
         if self.schedule is not None:
             layers, keeps = parse_schedule(self.schedule)
             return spec.make(num_layers, layers, keeps), remarks
-        keep = parse_budget("keep", self.keep or _KEEP) if spec.has("keep") else None
+        if not spec.has("keep"):
+            return spec.make(num_layers, layer), remarks
+        keep = spec.default_rate if self.keep is None else parse_budget("keep", self.keep)
         return spec.make(num_layers, layer, keep), remarks
 
     def _spec(self) -> MethodSpec:

