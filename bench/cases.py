@@ -32,6 +32,16 @@ WINDOW = 8
 HOPS, SEEDS = 4, 64  # of hop_tokens: its defaults
 LAYERS = 8  # layers that rank_variance compares
 KEEP = 10  # one token in ten
+BLOCK = 16  # tokens of a page
+REQUESTS = 256  # that decode at a time
+MOVES_ROWS = {
+    "gather_kv",
+    "gather_tokens",
+    "gather_rows",
+    "gather_pages",
+    "store_pages",
+    "compact_pages",
+}
 
 
 class Shape(NamedTuple):
@@ -63,11 +73,12 @@ class Case:
     note: str = ""
     flops: int = 0  # of one pass over the keys, for the ops that multiply
     builtin: Callable[[], object] | None = None  # torch's own kernels for it, if any
+    plain: Callable[[], object] | None = None  # eager, where the reference waits for the device
 
     @property
     def min_bytes(self) -> int:
-        """Each input read once, each output written once; for a gather only the kept rows."""
-        if self.op.startswith("gather"):
+        """Each input read once, each output written once; of rows that move only those."""
+        if self.op in MOVES_ROWS:
             return 2 * self.outputs + self.args[-1].nbytes
         values = (*self.args, *self.options.values())
         return self.outputs + sum(x.nbytes for x in values if isinstance(x, Tensor))
@@ -78,11 +89,15 @@ class Case:
 
     def eager(self) -> object:
         """Call the plain PyTorch of the reference."""
+        if self.plain is not None:
+            return self.plain()
         return getattr(reference, self.op)(*self.args, **self.options)
 
     def compiled(self) -> Callable[[], object]:
         """Compile the reference for this shape alone: slower to compile, faster to run."""
         torch._dynamo.reset()  # after eight shapes Dynamo would run the rest in eager mode
+        if self.plain is not None:
+            return torch.compile(self.plain, dynamic=False)
         function = torch.compile(getattr(reference, self.op), dynamic=False)
         return lambda: function(*self.args, **self.options)
 
@@ -211,6 +226,148 @@ def hop_tokens(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("hop_tokens", shape, dtype, arguments, outputs, note=note, flops=flops)
 
 
+def select_topk_packed(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    for prompts in (1, 8):
+        yield packed_selection(shape, [shape.tokens] * prompts)
+
+
+def packed_selection(shape: Shape, lengths: list[int], note: str = "") -> Case:
+    """Prompts of these lengths, of each a tenth; eager selects as if all were as long as any."""
+    scores = torch.rand(len(lengths), max(lengths) - WINDOW, device=shape.device)
+    counts = torch.tensor([0, *(length // KEEP for length in lengths)])
+    starts = counts.cumsum(0).int().to(shape.device)
+    index = torch.empty(int(counts.sum()), dtype=torch.int32, device=shape.device)
+    arguments = (index, scores, torch.tensor(lengths).to(starts), starts)
+    k = max(lengths) // KEEP
+
+    def topk_and_sort() -> Tensor:
+        return scores.topk(k - WINDOW, sorted=False).indices.sort().values
+
+    return Case(
+        "select_topk_packed",
+        shape,
+        torch.float32,
+        arguments,
+        index.nbytes,
+        {"window": WINDOW},
+        note or f"{len(lengths)} prompt{'s' * (len(lengths) > 1)}",
+        builtin=topk_and_sort,
+        plain=lambda: reference.select_topk(scores, k, window=WINDOW),
+    )
+
+
+def gather_rows(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    x = torch.rand((shape.tokens, shape.model.hidden), dtype=dtype, device=shape.device)
+    index = kept_positions(shape, 1)[0]
+    out = torch.empty(len(index), shape.model.hidden, dtype=dtype, device=shape.device)
+    arguments = (out, x, index)
+
+    def index_select() -> Tensor:
+        return torch.index_select(x, 0, index, out=out)
+
+    yield Case("gather_rows", shape, dtype, arguments, out.nbytes, builtin=index_select)
+
+
+def store_pages(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    """The hidden states of a prompt, all of them."""
+    pages, table = _pages(shape, dtype, shape.model.hidden)
+    x = torch.rand((shape.tokens, shape.model.hidden), dtype=dtype, device=shape.device)
+    slots = (table[0].long()[:, None] * BLOCK + torch.arange(BLOCK).to(table)).flatten()
+
+    def index_copy() -> Tensor:
+        return pages.flatten(0, 1).index_copy_(0, slots, x)
+
+    yield Case(
+        "store_pages",
+        shape,
+        dtype,
+        (pages, x, slots),
+        x.nbytes,
+        builtin=index_copy,
+        plain=lambda: pages.index_put_((slots // BLOCK, slots % BLOCK), x),
+    )
+
+
+def gather_pages(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    pages, table = _pages(shape, dtype, shape.model.hidden)
+    index = kept_positions(shape, 1)[0].int()
+    out = torch.empty(len(index), shape.model.hidden, dtype=dtype, device=shape.device)
+    starts = torch.tensor([0, len(index)], dtype=torch.int32, device=shape.device)
+    arguments = (out, pages, table, starts, index)
+
+    def indexed() -> Tensor:
+        return out.copy_(pages[table[0, index // BLOCK].long(), index % BLOCK])
+
+    yield Case("gather_pages", shape, dtype, arguments, out.nbytes, plain=indexed)
+
+
+def kept_metadata(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    prompts = torch.full((REQUESTS,), shape.tokens, dtype=torch.int32, device=shape.device)
+    blocks = shape.tokens // KEEP // BLOCK + 2
+    table = torch.arange(REQUESTS * blocks, dtype=torch.int32, device=shape.device)
+    seq_lens, slots = torch.empty_like(prompts), torch.empty_like(prompts, dtype=torch.int64)
+    inputs = (prompts + 7, prompts, prompts // KEEP)
+    entry = (inputs[0] - inputs[1] + inputs[2])[:, None]
+
+    def indexed() -> Tensor:
+        seq_lens.copy_((inputs[0] - inputs[1] + inputs[2]) * (inputs[0] > 0))
+        page = table.view(REQUESTS, blocks).gather(1, (entry - 1).long() // BLOCK)[:, 0]
+        return slots.copy_(page * BLOCK + (entry[:, 0] - 1) % BLOCK)
+
+    yield Case(
+        "kept_metadata",
+        shape,
+        torch.float32,
+        (seq_lens, slots, *inputs, table.view(REQUESTS, blocks), BLOCK),
+        seq_lens.nbytes + slots.nbytes,
+        note=f"{REQUESTS} requests",
+        plain=indexed,
+    )
+
+
+def compact_pages(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    yield compaction(shape, dtype, "pairs")
+    yield compaction(shape, dtype, "side by side")
+
+
+def compaction(shape: Shape, dtype: torch.dtype, layout: str) -> Case:
+    """A tenth of a prompt: pages of keys beside pages of values, or each key beside its value."""
+    model = shape.model
+    if layout == "pairs":
+        pages, table = _pages(shape, dtype, 2 * model.kv_heads * model.dim)
+        pairs = pages.view(-1, 2, BLOCK, model.kv_heads, model.dim)
+        key, value = pairs.unbind(1)
+    else:
+        pages, table = _pages(shape, dtype, 2 * model.kv_heads * model.dim)
+        heads = pages.view(-1, model.kv_heads, BLOCK, 2 * model.dim)
+        key, value = heads.transpose(1, 2).chunk(2, dim=-1)
+    index = kept_positions(shape, 1)[0].int()
+    starts = torch.tensor([0, len(index)], dtype=torch.int32, device=shape.device)
+    entry, row = torch.arange(len(index)).to(index), table[0]
+
+    def indexed() -> None:
+        for x in (key, value):
+            kept = x[row[index // BLOCK].long(), index % BLOCK]
+            x[row[entry // BLOCK].long(), entry % BLOCK] = kept
+
+    return Case(
+        "compact_pages",
+        shape,
+        dtype,
+        (key, value, table, starts, index),
+        2 * len(index) * model.kv_heads * model.dim * key.element_size(),
+        note=layout,
+        plain=indexed,
+    )
+
+
+def _pages(shape: Shape, dtype: torch.dtype, channels: int) -> tuple[Tensor, Tensor]:
+    """Pages of a prompt in any order, and their table."""
+    blocks = shape.tokens // BLOCK
+    pages = torch.empty(blocks, BLOCK, channels, dtype=dtype, device=shape.device).normal_()
+    return pages, torch.randperm(blocks).int().to(shape.device)[None]
+
+
 def _scoring(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
     model = shape.model
     query = queries_of(model, dtype, shape.device)
@@ -230,16 +387,20 @@ OPS: dict[str, Callable[[Shape, torch.dtype], Iterator[Case]]] = {
     "gather_tokens": gather_tokens,
     "rank_variance": rank_variance,
     "hop_tokens": hop_tokens,
+    "select_topk_packed": select_topk_packed,
+    "gather_rows": gather_rows,
+    "store_pages": store_pages,
+    "gather_pages": gather_pages,
+    "kept_metadata": kept_metadata,
+    "compact_pages": compact_pages,
 }
 MOVES_MODEL_DTYPE = {
     "score_tokens",
     "score_window",
     "score_layer",
     "peak_attention",
-    "gather_kv",
-    "gather_tokens",
     "hop_tokens",
-}
+} | MOVES_ROWS
 
 
 def cases(op: str, device: str, tokens: tuple[int, ...]) -> Iterator[Case]:

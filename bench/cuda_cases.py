@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import claa_ops
-from bench.cases import LLAMA, Case, Shape, keys_of, queries_of
+from bench.cases import LLAMA, Case, Shape, compaction, keys_of, packed_selection, queries_of
 from bench.cases import OPS as PORTABLE
 
 Make = Callable[[], Case]
@@ -54,6 +54,22 @@ def select_topk(shape: Shape) -> Iterator[Make]:
 def gather_kv(shape: Shape) -> Iterator[Make]:
     """A tenth of the tokens, different ones for each head."""
     yield partial(_gathering, shape)
+
+
+def select_topk_packed(shape: Shape) -> Iterator[Make]:
+    """Prompts of one length, as select_topk has rows; many, each half as long as the one before."""
+    for prompts in (1, 8):
+        yield partial(packed_selection, shape, [shape.tokens] * prompts)
+    lengths = [max(1024, shape.tokens >> i % 8) for i in range(64)]
+    yield partial(packed_selection, shape, lengths, "64 of any length")
+    if shape.tokens >= 131_072:
+        yield partial(packed_selection, shape._replace(tokens=2**20), [2**20])
+
+
+def compact_pages(shape: Shape) -> Iterator[Make]:
+    """A tenth of the tokens, in both layouts of vLLM."""
+    for layout in ("pairs", "side by side"):
+        yield partial(compaction, shape, BF16, layout)
 
 
 def aggregate_scores(shape: Shape) -> Iterator[Make]:
@@ -208,6 +224,12 @@ OPS: dict[str, Callable[[Shape], Iterator[Make]]] = {
     "gather_tokens": _portable("gather_tokens"),
     "rank_variance": _portable("rank_variance"),
     "hop_tokens": _portable("hop_tokens"),
+    "select_topk_packed": select_topk_packed,
+    "gather_rows": _portable("gather_rows"),
+    "store_pages": _portable("store_pages"),
+    "gather_pages": _portable("gather_pages"),
+    "kept_metadata": _portable("kept_metadata"),
+    "compact_pages": compact_pages,
 }
 
 

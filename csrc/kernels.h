@@ -108,7 +108,7 @@ struct ScoreLayerParams {
   PoolMode pool_mode;
 
   // The op in two steps: score_tokens, then aggregate_scores in place. Always inlined, for the same
-  // reason as `tiers` below.
+  // reason as `tiers_of` below.
   CLAA_HOST_DEVICE __attribute__((always_inline)) inline ScoreTokensParams scores() const {
     return {.attention = attention, .out = out, .kernel_size = kernel_size, .pool_mode = pool_mode};
   }
@@ -127,6 +127,38 @@ struct ScoreLayerParams {
   }
 };
 
+// What is kept of a row of `context` tokens with a score and `window` more: four tiers, best first:
+// window, sinks, scored tokens, padding; `n_empty` entries of the row's k remain.
+struct Tiers {
+  int64_t n_window, n_sinks, n_scored, n_padding, n_empty;
+  int64_t first_valid, first;  // the first token that is not padding, and after the sinks
+};
+// Always inlined: the linker could keep an out-of-line copy that was compiled for an instruction
+// set the processor does not have.
+CLAA_HOST_DEVICE __attribute__((always_inline)) inline Tiers tiers_of(
+    int64_t context, int64_t window, int64_t num_sinks, int64_t start, int64_t k, int64_t count) {
+  Tiers t;
+  t.first_valid = start < 0 ? 0 : start < context ? start : context;
+  const int64_t wanted = count < 0 ? 0 : count < k ? count : k;
+  t.n_empty = k - wanted;
+  t.n_window = wanted < window ? wanted : window;
+  t.n_sinks = num_sinks < context - t.first_valid ? num_sinks : context - t.first_valid;
+  if (t.n_sinks > wanted - t.n_window) t.n_sinks = wanted - t.n_window;
+  t.first = t.first_valid + t.n_sinks;
+  t.n_scored = wanted - t.n_window - t.n_sinks;
+  if (t.n_scored > context - t.first) t.n_scored = context - t.first;
+  t.n_padding = wanted - t.n_window - t.n_sinks - t.n_scored;
+  return t;
+}
+
+// One row of a selection.
+struct SelectRow {
+  const float* scores;      // [context]
+  int64_t context, window;  // tokens with a score, and those after them
+  int64_t out;              // where in the output its entries begin
+  Tiers tiers;
+};
+
 struct SelectTopkParams {
   const float* scores;  // [batch, inner, context]
   Indices start;        // [batch], may be nullptr
@@ -137,28 +169,17 @@ struct SelectTopkParams {
   int64_t batch, inner, context, k, window, num_sinks;
   int64_t scores_stride_b, scores_stride_inner;
 
-  // What a row keeps: four tiers, best first: window, sinks, scored tokens, padding; `n_empty`
-  // entries remain. Always inlined: the linker could keep an out-of-line copy that was compiled for
-  // an instruction set the processor does not have.
-  struct Tiers {
-    int64_t n_window, n_sinks, n_scored, n_padding, n_empty;
-    int64_t first_valid, first;  // the first token that is not padding, and after the sinks
-  };
-  CLAA_HOST_DEVICE __attribute__((always_inline)) inline Tiers tiers(int64_t b) const {
-    Tiers t;
-    const int64_t begin = start.data ? start[b] : 0;
-    t.first_valid = begin < 0 ? 0 : begin < context ? begin : context;
-    const int64_t count = counts.data ? counts[b] : k;
-    const int64_t wanted = count < 0 ? 0 : count < k ? count : k;
-    t.n_empty = k - wanted;
-    t.n_window = wanted < window ? wanted : window;
-    t.n_sinks = num_sinks < context - t.first_valid ? num_sinks : context - t.first_valid;
-    if (t.n_sinks > wanted - t.n_window) t.n_sinks = wanted - t.n_window;
-    t.first = t.first_valid + t.n_sinks;
-    t.n_scored = wanted - t.n_window - t.n_sinks;
-    if (t.n_scored > context - t.first) t.n_scored = context - t.first;
-    t.n_padding = wanted - t.n_window - t.n_sinks - t.n_scored;
-    return t;
+  CLAA_HOST_DEVICE int64_t rows() const { return batch * inner; }
+  // Always inlined, for the same reason as `tiers_of` above.
+  CLAA_HOST_DEVICE __attribute__((always_inline)) inline SelectRow row(uint32_t i) const {
+    const uint32_t b = i / uint32_t(inner);
+    return {
+        .scores = scores + b * scores_stride_b + (i - b * uint32_t(inner)) * scores_stride_inner,
+        .context = context,
+        .window = window,
+        .out = i * k,
+        .tiers = tiers_of(context, window, num_sinks, start.data ? start[b] : 0, k,
+                          counts.data ? counts[b] : k)};
   }
 };
 
@@ -226,7 +247,7 @@ struct HopTokensParams {
 
   CLAA_HOST_DEVICE int64_t channels() const { return pieces * dim; }  // of a token
 
-  // Always inlined, for the same reason as `tiers` above.
+  // Always inlined, for the same reason as `tiers_of` above.
   CLAA_HOST_DEVICE __attribute__((always_inline)) inline int64_t first_valid(int64_t b) const {
     const int64_t first = start.data ? start[b] : 0;
     return first < 0 ? 0 : first < context ? first : context;
@@ -237,6 +258,161 @@ struct HopTokensParams {
     const int64_t left = valid - hop * num_seeds;
     return left < 0 ? 0 : left < num_seeds ? left : num_seeds;
   }
+};
+
+// ---- prompts of several lengths, packed, and an engine's pages
+
+// Entries of several requests, one request after the other. A limit outside [0, capacity] stands
+// for the nearest within, and a request that ends before it begins has no entries. Always inlined,
+// for the same reason as `tiers_of` above.
+struct Packed {
+  Indices starts;  // [requests + 1]: where the entries of each request begin, and where all end
+  int64_t requests, capacity;
+
+  CLAA_HOST_DEVICE __attribute__((always_inline)) inline int64_t begin(int64_t r) const {
+    const int64_t start = starts[r];
+    return start < 0 ? 0 : start < capacity ? start : capacity;
+  }
+  CLAA_HOST_DEVICE __attribute__((always_inline)) inline int64_t end(int64_t r) const {
+    const int64_t from = begin(r), to = begin(r + 1);
+    return to < from ? from : to;
+  }
+  // The request of entry i, or -1: the last one that begins at or before i, if i is in it.
+  CLAA_HOST_DEVICE __attribute__((always_inline)) inline int64_t request_of(int64_t i) const {
+    int64_t lowest = 0, beyond = requests;
+    while (beyond - lowest > 1) {
+      const int64_t middle = (lowest + beyond) / 2;
+      if (begin(middle) <= i)
+        lowest = middle;
+      else
+        beyond = middle;
+    }
+    return requests > 0 && begin(lowest) <= i && i < end(lowest) ? lowest : -1;
+  }
+};
+
+// Which pages hold the tokens of each request: token t is row t % block of page t / block.
+struct PageTable {
+  Indices pages;  // [requests, width]
+  int64_t width, stride;
+  int64_t num_pages, block;  // rows of a page
+
+  struct Place {
+    int64_t page, row;
+  };
+  // Always inlined, for the same reason as `tiers_of` above; in 32 bits, as `group` above.
+  CLAA_HOST_DEVICE __attribute__((always_inline)) inline Place place_of(int64_t r,
+                                                                        int64_t token) const {
+    const uint32_t number = uint32_t(token) / uint32_t(block);
+    return {.page = pages[r * stride + number], .row = token - int64_t(number) * block};
+  }
+  CLAA_HOST_DEVICE __attribute__((always_inline)) inline bool holds(int64_t token) const {
+    return token >= 0 && token < width * block;
+  }
+  CLAA_HOST_DEVICE __attribute__((always_inline)) inline bool exists(int64_t page) const {
+    return page >= 0 && page < num_pages;
+  }
+};
+
+// Rows in pages, moved as bytes: sizes and strides count bytes.
+struct PagedRows {
+  char* first;  // [num_pages, block] rows of row_bytes, or [num_pages, block, heads] of them
+  int64_t row_bytes;
+  int64_t page_stride, row_stride, head_stride;
+
+  CLAA_HOST_DEVICE __attribute__((always_inline)) inline int64_t offset(
+      PageTable::Place place) const {
+    return place.page * page_stride + place.row * row_stride;
+  }
+};
+
+struct SelectTopkPackedParams {
+  const float* scores;  // [requests, context]
+  Indices lengths;      // [requests]: tokens of each, window included
+  Packed packed;        // of `out`
+  int32_t* out;         // [capacity]
+  void* workspace;      // scratch memory, as much as the device asks for
+  int64_t context;      // of the longest request
+  int64_t window, num_sinks;
+  int64_t scores_stride_r;
+
+  CLAA_HOST_DEVICE int64_t rows() const { return packed.requests; }
+  // Always inlined, for the same reason as `tiers_of` above.
+  CLAA_HOST_DEVICE __attribute__((always_inline)) inline SelectRow row(uint32_t r) const {
+    int64_t length = lengths[r];
+    length = length < 0 ? 0 : length < context + window ? length : context + window;
+    const int64_t in_window = length < window ? length : window;
+    const int64_t out = packed.begin(r);
+    return {.scores = scores + r * scores_stride_r,
+            .context = length - in_window,
+            .window = in_window,
+            .out = out,
+            .tiers =
+                tiers_of(length - in_window, in_window, num_sinks, 0, packed.end(r) - out, length)};
+  }
+  // Where the entries begin that belong to no request.
+  CLAA_HOST_DEVICE __attribute__((always_inline)) inline int64_t unused() const {
+    return packed.begin(packed.requests);
+  }
+};
+
+// Rows are moved as bytes: sizes and strides of x count bytes here.
+struct GatherRowsParams {
+  const char* x;  // [total] rows of row_bytes
+  Indices index;  // [kept]; -1 gives a row of zeros
+  char* out;      // [kept] rows
+  int64_t total, kept;
+  int64_t row_bytes, x_stride;
+};
+
+struct StorePagesParams {
+  const char* x;  // [count] rows of pages.row_bytes
+  Indices slots;  // [count]: page * block + row; -1 is stored nowhere
+  PagedRows pages;
+  int64_t num_pages, block;
+  int64_t count, x_stride;  // x_stride counts bytes
+};
+
+struct GatherPagesParams {
+  PagedRows pages;
+  PageTable table;
+  Packed packed;  // of `index` and `out`
+  Indices index;  // [capacity]: tokens of the request; -1 gives a row of zeros
+  char* out;      // [capacity] rows
+};
+
+struct KeptMetadataParams {
+  int32_t* seq_lens;               // [batch]
+  int64_t* slots;                  // [batch, queries]
+  Indices logical, prompts, kept;  // [batch]
+  PageTable table;
+  int64_t batch, queries;
+
+  // Entries that request b holds in the layers behind its selection. Always inlined, for the same
+  // reason as `tiers_of` above.
+  CLAA_HOST_DEVICE __attribute__((always_inline)) inline int64_t length(int64_t b) const {
+    const int64_t tokens = logical[b];
+    if (tokens <= 0 || tokens < prompts[b]) return 0;
+    return tokens - prompts[b] + kept[b];
+  }
+  // Where the i-th of its new tokens goes, the last of `length` entries; -1: nowhere.
+  CLAA_HOST_DEVICE __attribute__((always_inline)) inline int64_t slot(int64_t b, int64_t length,
+                                                                      int64_t i) const {
+    const int64_t entry = length - queries + i;
+    if (length == 0 || entry < 0) return -1;
+    const PageTable::Place place = table.place_of(b, entry);
+    return place.page * table.block + place.row;
+  }
+};
+
+struct CompactPagesParams {
+  PagedRows key, value;  // [num_pages, block, kv_heads]
+  PageTable table;
+  Packed packed;           // of `index`
+  Indices index;           // [kv_heads or 1, capacity]: tokens of the request, ascending
+  int64_t index_stride_g;  // 0 for a shared index
+  int64_t kv_heads;
+  void* workspace;  // scratch memory, as much as the device asks for
 };
 
 #define CLAA_FOR_EACH_OP(DECLARE) \
@@ -250,7 +426,13 @@ struct HopTokensParams {
   DECLARE(GatherTokensParams)     \
   DECLARE(PeakAttentionParams)    \
   DECLARE(RankVarianceParams)     \
-  DECLARE(HopTokensParams)
+  DECLARE(HopTokensParams)        \
+  DECLARE(SelectTopkPackedParams) \
+  DECLARE(GatherRowsParams)       \
+  DECLARE(StorePagesParams)       \
+  DECLARE(GatherPagesParams)      \
+  DECLARE(KeptMetadataParams)     \
+  DECLARE(CompactPagesParams)
 
 namespace cpu {
 

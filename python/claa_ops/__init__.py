@@ -15,9 +15,13 @@ from claa_ops import _library as _library  # loads the ops; the modules below ne
 from claa_ops import reference as reference
 from claa_ops._build_info import version
 from claa_ops.ops.aggregate_scores import aggregate_scores
+from claa_ops.ops.compact_pages import compact_pages
 from claa_ops.ops.gather_kv import gather_kv
+from claa_ops.ops.gather_pages import gather_pages
+from claa_ops.ops.gather_rows import gather_rows
 from claa_ops.ops.gather_tokens import gather_tokens
 from claa_ops.ops.hop_tokens import hop_tokens
+from claa_ops.ops.kept_metadata import kept_metadata
 from claa_ops.ops.peak_attention import peak_attention
 from claa_ops.ops.pool_heads import pool_heads
 from claa_ops.ops.rank_variance import rank_variance
@@ -25,6 +29,8 @@ from claa_ops.ops.score_layer import score_layer
 from claa_ops.ops.score_tokens import score_tokens
 from claa_ops.ops.score_window import score_window
 from claa_ops.ops.select_topk import select_topk
+from claa_ops.ops.select_topk_packed import select_topk_packed
+from claa_ops.ops.store_pages import store_pages
 
 if TYPE_CHECKING:
     from claa_ops.huggingface.attach import attached as attached
@@ -33,9 +39,13 @@ __version__ = version
 
 __all__ = [
     "aggregate_scores",
+    "compact_pages",
     "gather_kv",
+    "gather_pages",
+    "gather_rows",
     "gather_tokens",
     "hop_tokens",
+    "kept_metadata",
     "peak_attention",
     "pool_heads",
     "rank_variance",
@@ -43,6 +53,8 @@ __all__ = [
     "score_tokens",
     "score_window",
     "select_topk",
+    "select_topk_packed",
+    "store_pages",
 ]
 
 

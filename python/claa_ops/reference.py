@@ -10,6 +10,7 @@ tokens, D channels of a head.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -248,6 +249,114 @@ def hop_tokens(
         was_seed = was_seed | is_seed.any(dim=1)
         rank = score.masked_fill(was_seed, -1.0)  # below every score
     return torch.stack(found, dim=1)
+
+
+# Prompts of several lengths, packed, and an engine's pages: R requests, P pages, k kept in all.
+# These write to their first arguments.
+
+
+def select_topk_packed(
+    index: Tensor,  # [k], int32
+    scores: Tensor,  # [R, M]
+    lengths: Tensor,  # [R]
+    starts: Tensor,  # [R + 1]
+    *,
+    window: int = 0,
+    num_sinks: int = 0,
+) -> None:
+    """``select_topk`` of each request alone; -1 where there is no token to keep."""
+    index.fill_(-1)
+    lengths = lengths.clamp(0, scores.shape[1] + window)
+    for row, length, (begin, end) in zip(
+        scores, lengths.tolist(), _limits(starts, index.shape[0]), strict=True
+    ):
+        in_window, kept = min(window, length), min(end - begin, length)
+        scored = row[: length - in_window]
+        index[end - kept : end] = select_topk(scored, kept, window=in_window, num_sinks=num_sinks)
+
+
+def gather_rows(
+    out: Tensor,  # [k, C]
+    x: Tensor,  # [T, C]
+    index: Tensor,  # [k]; -1 gives a row of zeros
+) -> None:
+    """Rows of x at ``index``."""
+    out.copy_(gather_tokens(x[None], index[None])[0])
+
+
+def store_pages(
+    pages: Tensor,  # [P, block, C]
+    x: Tensor,  # [T, C]
+    slots: Tensor,  # [T]; -1 is stored nowhere
+) -> None:
+    """Slot s is row ``s % block`` of page ``s // block``."""
+    block, is_stored = pages.shape[1], slots >= 0
+    slot = slots[is_stored].long()
+    pages[slot // block, slot % block] = x[is_stored]
+
+
+def gather_pages(
+    out: Tensor,  # [k, C]
+    pages: Tensor,  # [P, block, C]
+    block_table: Tensor,  # [R, blocks]
+    starts: Tensor,  # [R + 1]
+    index: Tensor,  # [k]; -1 gives a row of zeros
+) -> None:
+    """Rows of each request at its ``index``: token t is in page ``block_table[r, t // block]``."""
+    block = pages.shape[1]
+    out.zero_()
+    for table, (begin, end) in zip(block_table, _limits(starts, out.shape[0]), strict=True):
+        token = index[begin:end].long()
+        exists = token >= 0
+        token = token[exists]
+        out[begin:end][exists] = pages[table[token // block].long(), token % block]
+
+
+def kept_metadata(
+    seq_lens: Tensor,  # [R], int32
+    slots: Tensor,  # [R * Q], int64
+    logical_seq_lens: Tensor,  # [R]
+    prompts: Tensor,  # [R]
+    kept: Tensor,  # [R]
+    block_table: Tensor,  # [R, blocks]
+    block_size: int,
+) -> None:
+    """Entries behind a selection, and the slots of the last Q of them; 0 and -1 for padding."""
+    requests = seq_lens.shape[0]
+    is_live = (logical_seq_lens > 0) & (logical_seq_lens >= prompts)
+    length = torch.where(is_live, logical_seq_lens - prompts + kept, 0).long()  # [R]
+    new = torch.arange(slots.shape[0] // max(requests, 1), device=slots.device)
+    entry = length[:, None] - len(new) + new  # [R, Q]
+    request, query = (entry >= 0).nonzero(as_tuple=True)
+    entry = entry[request, query]
+    page = block_table[request, entry // block_size].long()
+    seq_lens.copy_(length)
+    slots.fill_(-1)
+    slots[request * len(new) + query] = page * block_size + entry % block_size
+
+
+def compact_pages(
+    key_pages: Tensor,  # [P, block, G, D]
+    value_pages: Tensor,  # [P, block, G, Dv]
+    block_table: Tensor,  # [R, blocks]
+    starts: Tensor,  # [R + 1]
+    index: Tensor,  # [G, k], or [k] for all heads
+) -> None:
+    """Entry i of a request becomes what its entry ``index[..., i]`` was."""
+    block, kv_heads = key_pages.shape[1:3]
+    index = index.long().expand(kv_heads, -1)  # [G, k]
+    head = torch.arange(kv_heads, device=index.device)[:, None]
+    for table, (begin, end) in zip(block_table, _limits(starts, index.shape[1]), strict=True):
+        token, entry = index[:, begin:end], torch.arange(end - begin, device=index.device)
+        for pages in (key_pages, value_pages):
+            kept = pages[table[token // block].long(), token % block, head]  # [G, k of r, D]
+            pages[table[entry // block].long(), entry % block] = kept.transpose(0, 1)
+
+
+def _limits(starts: Tensor, capacity: int) -> list[tuple[int, int]]:
+    """Where the entries of each request begin and end, within [0, capacity]."""
+    limits = starts.clamp(0, capacity).tolist()
+    return [(begin, max(begin, end)) for begin, end in pairwise(limits)]
 
 
 def _logits(query: Tensor, key: Tensor, scale: float | None) -> Tensor:

@@ -188,10 +188,12 @@ inline void check_index_range(const char* op, const Tensor& index, int64_t total
   if (!index.is_cpu() || index.numel() == 0) return;
   const Indices values = indices_of(op, "index", index);
   const int64_t last = index.dim() - 1, kept = index.size(last);
+  const int64_t outer = last == 0 ? 1 : index.size(0),
+                outer_stride = last == 0 ? 0 : index.stride(0);
   const int64_t inner = last == 2 ? index.size(1) : 1;
   const int64_t inner_stride = last == 2 ? index.stride(1) : 0;
-  for (int64_t row = 0; row < index.size(0) * inner; ++row) {
-    const int64_t first = row / inner * index.stride(0) + row % inner * inner_stride;
+  for (int64_t row = 0; row < outer * inner; ++row) {
+    const int64_t first = row / inner * outer_stride + row % inner * inner_stride;
     for (int64_t i = 0; i < kept; ++i) {
       const int64_t value = values[first + i];
       check(value >= -1 && value < total, op, "index must be in [-1, N) = [-1, ", total, "), got ",

@@ -29,6 +29,12 @@ STABLE_TORCH_LIBRARY_IMPL(claa, CLAA_DEVICE, m) {
   m.impl("peak_attention", TORCH_BOX(&claa::peak_attention));
   m.impl("rank_variance", TORCH_BOX(&claa::rank_variance));
   m.impl("hop_tokens", TORCH_BOX(&claa::hop_tokens));
+  m.impl("select_topk_packed", TORCH_BOX(&claa::select_topk_packed));
+  m.impl("gather_rows", TORCH_BOX(&claa::gather_rows));
+  m.impl("store_pages", TORCH_BOX(&claa::store_pages));
+  m.impl("gather_pages", TORCH_BOX(&claa::gather_pages));
+  m.impl("kept_metadata", TORCH_BOX(&claa::kept_metadata));
+  m.impl("compact_pages", TORCH_BOX(&claa::compact_pages));
 }
 
 #ifndef CLAA_CUDA
@@ -63,6 +69,20 @@ STABLE_TORCH_LIBRARY(claa, m) {
       "hop_tokens(Tensor scores, Tensor states, *, SymInt hops=4, SymInt num_seeds=64, "
       "float temperature=0.1, SymInt gap=8, SymInt kernel_size=25, int pool_mode=0, "
       "Tensor? start=None) -> Tensor");
+  m.def(
+      "select_topk_packed(Tensor(a!) index, Tensor scores, Tensor lengths, Tensor starts, *, "
+      "SymInt window=0, SymInt num_sinks=0) -> ()");
+  m.def("gather_rows(Tensor(a!) out, Tensor x, Tensor index) -> ()");
+  m.def("store_pages(Tensor(a!) pages, Tensor x, Tensor slots) -> ()");
+  m.def(
+      "gather_pages(Tensor(a!) out, Tensor pages, Tensor block_table, Tensor starts, Tensor index) "
+      "-> ()");
+  m.def(
+      "kept_metadata(Tensor(a!) seq_lens, Tensor(b!) slots, Tensor logical_seq_lens, "
+      "Tensor prompts, Tensor kept, Tensor block_table, SymInt block_size) -> ()");
+  m.def(
+      "compact_pages(Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor block_table, "
+      "Tensor starts, Tensor index) -> ()");
   m.def("_cpu_isa(int limit) -> int");
 }
 

@@ -50,4 +50,23 @@ Tensor hop_tokens(const Tensor& scores, const Tensor& states, int64_t hops, int6
                   double temperature, int64_t gap, int64_t kernel_size, int64_t pool_mode,
                   const std::optional<Tensor>& start);
 
+// These write to their first arguments.
+
+void select_topk_packed(const Tensor& index, const Tensor& scores, const Tensor& lengths,
+                        const Tensor& starts, int64_t window, int64_t num_sinks);
+
+void gather_rows(const Tensor& out, const Tensor& x, const Tensor& index);
+
+void store_pages(const Tensor& pages, const Tensor& x, const Tensor& slots);
+
+void gather_pages(const Tensor& out, const Tensor& pages, const Tensor& block_table,
+                  const Tensor& starts, const Tensor& index);
+
+void kept_metadata(const Tensor& seq_lens, const Tensor& slots, const Tensor& logical_seq_lens,
+                   const Tensor& prompts, const Tensor& kept, const Tensor& block_table,
+                   int64_t block_size);
+
+void compact_pages(const Tensor& key_pages, const Tensor& value_pages, const Tensor& block_table,
+                   const Tensor& starts, const Tensor& index);
+
 }  // namespace claa

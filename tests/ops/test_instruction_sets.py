@@ -22,6 +22,7 @@ from support.inputs import (
     normal,
     queries_and_keys,
 )
+from support.model_calls import MAKERS, PACKED, UPDATED
 
 ISAS = ["plain", "avx2", "avx512", "avx512_bf16"]
 BEST = torch.ops.claa._cpu_isa(-1)
@@ -100,6 +101,18 @@ def test_exact_ops_agree_with_the_reference(context):
     assert torch.equal(rows, reference.gather_tokens(x, kept[:, 0]))
     cache = x[:, None].expand(3, 2, context + 3, 5)
     actual, expected = (f(cache, cache, kept) for f in (claa_ops.gather_kv, reference.gather_kv))
+    assert all(map(torch.equal, actual, expected))
+
+
+PACKED_CALLS = [p for p in MAKERS if p.values[0](2, 60, "cpu", 0).op in PACKED]
+
+
+@pytest.mark.parametrize("make", PACKED_CALLS)
+def test_ops_on_packed_prompts_agree_with_the_reference(make):
+    call = make(3, 523, "cpu", 0)
+    actual, count = call(), UPDATED[call.op]
+    expected = tuple(x.clone() for x in call.args[:count])
+    getattr(reference, call.op)(*expected, *call.args[count:], **call.options)
     assert all(map(torch.equal, actual, expected))
 
 

@@ -3,6 +3,7 @@
 Between the items of a view its memory holds NaN, which must not be read.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import claa_ops
 from support.inputs import assert_same_bits, normal, queries_and_keys
+from support.model_calls import UPDATED
 
 # On Hopper groups of up to 64 query rows are scored by one kernel, larger ones by another.
 WINDOWS = [1, 2, 8, 9, 16, 33, 64, 65, 72, 100, 128]
@@ -58,9 +60,10 @@ def layouts(rank: int, least_step: int = 0) -> st.SearchStrategy[Layout]:
 def run(op: str, arguments: dict) -> tuple[Tensor, ...]:
     """The results, including what is updated in place."""
     out = getattr(claa_ops, op)(**arguments)
-    if op == "score_layer":
-        return out, arguments["running"]
-    return out if isinstance(out, tuple) else (out,)
+    updated = tuple(arguments.values())[: UPDATED.get(op, 0)]
+    if out is None:
+        return updated
+    return (*out, *updated) if isinstance(out, tuple) else (out, *updated)
 
 
 def takes_the_same_kernel(query: Tensor, key: Tensor) -> bool:
@@ -119,6 +122,55 @@ def test_one_query_head_for_all(op, window, heads, lse_given, dtype, device):
     assert_is_as_packed(op, arguments)
 
 
+def packed_arguments(
+    batch: int, context: int, kept: int, random: Callable[..., Tensor]
+) -> dict[str, dict]:
+    """Of the ops on packed prompts and on pages: each request keeps ``kept`` of its tokens."""
+    block, dim, kv_heads = 4, 40, 2
+    blocks = -(-context // block)
+    table = random(batch * blocks).argsort().view(batch, blocks) + 1
+    pages = random(batch * blocks + 1, block, dim)
+    heads = random(batch * blocks + 1, block, kv_heads, dim)
+    starts = torch.arange(batch + 1, device=table.device) * kept
+    index = random(batch, context).argsort(-1)[:, :kept].sort(-1).values.flatten()
+    out = random(batch * kept, dim)
+    lengths = torch.full_like(starts[1:], context)
+    slots = random(batch * blocks * block).argsort()[: len(index)]
+    return {
+        "select_topk_packed": {
+            "index": index.int(),
+            "scores": random(batch, context),
+            "lengths": lengths,
+            "starts": starts,
+        },
+        "gather_rows": {"out": out, "x": random(context, dim), "index": index},
+        "store_pages": {"pages": pages, "x": random(len(index), dim), "slots": slots},
+        "gather_pages": {
+            "out": out,
+            "pages": pages,
+            "block_table": table,
+            "starts": starts,
+            "index": index,
+        },
+        "kept_metadata": {
+            "seq_lens": lengths.int(),
+            "slots": torch.zeros_like(table[:, 0]),
+            "logical_seq_lens": lengths + 1,
+            "prompts": lengths,
+            "kept": torch.full_like(lengths, kept - 1),
+            "block_table": table,
+            "block_size": block,
+        },
+        "compact_pages": {
+            "key_pages": heads,
+            "value_pages": heads[..., :24],
+            "block_table": table,
+            "starts": starts,
+            "index": index.expand(kv_heads, -1),
+        },
+    }
+
+
 @pytest.mark.parametrize(("op", "window"), CASES)
 @given(
     batch=st.integers(1, 3),
@@ -173,12 +225,14 @@ def test_any_layout_of_any_argument(
         # One hop: a later one has other seeds if rounding changes which of two scores is larger.
         "hop_tokens": {"scores": random(batch, context), "states": key, "hops": 1},
         "rank_variance": {"scores": random(window, batch, context), "k": kept},
+        **packed_arguments(batch, context, kept, random),
     }[op]
-    for name, x in arguments.items():
-        if isinstance(x, Tensor):
-            updated = op == "score_layer" and name == "running"
+    for number, (name, x) in enumerate(arguments.items()):
+        if isinstance(x, Tensor) and name != "out":  # which is contiguous
+            updated = number < UPDATED.get(op, 0)
             # States that are all the same are all their mean: only rounding gives them directions.
-            is_whole = updated or name == "states"
+            # And requests that share their pages would move each other's rows.
+            is_whole = updated or name in ("states", "block_table")
             layout = data.draw(layouts(x.dim(), least_step=int(is_whole)), label=name)
             arguments[name] = layout.of(x)
     assert_is_as_packed(op, arguments)

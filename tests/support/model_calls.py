@@ -15,6 +15,27 @@ import claa_ops
 HEADS, KV_HEADS = 8, 2
 
 
+# How many of its first arguments an op writes to.
+UPDATED = {
+    "score_layer": 1,
+    "select_topk_packed": 1,
+    "gather_rows": 1,
+    "store_pages": 1,
+    "gather_pages": 1,
+    "kept_metadata": 2,
+    "compact_pages": 2,
+}
+# Ops whose requests lie one after the other: no dimension is the batch.
+PACKED = {
+    "select_topk_packed",
+    "gather_rows",
+    "store_pages",
+    "gather_pages",
+    "kept_metadata",
+    "compact_pages",
+}
+
+
 class Call(NamedTuple):
     """An op with its arguments."""
 
@@ -23,11 +44,13 @@ class Call(NamedTuple):
     options: dict = {}
 
     def __call__(self) -> tuple[Tensor, ...]:
-        """The outputs of the op, always as a tuple; what it updates is one of them."""
-        out = getattr(claa_ops, self.op)(*self.args, **self.options)
-        if self.op == "score_layer":
-            return out, self.args[0]
-        return out if isinstance(out, tuple) else (out,)
+        """The outputs of the op, always as a tuple, then what it updates: copies of arguments."""
+        count = UPDATED.get(self.op, 0)
+        updated = tuple(x.clone() for x in self.args[:count])
+        out = getattr(claa_ops, self.op)(*updated, *self.args[count:], **self.options)
+        if out is None:
+            return updated
+        return (*out, *updated) if isinstance(out, tuple) else (out, *updated)
 
     def tensors(self) -> list[Tensor]:
         return [x for x in (*self.args, *self.options.values()) if isinstance(x, Tensor)]
@@ -163,6 +186,100 @@ def _hop(pieces: int, dim: int, dtype: torch.dtype, *given: str) -> Maker:
     return make
 
 
+def _packed(batch: int, context: int, device: str) -> tuple[Tensor, Tensor, int]:
+    """Lengths of prompts up to ``context``, where a tenth of each begins, and capacity."""
+    lengths = [context - b * context // (2 * batch) for b in range(batch)]
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length // 10)
+    return (
+        torch.tensor(lengths, dtype=torch.int32, device=device),
+        torch.tensor(starts, dtype=torch.int32, device=device),
+        starts[-1] + 5,
+    )
+
+
+def _ascending(lengths: Tensor, starts: Tensor, capacity: int, seed: int) -> Tensor:
+    """Some positions of each prompt, then padding."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.full((capacity,), -1, dtype=torch.int32)
+    limits = starts.tolist()
+    for r, length in enumerate(lengths.tolist()):
+        kept = torch.randperm(length, generator=generator)[: limits[r + 1] - limits[r]]
+        index[limits[r] : limits[r + 1]] = kept.sort().values
+    return index.to(lengths.device)
+
+
+def _block_table(batch: int, context: int, block: int, device: str, seed: int) -> Tensor:
+    """The pages of each request, in any order; page 0 is nobody's."""
+    blocks = -(-context // block)
+    pages = torch.randperm(batch * blocks, generator=torch.Generator().manual_seed(seed)) + 1
+    return pages.view(batch, blocks).to(device, torch.int32)
+
+
+def _select_packed(batch: int, context: int, device: str, seed: int) -> Call:
+    lengths, starts, capacity = _packed(batch, context + 8, device)
+    index = torch.empty(capacity, dtype=torch.int32, device=device)
+    scores = normal(batch, context, device=device, seed=seed).round(decimals=2)
+    options = {"window": 8, "num_sinks": 4}
+    return Call("select_topk_packed", (index, scores, lengths, starts), options)
+
+
+def _gather_rows(batch: int, context: int, device: str, seed: int) -> Call:
+    x = normal(context, 64, device=device, dtype=torch.bfloat16, seed=seed)
+    index = _positions(context // 10, total=context, device=device, seed=seed)
+    return Call("gather_rows", (torch.zeros_like(x[: context // 10]), x, index))
+
+
+def _store_pages(batch: int, context: int, device: str, seed: int) -> Call:
+    blocks = context // 16 + 1
+    x = normal(context, 64, device=device, dtype=torch.bfloat16, seed=seed)
+    pages = torch.zeros(blocks, 16, 64, device=device, dtype=torch.bfloat16)
+    slots = torch.randperm(blocks * 16, generator=torch.Generator().manual_seed(seed))[:context]
+    slots[::7] = -1
+    return Call("store_pages", (pages, x, slots.to(device)))
+
+
+def _gather_pages(batch: int, context: int, device: str, seed: int) -> Call:
+    lengths, starts, capacity = _packed(batch, context, device)
+    table = _block_table(batch, context, 16, device, seed)
+    pages = normal(table.numel() + 1, 16, 64, device=device, dtype=torch.bfloat16, seed=seed)
+    out = torch.zeros(capacity, 64, device=device, dtype=torch.bfloat16)
+    index = _ascending(lengths, starts, capacity, seed)
+    return Call("gather_pages", (out, pages, table, starts, index))
+
+
+def _kept_metadata(batch: int, context: int, device: str, seed: int) -> Call:
+    prompts = torch.arange(1, batch + 1, device=device, dtype=torch.int32) * context // batch
+    kept = prompts // 10 + 1
+    logical = prompts + seed + 2
+    logical[1::3] = 0  # padding
+    seq_lens, slots = torch.zeros_like(prompts), torch.zeros(2 * batch, device=device).long()
+    table = _block_table(batch, context // 10 + 20, 16, device, seed)
+    return Call("kept_metadata", (seq_lens, slots, logical, prompts, kept, table, 16))
+
+
+def _compact(layout: str) -> Maker:
+    def make(batch: int, context: int, device: str, seed: int) -> Call:
+        lengths, starts, capacity = _packed(batch, context, device)
+        table = _block_table(batch, context, 16, device, seed)
+        blocks = table.numel() + 1
+        index = _ascending(lengths, starts, capacity, seed)
+        if layout == "pairs":  # pages of keys, then of values
+            memory = (blocks, 2, 16, KV_HEADS, 64)
+            pages = normal(*memory, device=device, dtype=torch.bfloat16, seed=seed)
+            key, value = pages.unbind(1)
+        else:  # a key and its value side by side, heads outside; other tokens for each head
+            memory = (blocks, KV_HEADS, 16, 2 * 64)
+            pages = normal(*memory, device=device, dtype=torch.bfloat16, seed=seed)
+            key, value = pages.transpose(1, 2).chunk(2, dim=-1)
+            others = (_ascending(lengths, starts, capacity, seed + 1 + g) for g in range(KV_HEADS))
+            index = torch.stack(list(others))
+        return Call("compact_pages", (key, value, table, starts, index))
+
+    return make
+
+
 _BF16, _F32 = torch.bfloat16, torch.float32
 _MAKERS: dict[str, Maker] = {
     "score_window": _scores("score_window", 8, 128, _BF16),
@@ -194,5 +311,12 @@ _MAKERS: dict[str, Maker] = {
     "hop_tokens": _hop(KV_HEADS, 128, _BF16, "start"),
     "hop_tokens-hidden": _hop(1, 2048, torch.float16),
     "hop_tokens-float32": _hop(KV_HEADS, 40, _F32),
+    "select_topk_packed": _select_packed,
+    "gather_rows": _gather_rows,
+    "store_pages": _store_pages,
+    "gather_pages": _gather_pages,
+    "kept_metadata": _kept_metadata,
+    "compact_pages": _compact("pairs"),
+    "compact_pages-heads": _compact("side by side"),
 }
 MAKERS = [pytest.param(maker, id=name) for name, maker in _MAKERS.items()]
