@@ -5,7 +5,7 @@ of the tokens kept. Keys and queries are [B, H, N, D] views of [B, N, H, D] memo
 Face lays them out.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -32,6 +32,7 @@ WINDOW = 8
 HOPS, SEEDS = 4, 64  # of hop_tokens: its defaults
 LAYERS = 8  # layers that rank_variance compares
 KEEP = 10  # one token in ten
+PAGE_SIZES = (16, 64)  # tokens of a page
 
 
 class Shape(NamedTuple):
@@ -138,6 +139,42 @@ def peak_attention(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("peak_attention", shape, dtype, (query, key), outputs, flops=flops)
 
 
+def score_layer_paged(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    for size in PAGE_SIZES:
+        yield paged_case("score_layer_paged", shape, dtype, [shape.tokens], WINDOW, size)
+
+
+def peak_attention_paged(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    for size in PAGE_SIZES:
+        yield paged_case("peak_attention_paged", shape, dtype, [shape.tokens], WINDOW, size)
+
+
+def paged_case(
+    op: str, shape: Shape, dtype: torch.dtype, lengths: Sequence[int], window: int, size: int
+) -> Case:
+    """Prompts of these lengths, in pages of so many tokens that lie in a random order."""
+    model, device, prompts = shape.model, shape.device, len(lengths)
+    blocks = [-(-length // size) for length in lengths]
+    key_pages = torch.empty(
+        sum(blocks), size, model.kv_heads, model.dim, dtype=dtype, device=device
+    )
+    order = torch.randperm(sum(blocks)).int().split(blocks)
+    table = torch.nn.utils.rnn.pad_sequence(list(order), batch_first=True).to(device)
+    query = queries_of(model, dtype, device, window=window, batch=prompts).transpose(1, 2)
+    longest, tokens = max(lengths), sum(lengths)
+    if op == "score_layer_paged":
+        running = torch.zeros(prompts, longest - window, device=device)
+        outputs = 4 * (tokens - prompts * window)
+    else:
+        running = torch.zeros(prompts, window, longest, device=device)
+        outputs = 4 * window * tokens
+    number = torch.tensor(lengths, dtype=torch.int32, device=device)
+    args = (running, query, key_pages.normal_(), table, number)
+    note = f"W {window}, pages of {size}" + f", {prompts} prompts" * (prompts > 1)
+    flops = 2 * model.heads * window * tokens * model.dim
+    return Case(op, shape, dtype, args, outputs, note=note, flops=flops)
+
+
 def pool_heads(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     scores = torch.rand(1, shape.model.heads, shape.context, device=shape.device)
     outputs = 4 * shape.model.kv_heads * shape.context
@@ -222,7 +259,9 @@ OPS: dict[str, Callable[[Shape, torch.dtype], Iterator[Case]]] = {
     "score_tokens": score_tokens,
     "score_window": score_window,
     "score_layer": score_layer,
+    "score_layer_paged": score_layer_paged,
     "peak_attention": peak_attention,
+    "peak_attention_paged": peak_attention_paged,
     "pool_heads": pool_heads,
     "aggregate_scores": aggregate_scores,
     "select_topk": select_topk,
@@ -235,7 +274,9 @@ MOVES_MODEL_DTYPE = {
     "score_tokens",
     "score_window",
     "score_layer",
+    "score_layer_paged",
     "peak_attention",
+    "peak_attention_paged",
     "gather_kv",
     "gather_tokens",
     "hop_tokens",

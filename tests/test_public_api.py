@@ -10,8 +10,8 @@ import pytest
 
 PUBLIC = {
     "claa_ops": """
-        aggregate_scores gather_kv gather_tokens hop_tokens peak_attention pool_heads rank_variance
-        score_layer score_tokens score_window select_topk
+        aggregate_scores gather_kv gather_tokens hop_tokens peak_attention peak_attention_paged
+        pool_heads rank_variance score_layer score_layer_paged score_tokens score_window select_topk
     """,
     "claa_ops.methods": """
         ASL CLAA Coarse FastKV FastKVDeferral FullKV GemFilter Hops LazyLLM METHODS Method Oracle

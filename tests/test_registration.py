@@ -62,6 +62,37 @@ def score_layer(b: int, m: int, device: str) -> list[Sample]:
     ]
 
 
+def paged(b: int, m: int, device: str) -> tuple[Tensor, ...]:
+    blocks = -(-(m + 8) // 16)
+    query = torch.randn(b, 8, 4, 16, device=device)
+    key_pages = torch.randn(b * blocks, 16, 2, 32, device=device)[..., :16]
+    table = torch.arange(b * blocks, dtype=torch.int32, device=device).view(b, blocks)
+    lengths = torch.full((b,), m + 8, dtype=torch.int32, device=device)
+    return query, key_pages, table, lengths
+
+
+def paged_options(b: int, device: str) -> dict:
+    return {"scale": 0.25, "rows": torch.arange(b, dtype=torch.int32, device=device)}
+
+
+def score_layer_paged(b: int, m: int, device: str) -> list[Sample]:
+    running = torch.rand(b, m, device=device)
+    options = {"kernel_size": 5, "pool_mode": "max", "softcap": 20.0}
+    options["sink_logits"] = torch.randn(4, device=device)
+    return [
+        Sample((running, *paged(b, m, device))),
+        Sample((running, *paged(b, m, device)), options | paged_options(b, device)),
+    ]
+
+
+def peak_attention_paged(b: int, m: int, device: str) -> list[Sample]:
+    running = torch.rand(b, 8, m + 8, device=device)
+    return [
+        Sample((running, *paged(b, m, device))),
+        Sample((running, *paged(b, m, device)), paged_options(b, device)),
+    ]
+
+
 def pool_heads(b: int, m: int, device: str) -> list[Sample]:
     scores = torch.rand(b, 6, m, device=device)
     return [Sample((scores, 2)), Sample((scores, 3), {"kernel_size": 3, "pool_mode": "max"})]
@@ -125,9 +156,11 @@ SAMPLES: dict[str, Callable[[int, int, str], list[Sample]]] = {
     "gather_tokens": gather_tokens,
     "hop_tokens": hop_tokens,
     "peak_attention": peak_attention,
+    "peak_attention_paged": peak_attention_paged,
     "pool_heads": pool_heads,
     "rank_variance": rank_variance,
     "score_layer": score_layer,
+    "score_layer_paged": score_layer_paged,
     "score_tokens": score_tokens,
     "score_window": score_window,
     "select_topk": select_topk,
@@ -157,6 +190,18 @@ def assert_equal(actual: object, expected: object) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+WRITES_ONLY = {"score_layer_paged", "peak_attention_paged"}  # into an argument, and return nothing
+
+
+def result_of(op: str, function: Callable, args: tuple, options: dict) -> object:
+    """What the call returns, or what it left in its first argument."""
+    if op not in WRITES_ONLY:
+        return function(*args, **options)
+    updated = args[0].clone()
+    assert function(updated, *args[1:], **options) is None
+    return updated
+
+
 def test_every_public_op_has_samples():
     assert set(SAMPLES) == set(claa_ops.__all__)
 
@@ -179,7 +224,7 @@ def test_compiles_into_one_graph(op, number, device):
     torch._dynamo.reset()
     graphs = Graphs()
     compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=graphs)
-    assert_equal(compiled(*args, **options), function(*args, **options))
+    assert_equal(*(result_of(op, f, args, options) for f in (compiled, function)))
     assert graphs.count == 1
 
 
@@ -193,11 +238,12 @@ def test_one_graph_serves_every_size(op, number, device):
     # Sizes that are equal at first are assumed to be one size, so the first batch equals no other.
     for batch, context in ((5, 30), (3, 47), (2, 200), (4, 1001)):
         args, options = SAMPLES[op](batch, context, device)[number]
-        assert_equal(compiled(*args, **options), function(*args, **options))
+        assert_equal(*(result_of(op, f, args, options) for f in (compiled, function)))
     assert graphs.count == 1
 
 
-SCORES = sorted(set(claa_ops.__all__) - {"gather_kv", "gather_tokens", "select_topk"})
+NO_SCORES = {"gather_kv", "gather_tokens", "select_topk"}
+SCORES = sorted(set(claa_ops.__all__) - NO_SCORES - WRITES_ONLY)
 
 
 def scoring_call(op: str, device: str) -> Sample:

@@ -17,6 +17,7 @@ from support.inputs import assert_same_bits, normal, queries_and_keys
 # On Hopper groups of up to 64 query rows are scored by one kernel, larger ones by another.
 WINDOWS = [1, 2, 8, 9, 16, 33, 64, 65, 72, 100, 128]
 SCORES = ["score_window", "score_tokens", "score_layer"]
+UPDATES = ["score_layer", "score_layer_paged", "peak_attention_paged"]  # their first argument
 MOST_CONTEXT = {"cpu": 200, "cuda": 5000}
 
 CASES = [pytest.param(op, window, id=f"{op}-w{window}") for op in SCORES for window in WINDOWS]
@@ -58,6 +59,8 @@ def layouts(rank: int, least_step: int = 0) -> st.SearchStrategy[Layout]:
 def run(op: str, arguments: dict) -> tuple[Tensor, ...]:
     """The results, including what is updated in place."""
     out = getattr(claa_ops, op)(**arguments)
+    if out is None:
+        return (arguments["running"],)
     if op == "score_layer":
         return out, arguments["running"]
     return out if isinstance(out, tuple) else (out,)
@@ -90,7 +93,9 @@ def assert_is_as_packed(op: str, arguments: dict) -> None:
         for name, x in arguments.items()
     }
     is_exact = True
-    if "query" in arguments:
+    if "key_pages" in arguments:  # where any dimension is broadcast another kernel may take them
+        is_exact = arguments["query"].device.type == "cpu"
+    elif "query" in arguments:
         is_exact = takes_the_same_kernel(arguments["query"], arguments["key"])
     elif "states" in arguments:
         is_exact = suits_tensor_cores(arguments["states"])
@@ -148,6 +153,13 @@ def test_any_layout_of_any_argument(
     scores = {"query": query, "key": key, "lse": random(batch, heads, window) + 8}
     if data.draw(st.booleans(), label="measured"):
         del scores["lse"]
+    blocks = -(-total // 16)
+    paged = {
+        "query": random(batch, window, heads, dim, dtype=dtype),
+        "key_pages": random(batch * blocks, 16, kv_heads, dim, dtype=dtype),
+        "block_table": torch.arange(batch * blocks, device=device).int().view(batch, blocks),
+        "lengths": torch.full((batch,), total, device=device).int(),
+    }
     pooling = {"pool_mode": data.draw(st.sampled_from(["avg", "max"]))}
     arguments = {
         "score_window": scores,
@@ -170,13 +182,15 @@ def test_any_layout_of_any_argument(
             "key": key,
             "running": random(batch, window, total).sigmoid() / 100,
         },
+        "score_layer_paged": {"running": random(batch, context)} | paged | pooling,
+        "peak_attention_paged": {"running": random(batch, window, total).sigmoid() / 100} | paged,
         # One hop: a later one has other seeds if rounding changes which of two scores is larger.
         "hop_tokens": {"scores": random(batch, context), "states": key, "hops": 1},
         "rank_variance": {"scores": random(window, batch, context), "k": kept},
     }[op]
     for name, x in arguments.items():
         if isinstance(x, Tensor):
-            updated = op == "score_layer" and name == "running"
+            updated = op in UPDATES and name == "running"
             # States that are all the same are all their mean: only rounding gives them directions.
             is_whole = updated or name == "states"
             layout = data.draw(layouts(x.dim(), least_step=int(is_whole)), label=name)
