@@ -58,7 +58,7 @@ def peak_attention_paged(shape: Shape) -> Iterator[Make]:
 def _paging(op: str, shape: Shape, window: int) -> Iterator[Make]:
     for size in PAGE_SIZES:
         yield partial(paged_case, op, shape, BF16, [shape.tokens], window, size)
-    # As many tokens in eight prompts, of an eighth on average: the longest has five of the shortest.
+    # As many tokens in eight prompts, the longest five times as long as the shortest.
     lengths = [shape.tokens * (i % 5 + 1) // 20 for i in range(8)]
     yield partial(paged_case, op, shape, BF16, lengths, window, PAGE_SIZES[0])
 

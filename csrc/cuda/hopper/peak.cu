@@ -60,10 +60,9 @@ template <class Shape>
 struct OutputTiles {
   const Params& p;
   PromptTable<PromptKeys> prompts;  // with pages
-  int count;
 
   __device__ __forceinline__ OutputTiles(const Params& p, char* memory)
-      : p(p), prompts(memory, p.pass.attention), count(p.tiles) {
+      : p(p), prompts(memory, p.pass.attention) {
     if constexpr (Shape::kPaged) {
       const WindowAttention& a = p.pass.attention;
       prompts.template make<kThreads>([&](int b, int& tiles, int&) {
@@ -71,8 +70,12 @@ struct OutputTiles {
         tiles = (total + Shape::kKeys - 1) / Shape::kKeys * p.query_blocks;
         return PromptKeys{total};
       });
-      count = prompts.units();
     }
+  }
+
+  // Asked for anew each time: the threads that multiply have no register to keep it in.
+  __device__ __forceinline__ int count() const {
+    return Shape::kPaged ? prompts.units() : p.tiles;
   }
 
   __device__ __forceinline__ OutputTile operator[](int index) const {
@@ -113,7 +116,7 @@ __device__ __forceinline__ void produce(const Params& p, const Maps& maps,
   const int group = int(a.group()), kv_heads = int(a.kv_heads);
   auto& [keys, queries, key_state, query_state] = pipes;
   int f = 0, h = 0;  // key heads and query heads so far
-  for (int index = blockIdx.x; index < tiles.count; index += gridDim.x) {
+  for (int index = blockIdx.x; index < tiles.count(); index += gridDim.x) {
     const auto [b, key, query, total] = tiles[index];
     const int normalizer_bytes = min(Shape::kQueries, head_rows(a) - query) * int(sizeof(float2));
     for (int g = 0; g < kv_heads; ++g, ++f, keys.advance(key_state)) {
@@ -210,7 +213,7 @@ __device__ __forceinline__ void consume(const Params& p, const OutputTiles<Shape
   const int lane = threadIdx.x % kWarp;
   const float scale_log2 = a.scale * FastExp::kUnit;
   auto& [keys, queries, key_state, query_state] = pipes;
-  for (int index = blockIdx.x; index < tiles.count; index += gridDim.x) {
+  for (int index = blockIdx.x; index < tiles.count(); index += gridDim.x) {
     Peaks<Shape> peak;
 #pragma unroll
     for (int i = 0; i < Shape::kTiles * Shape::kQueries / 2; ++i)
