@@ -312,7 +312,8 @@ def _keys_in_pages(
 ) -> Iterator[Tensor]:
     """The keys of each prompt in the dtype of query: [1, G, N, D]."""
     for r, length in enumerate(lengths.tolist()):
-        row = r if rows is None else int(rows[r])
+        row = 0 if length <= 0 else r if rows is None else int(rows[r])
+        length = max(length, 0)
         pages = block_table[row, : -(-length // key_pages.shape[1])]
         # As bytes: not every torch can index float8.
         bytes_of = key_pages.view(torch.uint8) if key_pages.dtype.itemsize == 1 else key_pages

@@ -73,8 +73,8 @@ inline void check_table_range(const char* op, const PagedKeys& keys, int64_t cap
   const int64_t count = keys.key_pages.size(0), size = keys.key_pages.size(1);
   for (int64_t r = 0; r < keys.lengths.size(0); ++r) {
     const int64_t length = keys.lengths.const_data_ptr<int32_t>()[r];
-    check(length >= 0 && length <= capacity, op, "lengths must be in [0, ", capacity, "], got ",
-          length);
+    check(length <= capacity, op, "lengths must be at most ", capacity, ", got ", length);
+    if (length <= 0) continue;  // no prompt
     const int64_t row = keys.rows ? keys.rows->const_data_ptr<int32_t>()[r] : r;
     check(row >= 0 && row < table.size(0), op, "rows must be in [0, ", table.size(0), "), got ",
           row);

@@ -200,13 +200,10 @@ def valid_call(running: Tensor, changes: dict, device: str) -> dict:
 # What only the CPU looks at: values.
 OUT_OF_RANGE = [
     pytest.param(
-        {"lengths": torch.tensor([33, 0]).int()}, "lengths must be in .*got 33", id="long"
+        {"lengths": torch.tensor([33, 0]).int()}, "lengths must be at most 32, got 33", id="long"
     ),
     pytest.param(
-        {"lengths": torch.tensor([-1, 0]).int()}, "lengths must be in .*got -1", id="less"
-    ),
-    pytest.param(
-        {"rows": torch.tensor([0, 2]).int()}, r"rows must be in \[0, 2\), got 2", id="row"
+        {"rows": torch.tensor([2, 0]).int()}, r"rows must be in \[0, 2\), got 2", id="row"
     ),
     pytest.param(
         {"block_table": torch.tensor([[3, 5], [0, 0]]).int()},

@@ -43,7 +43,8 @@ def peak_attention_paged(
             strides, last dimension contiguous.
         key_pages, block_table, rows, k_scale: as in :func:`score_layer_paged`.
         lengths: ``[R]``, int32: the tokens of each prompt, at most ``M`` and what its row of
-            ``block_table`` has room for; 0 where a row of a padded batch has no prompt.
+            ``block_table`` has room for; 0 or less where a row of a padded batch has no
+            prompt.
         scale: factor on the products; ``D ** -0.5`` if not given.
 
     Raises:

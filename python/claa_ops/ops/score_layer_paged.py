@@ -55,7 +55,8 @@ def score_layer_paged(
         block_table: ``[requests, blocks]``, int32: the pages of each request in the order of its
             tokens. What follows a prompt's last page is not read.
         lengths: ``[R]``, int32: the tokens of each prompt, at most ``M + W`` and what its row of
-            ``block_table`` has room for; 0 where a row of a padded batch has no prompt.
+            ``block_table`` has room for; 0 or less where a row of a padded batch has no
+            prompt.
         rows: ``[R]``, int32: the row of ``block_table`` of each prompt; row ``r`` if not given.
         kernel_size, pool_mode, scale, softcap, sink_logits: as in :func:`score_tokens`;
             ``kernel_size`` is at most 257.
