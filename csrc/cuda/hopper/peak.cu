@@ -74,9 +74,7 @@ struct OutputTiles {
   }
 
   // Asked for anew each time: the threads that multiply have no register to keep it in.
-  __device__ __forceinline__ int count() const {
-    return Shape::kPaged ? prompts.units() : p.tiles;
-  }
+  __device__ __forceinline__ int count() const { return Shape::kPaged ? prompts.units() : p.tiles; }
 
   __device__ __forceinline__ OutputTile operator[](int index) const {
     OutputTile tile{};

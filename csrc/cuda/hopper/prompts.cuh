@@ -89,7 +89,10 @@ struct PromptTable {
 
   // The first unit of a block: that which begins at its part of the cost, or next after it.
   __device__ __forceinline__ int first_unit_of(int block) const {
-    const int at = int(int64_t(prompts[count].first_cost) * block / int(gridDim.x));
+    // cost * block / blocks in 32 bits: a 64-bit division is a call, and where a kernel has calls
+    // the compiler lets no wgmma follow another.
+    const int cost = prompts[count].first_cost, blocks = int(gridDim.x);
+    const int at = cost / blocks * block + cost % blocks * block / blocks;
     const Prompt& prompt = prompts[last_at(&Prompt::first_cost, at)];
     const int after = at - prompt.first_cost;
     return prompt.first + (after + prompt.unit_cost - 1) / prompt.unit_cost;

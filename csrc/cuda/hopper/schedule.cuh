@@ -15,14 +15,28 @@
 
 namespace claa::cuda::hopper {
 
-struct Schedule {
+template <class Divmod>
+struct ScheduleOf {
   int block_ranges, shorter_blocks;  // the blocks after these have one range more
   int range_keys, head_ranges;
   int long_ranges;  // of all heads; after them come the heads' last ranges, which may be short
-  cutlass::FastDivmod head_long_ranges, kv_heads;
+  Divmod head_long_ranges;
+  cutlass::FastDivmod kv_heads;
   int keys, context;
   int halo;  // at least that of the pooling kernel
 };
+using Schedule = ScheduleOf<cutlass::FastDivmod>;
+
+// For a schedule that the device makes: preparing a FastDivmod takes a 64-bit division.
+struct PlainDivmod {
+  int divisor;
+
+  __device__ void operator()(int& quotient, int& remainder, int dividend) const {
+    quotient = dividend / divisor;
+    remainder = dividend - quotient * divisor;
+  }
+};
+using PromptSchedule = ScheduleOf<PlainDivmod>;
 
 // The key ranges of this block: [first, end).
 struct Run {
@@ -44,7 +58,8 @@ struct KeyRange {
   int halo_begin, halo_end;  // the same with the halo
 
   // Which keys these are either kernel says for itself.
-  __device__ __forceinline__ KeyRange(const Schedule& s, int index) {
+  template <class Divmod>
+  __device__ __forceinline__ KeyRange(const ScheduleOf<Divmod>& s, int index) {
     is_last = index >= s.long_ranges;
     s.head_long_ranges(bg, in_head, index);
     if (is_last) {

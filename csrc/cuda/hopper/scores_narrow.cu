@@ -76,7 +76,9 @@ struct NarrowRange : KeyRange {
   int tiles;        // and empty ones, so that each warpgroup has as many
   int context;      // of the prompt
 
-  __device__ __forceinline__ NarrowRange(const Schedule& s, int index) : KeyRange(s, index) {
+  template <class Divmod>
+  __device__ __forceinline__ NarrowRange(const ScheduleOf<Divmod>& s, int index)
+      : KeyRange(s, index) {
     halo_begin = in_head * s.range_keys;
     halo_end = is_last ? s.keys : halo_begin + s.range_keys + 2 * s.halo;
     begin = in_head ? halo_begin + s.halo : 0;
@@ -123,7 +125,7 @@ struct Block {
   const ScoreParams& p;
   const Maps& maps;
   SharedMemory memory;
-  PromptTable<Schedule> prompts;  // with pages
+  PromptTable<PromptSchedule> prompts;  // with pages
   Tiles ring;
   Queries<Shape::kDim, Shape::kRows> queries;
   Run run;
@@ -154,7 +156,7 @@ struct Block {
   }
 
   __device__ __forceinline__ static Run run_of(const ScoreParams& p,
-                                               const PromptTable<Schedule>& prompts) {
+                                               const PromptTable<PromptSchedule>& prompts) {
     if constexpr (Shape::kPaged)
       return {prompts.first_unit_of(int(blockIdx.x)), prompts.first_unit_of(int(blockIdx.x) + 1)};
     else
@@ -178,7 +180,7 @@ struct Block {
     int long_ranges, last_range, ranges;
   };
   __device__ __forceinline__ HeadPartials partials_of_head(const NarrowRange& range) const {
-    const auto from = [&](const Schedule& s, int first, int head) {
+    const auto from = [&](const auto& s, int first, int head) {
       return HeadPartials{first + head * (s.head_ranges - 1), first + s.long_ranges + head,
                           s.head_ranges};
     };
@@ -633,34 +635,36 @@ __host__ __device__ Int least_tiles(Int keys, Int halo, Int blocks, Int most_til
 
 // The schedule of one prompt, by a warp: the division that the host would find, each lane tries
 // some. Prompts without a context have no ranges.
-__device__ inline Schedule plan_prompt(const ScoreParams& p, int b, int& ranges, int& cost) {
+__device__ inline PromptSchedule plan_prompt(const ScoreParams& p, int b, int& ranges, int& cost) {
   const WindowAttention& a = p.attention();
   const int keys = int(a.pages.length(b, a.total)), context = keys - int(a.window);
-  const int halo = p.schedule.halo, blocks = p.planned_blocks, heads = int(kPlannedHeads);
-  if (context <= 0) return p.schedule;
-  const int shortest = least_tiles(keys, halo, blocks, p.most_tiles);
-  unsigned best = ~0u;  // the cost, and of equal ones the longest range
-  for (int tiles = p.most_tiles - int(threadIdx.x) % kWarp; tiles >= shortest; tiles -= kWarp) {
-    const DivisionOf<int> d = divide_keys(tiles, keys, halo);
-    const int of_block = cost_of_division(d, heads, blocks, [&](int n, int n_last) {
-      return cost_of_ranges(d, n, n_last, kHeadCost);
-    });
-    best = min(best, unsigned(of_block) << 6 | unsigned(63 - tiles));
+  const int halo = p.schedule.halo, blocks = p.planned_blocks, kv_heads = int(a.kv_heads);
+  DivisionOf<int> division{};
+  if (context > 0) {
+    const int shortest = least_tiles(keys, halo, blocks, p.most_tiles);
+    unsigned best = ~0u;  // the cost, and of equal ones the longest range
+    for (int tiles = p.most_tiles - int(threadIdx.x) % kWarp; tiles >= shortest; tiles -= kWarp) {
+      const DivisionOf<int> d = divide_keys(tiles, keys, halo);
+      const int of_block = cost_of_division(d, int(kPlannedHeads), blocks, [&](int n, int n_last) {
+        return cost_of_ranges(d, n, n_last, kHeadCost);
+      });
+      best = min(best, unsigned(of_block) << 6 | unsigned(63 - tiles));
+    }
+    static_assert(kMostTiles < 64);
+    division = divide_keys(63 - int(__reduce_min_sync(kFullMask, best) & 63), keys, halo);
+    cost = kRangeCost + 8 * division.tiles;
   }
-  static_assert(kMostTiles < 64);
-  const int tiles = 63 - int(__reduce_min_sync(kFullMask, best) & 63);
-  const DivisionOf<int> d = divide_keys(tiles, keys, halo);
-  const int kv_heads = int(a.kv_heads);
-  ranges = kv_heads * d.head_ranges;
-  cost = kRangeCost + 8 * tiles;
-  Schedule s = p.schedule;
-  s.range_keys = tiles * kTileRows - 2 * halo;
-  s.head_ranges = d.head_ranges;
-  s.long_ranges = ranges - kv_heads;
-  s.head_long_ranges = cutlass::FastDivmod(max(d.head_ranges - 1, 1));
-  s.keys = keys;
-  s.context = context;
-  return s;
+  ranges = kv_heads * division.head_ranges;
+  return {.block_ranges = 0,
+          .shorter_blocks = 0,
+          .range_keys = division.tiles * kTileRows - 2 * halo,
+          .head_ranges = division.head_ranges,
+          .long_ranges = ranges - kv_heads,
+          .head_long_ranges = {max(division.head_ranges - 1, 1)},
+          .kv_heads = p.schedule.kv_heads,
+          .keys = keys,
+          .context = context,
+          .halo = halo};
 }
 
 template <class Shape>
@@ -669,7 +673,7 @@ __global__ __launch_bounds__(kThreads, 1) void narrow_kernel(
   extern __shared__ __align__(kAlignment) char shared[];
   if constexpr (Shape::kPaged) {
     wait_for_kernels_ahead();  // one of them may write the lengths
-    PromptTable<Schedule>(shared + p.layout.prompts, p.attention())
+    PromptTable<PromptSchedule>(shared + p.layout.prompts, p.attention())
         .template make<kThreads>(
             [&](int b, int& ranges, int& cost) { return plan_prompt(p, b, ranges, cost); });
   }
@@ -786,7 +790,7 @@ Plan::Plan(const WindowScores& s) {
                       .row_bytes = row_bytes,
                       .partials = a.lse ? 0 : 2 * kWarps * query_rows,
                       .sums = s.slots() * sums_stride,
-                      .prompt_bytes = is_paged ? PromptTable<Schedule>::bytes(a) : 0};
+                      .prompt_bytes = is_paged ? PromptTable<PromptSchedule>::bytes(a) : 0};
   const int64_t room = most_shared_bytes() - Layout::of(sizes, 0).bytes;
   const int64_t stage_bytes = tile_bytes + Ring<1>::kBarrierBytes;
   const auto stages_of = [&](int64_t bytes) {
