@@ -19,8 +19,11 @@ void peak_attention_paged(const Tensor& running, const Tensor& query, const Tens
   check_dtype(op, "running", running, ScalarType::Float);
   check_device_like(op, "running", running, query, "query");
   check_last_dim_contiguous(op, "running", running);
-  const int64_t most = running.size(2), stride_t = queries > 1 ? running.stride(1) : most;
-  check(stride_t >= most && (prompts <= 1 || running.stride(0) >= (queries - 1) * stride_t + most),
+  const int64_t most = running.size(2);
+  const int64_t stride_b = prompts > 1 ? running.stride(0) : most;
+  const int64_t stride_t = queries > 1 ? running.stride(1) : most;
+  check((stride_t >= most && (prompts <= 1 || stride_b >= (queries - 1) * stride_t + most)) ||
+            (stride_b >= most && (queries <= 1 || stride_t >= (prompts - 1) * stride_b + most)),
         op, "running must have rows that do not overlap, got strides ", strides_of(running));
 
   PeakAttentionPagedParams params{paged_query_key(op, query, keys, most, scale)};

@@ -265,6 +265,16 @@ def test_rejects(changes, message, device):
     assert_refuses("peak_attention_paged", call, message)
 
 
+def test_rows_may_lie_in_either_order(device):
+    keys = keys_of_lengths([40, 20], 2, 16, device=device, dtype=torch.float32, seed=1)
+    query, memory = normal(2, 3, 4, 16, device=device), torch.zeros(3, 2, 50, device=device)
+    packed = torch.zeros(2, 3, 40, device=device)
+    for running in (packed, memory.transpose(0, 1)[..., :40]):
+        peak_attention_paged(running, query, *in_pages(keys, 16))
+    assert_same_bits(memory.transpose(0, 1)[..., :40], packed)
+    assert not memory[..., 40:].any()
+
+
 @pytest.mark.parametrize("shape", [(1, 4, 32), (2, 1, 32)])
 def test_rejects_rows_that_overlap(shape, device):
     running = torch.zeros(shape, device=device).expand(2, 4, 32)

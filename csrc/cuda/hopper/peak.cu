@@ -77,19 +77,15 @@ struct OutputTiles {
   __device__ __forceinline__ int count() const { return Shape::kPaged ? prompts.units() : p.tiles; }
 
   __device__ __forceinline__ OutputTile operator[](int index) const {
-    OutputTile tile{};
     if constexpr (Shape::kPaged) {
-      tile.b = prompts.prompt_of(index);
-      tile.total = prompts[tile.b].plan.total;
-      index -= prompts[tile.b].first;
+      const int b = prompts.prompt_of(index), of_prompt = index - prompts[b].first;
+      return {b, of_prompt / p.query_blocks * Shape::kKeys,
+              of_prompt % p.query_blocks * Shape::kQueries, prompts[b].plan.total};
     } else {
-      tile.b = index / p.query_blocks / p.key_blocks;
-      tile.total = int(p.pass.attention.total);
-      index -= tile.b * p.query_blocks * p.key_blocks;
+      return {index / p.query_blocks / p.key_blocks,
+              index / p.query_blocks % p.key_blocks * Shape::kKeys,
+              index % p.query_blocks * Shape::kQueries, int(p.pass.attention.total)};
     }
-    tile.key = index / p.query_blocks * Shape::kKeys;
-    tile.query = index % p.query_blocks * Shape::kQueries;
-    return tile;
   }
 };
 
@@ -120,8 +116,8 @@ __device__ __forceinline__ void produce(const Params& p, const Maps& maps,
     for (int g = 0; g < kv_heads; ++g, ++f, keys.advance(key_state)) {
       Barrier& keys_full = keys.begin_load(key_state, f < keys.stages, Shape::kKeyBytes);
       if constexpr (Shape::kPaged)
-        load_paged_keys<kDim, Shape::kKeys>(a.pages, maps.keys, keys.tile(key_state), keys_full,
-                                            a.pages.of(b), total, g, key);
+        load_paged_keys<kDim, Shape::kKeys, 1>(a.pages, maps.keys, keys.tile(key_state), keys_full,
+                                               a.pages.of(b), total, g, key);
       else
         load_keys<kDim, Shape::kKeys>(a, maps.keys, keys.tile(key_state), keys_full, b, g, key);
       for (int i = 0; i < group; ++i, ++h, queries.advance(query_state)) {
@@ -250,10 +246,10 @@ __global__ __launch_bounds__(kThreads, 1) void peak_kernel(const __grid_constant
   }
   finish_setup<kThreads>(is_producer);
   if (is_producer) {
-    cutlass::arch::warpgroup_reg_dealloc<24>();
+    cutlass::arch::warpgroup_reg_dealloc<Shape::kPaged ? 40 : 24>();
     if (threadIdx.x == kConsumers) produce(p, maps, tiles, pipes);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<240>();
+    cutlass::arch::warpgroup_reg_alloc<Shape::kPaged ? 232 : 240>();
     consume(p, tiles, pipes, warp);
   }
 }

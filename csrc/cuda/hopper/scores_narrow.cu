@@ -227,8 +227,8 @@ struct Producer {
     const WindowAttention& a = block.p.attention();
     const int first = range.halo_begin + in_range * kTileRows;
     if constexpr (Shape::kPaged)
-      load_paged_keys<kDim, kTileRows>(a.pages, block.maps.keys, block.ring.tile(state), full,
-                                       a.pages.of(range.b), range.halo_end, range.g, first);
+      load_paged_keys<kDim, kTileRows, 4>(a.pages, block.maps.keys, block.ring.tile(state), full,
+                                          a.pages.of(range.b), range.halo_end, range.g, first);
     else
       load_keys<kDim, kTileRows>(a, block.maps.keys, block.ring.tile(state), full, range.b, range.g,
                                  first);

@@ -210,8 +210,9 @@ __global__ __launch_bounds__(kThreads, 1) void partials_kernel(
         if (!has_keys) continue;
         const int key = item.first_key + i * kTileRows;
         if constexpr (kPaged)
-          load_paged_keys<kDim, kTileRows>(p.attention.pages, map, ring.tile(state), full,
-                                           p.attention.pages.of(item.b), item.total, item.g, key);
+          load_paged_keys<kDim, kTileRows, 1>(p.attention.pages, map, ring.tile(state), full,
+                                              p.attention.pages.of(item.b), item.total, item.g,
+                                              key);
         else
           load_keys<kDim, kTileRows>(p.attention, map, ring.tile(state), full, item.b, item.g, key);
       }

@@ -114,22 +114,23 @@ __device__ void load_keys(const WindowAttention& a, const CUtensorMap& map, char
                          coordinate(g, a.key_stride_g), n);
 }
 // The same out of the pages of a prompt that has `keys` keys. Rows from there on are zero, or what
-// the last page holds: `n` is a multiple of kPageRows.
-template <int kDim, int kRows>
+// the last page holds: `n` is a multiple of kPageRows. kInFlight: entries of the table read at a
+// time.
+template <int kDim, int kRows, int kInFlight>
 __device__ void load_paged_keys(const Pages& pages, const CUtensorMap& map, char* tile,
                                 Barrier& full, const int32_t* table, int keys, int g, int n) {
   constexpr int kMissing = -1;  // a page that is not there, for which TMA writes zeros
   const int in_page = (1 << pages.log2_size) - 1;
 #pragma unroll 1
-  for (int first = 0; first < kRows; first += 4 * kPageRows) {
-    int page[4];  // loads in flight
+  for (int first = 0; first < kRows; first += kInFlight * kPageRows) {
+    int page[kInFlight];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kInFlight; ++i) {
       const int key = n + first + i * kPageRows;
       page[i] = key < keys ? table[key >> pages.log2_size] : kMissing;
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kInFlight; ++i) {
       const int row = first + i * kPageRows;
 #pragma unroll
       for (int panel = 0; panel < kDim / kPanelItems; ++panel)

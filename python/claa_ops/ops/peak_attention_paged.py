@@ -104,9 +104,15 @@ def _peak_attention_paged_fake(
     check_device_like(op, "running", running, query, "query")
     check_last_dim_contiguous(op, "running", running)
     most, stride_b, stride_t = running.shape[2], running.stride(0), running.stride(1)
+    one_prompt, one_query = prompts <= 1, queries <= 1
+    by_prompt = (one_query | (stride_t >= most)) & (
+        one_prompt | (stride_b >= (queries - 1) * stride_t + most)
+    )
+    by_query = (one_prompt | (stride_b >= most)) & (
+        one_query | (stride_t >= (prompts - 1) * stride_b + most)
+    )
     check(
         op,
-        ((queries <= 1) | (stride_t >= most))
-        & ((prompts <= 1) | (stride_b >= (queries - 1) * stride_t + most)),
+        by_prompt | by_query,
         lambda: f"running must have rows that do not overlap, got strides {strides_of(running)}",
     )
