@@ -1,0 +1,88 @@
+"""What is checked where a user waits for the answer: engines at start, requests before they run.
+
+Two methods of vLLM are wrapped, in every process: how it checks a configuration, and how it turns
+a prompt into a request.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from claa_ops.vllm import requests
+from claa_ops.vllm.metrics import count
+from claa_ops.vllm.refusals import check
+from claa_ops.vllm.settings import Settings, parse
+
+
+def register() -> None:
+    """Wrap the methods, once in a process."""
+    from vllm.config import VllmConfig
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    if hasattr(InputProcessor, "claa"):
+        return
+    InputProcessor.claa = True
+    _check_engines(VllmConfig)
+    _check_requests(InputProcessor)
+
+
+def _check_engines(config: Any) -> None:
+    plain = config.try_verify_and_update_config
+
+    @functools.wraps(plain)
+    def try_verify_and_update_config(self: Any) -> None:
+        check(self)
+        plain(self)
+
+    config.try_verify_and_update_config = try_verify_and_update_config
+
+
+def _check_requests(processor: Any) -> None:
+    plain = processor.process_inputs
+
+    @functools.wraps(plain)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = plain(self, *args, **kwargs)
+        settings = settings_of(self.vllm_config)
+        if settings is not None:
+            check_request(request, settings)
+        return request
+
+    processor.process_inputs = process_inputs
+
+
+def settings_of(config: Any) -> Settings | None:
+    """The settings of an engine; None if its model has no selection."""
+    given = (config.additional_config or {}).get("claa")
+    if given is None:
+        return None
+    return parse(given, config.model_config.hf_text_config.num_hidden_layers)
+
+
+def check_request(request: Any, settings: Settings) -> None:
+    """Refuse what a request may not ask for, and write down how many tokens it keeps.
+
+    Args:
+        request: vLLM's ``EngineCoreRequest``, whose sampling parameters are its own.
+        settings: of the model.
+
+    Raises:
+        ValueError: which an OpenAI server answers with the status 400.
+    """
+    params = request.sampling_params
+    if params is None:
+        return
+    if params.prompt_logprobs is not None:
+        raise ValueError(
+            "claa: prompt_logprobs must be left out, because the hidden states of dropped tokens "
+            f"do not exist, got {params.prompt_logprobs}"
+        )
+    if request.resumable:
+        raise ValueError(
+            "claa: a prompt must come as a whole, because its end ranks it, got a streamed input"
+        )
+    ids, embeds = request.prompt_token_ids, request.prompt_embeds
+    prompt = len(embeds if ids is None else ids)
+    params.extra_args = requests.resolve(params.extra_args, settings, prompt)
+    count(prompt, params.extra_args[requests.KEPT])
