@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from packaging.version import Version
+
 from claa_ops.vllm import ARCHITECTURES
 from claa_ops.vllm.settings import parse
 
@@ -21,10 +23,8 @@ def supported(version: str) -> bool:
         >>> supported("0.32.0+cpu"), supported("0.24.0"), supported("0.33.0rc1")
         (True, False, False)
     """
-    digits = [part for part in version.split("+")[0].split(".") if part[:1].isdigit()]
-    parts = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in digits[:2])
-    micro = digits[2:] and "".join(c for c in digits[2] if c.isdigit())[:1]
-    return OLDEST <= (*parts, int(micro or 0)) and parts < NEWER_THAN_NEWEST
+    release = Version(version).release
+    return OLDEST <= release and release[:2] < NEWER_THAN_NEWEST
 
 
 def check(config: Any) -> None:
