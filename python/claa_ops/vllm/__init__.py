@@ -29,7 +29,9 @@ def register() -> None:
     """
     from vllm import ModelRegistry
 
-    from claa_ops.vllm import runner_v1, runner_v2, spec
+    import claa_ops.vllm.runner_v1 as runner_v1
+    import claa_ops.vllm.runner_v2 as runner_v2
+    import claa_ops.vllm.spec as spec
 
     for name in ARCHITECTURES:
         ModelRegistry.register_model(name, f"claa_ops.vllm.model:{name}")
