@@ -16,12 +16,13 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
+from claa_ops.selection import Budget
 from claa_ops.vllm import scheduler, spec
 from claa_ops.vllm.groups import Groups
-from claa_ops.vllm.spec import HiddenSpec, KeptAttentionSpec, kept_tokens
+from claa_ops.vllm.spec import HiddenSpec, KeptAttentionSpec
 
 WINDOW, BLOCK = 8, 4
-BUDGET = (1, 5, WINDOW)
+BUDGET = Budget(1, 5)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,7 +40,7 @@ class Engine:
 
     def __init__(self, num_blocks: int, width: int = 8, caching: bool = True):
         full = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=4, dtype=torch.float32)
-        kept = KeptAttentionSpec.of(full, *BUDGET)
+        kept = KeptAttentionSpec.of(full, BUDGET, WINDOW)
         hidden = HiddenSpec.of(full, width=width, layers=2, window=WINDOW)
         self.specs = [full, kept, kept, hidden]
         groups = [KVCacheGroupSpec([f"layer.{i}"], s) for i, s in enumerate(self.specs)]
@@ -93,7 +94,7 @@ class Engine:
             for at in range(after if group == 0 else prompt * ends):
                 held = self.pages.get((group, table[group][at // size], at % size))
                 assert held == tuple(ids[: at + 1]), (group, at)
-        kept = kept_tokens(prompt, *BUDGET)
+        kept = self.specs[1].entries(0, prompt)
         for group in (1, 2):
             if after >= prompt:
                 assert len(table[group]) * BLOCK >= kept + after - prompt
@@ -102,7 +103,7 @@ class Engine:
         prompt, computed = request.num_prompt_tokens, request.num_computed_tokens
         held = self.manager.get_blocks(request.request_id).blocks
         own = [sum(not block.is_null for block in blocks) for blocks in held]
-        kept = -(-self.specs[1].slots(computed, prompt) // BLOCK)
+        kept = -(-self.specs[1].entries(computed, prompt) // BLOCK)
         hidden = -(-min(computed, prompt) // self.specs[3].block_size)
         # What was computed in this step is freed before the next is scheduled.
         assert own == [-(-computed // BLOCK), kept, kept, own[3]]
@@ -250,7 +251,9 @@ def test_any_order_of_steps_reads_what_was_written_and_leaks_nothing(width, cach
     hits = preempted = 0
     for index in range(60):
         shared = prompt(rng.choice([0, 16, 40, 64]))
-        request = engine.request(str(index), shared + prompt(rng.randint(1, 60), seed=index % 7 + 1))
+        request = engine.request(
+            str(index), shared + prompt(rng.randint(1, 60), seed=index % 7 + 1)
+        )
         running.append(request)
         for _ in range(rng.randint(0, 6)):
             if not running:

@@ -6,16 +6,18 @@ reads those of the kept tokens; they stay, as cached blocks do, for prompts that
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
     AttentionMetadataBuilder,
+    CommonAttentionMetadata,
     MultipleOf,
 )
 
@@ -23,29 +25,29 @@ from claa_ops.vllm.groups import Groups
 from claa_ops.vllm.spec import HiddenSpec
 
 
-class HiddenMetadata:
-    """Of a step: where vLLM puts each token of the batch, and the blocks of each request."""
-
-    def __init__(self, slots: Tensor, block_table: Tensor) -> None:
-        self.slots = slots  # [tokens], int64
-        self.block_table = block_table  # [requests, blocks], int32
-
-
-class HiddenBuilder(AttentionMetadataBuilder[HiddenMetadata]):
-    """Passes on vLLM's slots and block table."""
+class HiddenBuilder(AttentionMetadataBuilder[Any]):
+    """Shows vLLM's slots and block table of a step to those who park and read."""
 
     # A captured step has no prompt, and neither reads nor writes hidden states.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        layers = get_layers_from_vllm_config(vllm_config, HiddenLayer, layer_names)
+        self.parked = layers[layer_names[0]].parked
 
+    # Called by keyword in some versions: the names are part of the interface.
     def build(
-        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
-    ) -> HiddenMetadata:
-        """Called by keyword in 0.25: the names are part of the interface."""
-        common = common_attn_metadata
-        return HiddenMetadata(common.slot_mapping, common.block_table_tensor)
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> None:
+        """No metadata: no layer runs on them."""
+        self.parked.slot_mapping = common_attn_metadata.slot_mapping
+        self.parked.block_table = common_attn_metadata.block_table_tensor
 
 
 class HiddenBackend(AttentionBackend):
@@ -56,18 +58,22 @@ class HiddenBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
+        """In logs."""
         return "CLAA_HIDDEN"
 
     @staticmethod
     def get_impl_cls() -> Any:
+        """Nobody asks."""
         raise NotImplementedError("claa: hidden states have pages, but no attention")
 
     @staticmethod
     def get_builder_cls() -> type[HiddenBuilder]:
+        """Asked by the runner."""
         return HiddenBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(*args: Any) -> list[Any]:
+        """Any."""
         return [MultipleOf(1)]
 
     @staticmethod
@@ -83,29 +89,39 @@ class HiddenBackend(AttentionBackend):
 
 
 class HiddenLayer(AttentionLayerBase):
-    """One slice of the hidden states: to vLLM a layer with a cache."""
+    """A slice of the hidden states: to vLLM a layer with a cache."""
 
-    def __init__(self, spec_of: Any) -> None:
-        self._spec_of = spec_of
+    def __init__(self, parked: ParkedHidden) -> None:
+        self.parked = parked
         self.kv_cache = torch.tensor([])  # until vLLM binds it
 
     def get_attn_backend(self) -> type[AttentionBackend]:
+        """Pages alone."""
         return HiddenBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> HiddenSpec:
-        return self._spec_of(vllm_config)
+        """Of all slices the same."""
+        return self.parked.spec(vllm_config)
 
 
 class ParkedHidden:
-    """The hidden states after the selection layer of all prompts under way, and of cached ones.
+    """The hidden states behind the selection layer, of prompts under way and of cached ones.
 
     Args:
         attention: a layer of the front, whose pages these are made to fit.
         groups: the model's layers before and after the selection.
-        width: elements of a hidden state.
+        width: C, of a hidden state.
         window: the last tokens of a prompt whose queries the method needs.
         prefix: begins the layers' names.
+        vllm_config: of the engine.
+
+    Attributes:
+        slot_mapping: ``[tokens]``, int64: where a step's tokens go, right for those of prompts.
+        block_table: ``[rows, blocks]``, int32: of a step.
     """
+
+    slot_mapping: Tensor
+    block_table: Tensor
 
     def __init__(
         self,
@@ -117,43 +133,40 @@ class ParkedHidden:
         prefix: str,
         vllm_config: VllmConfig,
     ) -> None:
-        def spec_of(config: VllmConfig) -> HiddenSpec:
-            pages = attention.get_kv_cache_spec(config)
-            return HiddenSpec.of(pages, width=width, layers=groups.size, window=window)
-
+        self._attention, self._window = attention, window
         self.width = width
-        self.layers = [HiddenLayer(spec_of) for _ in range(groups.size)]
-        self.names = [f"{prefix}.parked_hidden.{index}" for index in range(groups.size)]
+        # As many as a group has, so that vLLM neither splits nor pads it.
+        self.layers = [HiddenLayer(self) for _ in range(groups.size)]
+        names = [f"{prefix}.claa_hidden.{index}".lstrip(".") for index in range(groups.size)]
         context = vllm_config.compilation_config.static_forward_context
-        context.update(zip(self.names, self.layers, strict=True))
+        context.update(zip(names, self.layers, strict=True))
 
-    @property
-    def block_size(self) -> int:
-        """Tokens in a block."""
-        return self.layers[0].kv_cache.shape[2]
+    def spec(self, vllm_config: VllmConfig) -> HiddenSpec:
+        """What each of the layers has in its pages."""
+        pages = self._attention.get_kv_cache_spec(vllm_config)
+        return HiddenSpec.of(pages, width=self.width, layers=len(self.layers), window=self._window)
 
-    def write(self, hidden: Tensor, slots: Tensor) -> None:
-        """Put ``hidden``, ``[n, width]``, at ``slots``, ``[n]``, int64."""
-        block, place = slots // self.block_size, slots % self.block_size
+    def write(self, hidden: Tensor, tokens: Tensor) -> None:
+        """Put ``hidden``, ``[n, C]``, of some ``tokens``, ``[n]``, of the batch into the pages."""
+        slots = self.slot_mapping[tokens]
+        block, place = slots // self._block_size, slots % self._block_size
         for pages, columns in self._slices():
-            part = hidden[:, columns]
-            pages[block, place, : part.shape[1]] = part
+            pages[block, place, : columns.stop - columns.start] = hidden[:, columns]
 
-    def read(self, slots: Tensor) -> Tensor:
-        """The hidden states at ``slots``: ``[n, width]``."""
-        block, place = slots // self.block_size, slots % self.block_size
-        parts = [
-            pages[block, place, : columns.stop - columns.start] for pages, columns in self._slices()
-        ]
+    def read(self, row: int, tokens: Tensor) -> Tensor:
+        """``[n, C]``: of some ``tokens``, ``[n]``, of the prompt of one row of the batch."""
+        block = self.block_table[row, tokens // self._block_size].long()
+        place = tokens % self._block_size
+        slices = self._slices()
+        parts = [pages[block, place, : part.stop - part.start] for pages, part in slices]
         return torch.cat(parts, dim=1)
 
-    def slots(self, block_table: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-        """Where the tokens at ``places`` of the requests in ``rows`` of the table are: ``[n]``."""
-        blocks = block_table[rows, places // self.block_size].long()
-        return blocks * self.block_size + places % self.block_size
+    @property
+    def _block_size(self) -> int:
+        return self.layers[0].kv_cache.shape[2]
 
-    def _slices(self) -> Any:
-        """For each layer that holds some of the width: ``[blocks, tokens, columns]``, which."""
+    def _slices(self) -> Iterator[tuple[Tensor, slice]]:
+        """Of each layer that is needed: its pages, ``[blocks, tokens, columns]``, and of which."""
         for index, layer in enumerate(self.layers):
             pages = layer.kv_cache[:, 0]
             first = index * pages.shape[2]

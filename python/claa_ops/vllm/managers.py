@@ -23,10 +23,12 @@ class PromptManager(SingleTypeKVCacheManager):
         self.prompts[request.request_id] = request.num_prompt_tokens
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
+        """The blocks of a request that ends or is preempted."""
         self.prompts.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        """None: these layers' attention, if any, is each request's own."""
         return 0
 
 
@@ -34,13 +36,14 @@ class KeptAttentionManager(PromptManager):
     """Blocks for what a KeptAttentionSpec needs; nothing of it is shared between requests."""
 
     def _missing(self, request_id: str, num_tokens: int) -> int:
-        slots = self.kv_cache_spec.slots(num_tokens, self.prompts[request_id])
+        entries = self.kv_cache_spec.entries(num_tokens, self.prompts[request_id])
         held = len(self.req_to_blocks.get(request_id, ()))
-        return max(0, cdiv(slots, self.block_size) - held)
+        return max(0, cdiv(entries, self.block_size) - held)
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> int:
+        """How many blocks are missing for ``num_tokens``."""
         return self._missing(request_id, num_tokens)
 
     def add_local_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
@@ -49,6 +52,7 @@ class KeptAttentionManager(PromptManager):
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[Any]:
+        """Take the missing blocks from the pool."""
         blocks = self.block_pool.get_new_blocks(self._missing(request_id, num_tokens))
         self.req_to_blocks[request_id].extend(blocks)
         return blocks
@@ -67,7 +71,7 @@ class KeptAttentionManager(PromptManager):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        # As long as the others like: what these layers need of the prefix is its hidden states.
+        """As long as the other groups like: of the prefix these layers need its hidden states."""
         if _HIT_HAS_LENGTH:
             return tuple([] for _ in kv_cache_group_ids), max_length
         blocks = max_length // kv_cache_spec.block_size
@@ -84,16 +88,19 @@ class HiddenManager(PromptManager):
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> int:
+        """How many blocks are missing for the part of ``num_tokens`` that is the prompt's."""
         tokens = min(num_tokens, self.prompts[request_id])
         return super().get_num_blocks_to_allocate(request_id, tokens, *args, **kwargs)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[Any]:
+        """Take the missing blocks from the pool."""
         tokens = min(num_tokens, self.prompts[request_id])
         return super().allocate_new_blocks(request_id, tokens, tokens)
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Let other requests hit the full blocks of the prompt."""
         # No hit is longer; and what lies behind may have been freed when vLLM gets to it.
         longest = round_down(request.num_prompt_tokens, self.scheduler_block_size)
         super().cache_blocks(request, min(num_tokens, longest), *args, **kwargs)
@@ -101,6 +108,7 @@ class HiddenManager(PromptManager):
     def remove_skipped_blocks(
         self, request_id: str, computed: int, num_prompt_tokens: int | None = None
     ) -> None:
+        """Free the blocks of a prompt that is over."""
         # Computed, so the step that selected has run, or runs before whoever gets the blocks.
         if computed >= self.prompts.get(request_id, computed + 1):
             self._remove_blocks_in_range(request_id, 0, len(self.req_to_blocks[request_id]))
@@ -118,6 +126,7 @@ class HiddenManager(PromptManager):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        """The longest run of cached blocks from the start."""
         size = kv_cache_spec.block_size
         found: tuple[list[Any], ...] = tuple([] for _ in kv_cache_group_ids)
         hashes = _hashes(block_hashes, block_pool, size)

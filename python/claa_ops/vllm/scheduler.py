@@ -1,7 +1,7 @@
 """What vLLM does not tell its cache managers: the request, before they count its blocks.
 
-One wrapped method, ``KVCacheManager.get_computed_blocks``, which every scheduler calls for a request
-without computed tokens: a new one, or one that was preempted.
+Two methods of ``KVCacheManager`` are wrapped: ``get_computed_blocks``, which every scheduler calls
+for a request without computed tokens, new or preempted; and the constructor, to say what fits.
 """
 
 from __future__ import annotations
@@ -9,36 +9,22 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.utils.math_utils import round_down
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 
+from claa_ops.vllm.capacity import Capacity
 from claa_ops.vllm.managers import HiddenManager, PromptManager
+
+logger = init_logger("vllm.claa_ops")  # a child of vLLM's, which prints
 
 
 def register() -> None:
-    """Wrap the method, once in a process."""
-    plain = KVCacheManager.get_computed_blocks
-    if hasattr(plain, "claa"):
-        return
-
-    @functools.wraps(plain)
-    def get_computed_blocks(self: Any, request: Any) -> Any:
-        managers = self.coordinator.single_type_managers
-        for manager in managers:
-            if isinstance(manager, PromptManager):
-                manager.note(request)
-        found, length, *rest = plain(self, request)
-        limit = longest_hit(managers, request.num_prompt_tokens)
-        if limit is None or length <= limit:
-            return (found, length, *rest)
-        blocks = (
-            list(group[: limit // manager.block_size])
-            for group, manager in zip(found.blocks, managers, strict=True)
-        )
-        return (self.create_kv_cache_blocks(tuple(blocks)), limit, *rest)
-
-    get_computed_blocks.claa = True  # type: ignore[attr-defined]
-    KVCacheManager.get_computed_blocks = get_computed_blocks  # type: ignore[method-assign]
+    """Wrap the methods, once in a process."""
+    if not hasattr(KVCacheManager, "claa"):
+        KVCacheManager.claa = True
+        _wrap_hits(KVCacheManager)
+        _wrap_init(KVCacheManager)
 
 
 def longest_hit(managers: Any, prompt: int) -> int | None:
@@ -51,3 +37,39 @@ def longest_hit(managers: Any, prompt: int) -> int | None:
             hit = max(0, prompt - manager.kv_cache_spec.window)
             return round_down(hit, manager.scheduler_block_size)
     return None
+
+
+def _wrap_hits(manager: Any) -> None:
+    plain = manager.get_computed_blocks
+
+    @functools.wraps(plain)
+    def get_computed_blocks(self: Any, request: Any) -> Any:
+        managers = self.coordinator.single_type_managers
+        for each in managers:
+            if isinstance(each, PromptManager):
+                each.note(request)
+        found, length, *rest = plain(self, request)
+        limit = longest_hit(managers, request.num_prompt_tokens)
+        if limit is None or length <= limit:
+            return (found, length, *rest)
+        blocks = (
+            list(group[: limit // each.block_size])
+            for group, each in zip(found.blocks, managers, strict=True)
+        )
+        return (self.create_kv_cache_blocks(tuple(blocks)), limit, *rest)
+
+    manager.get_computed_blocks = get_computed_blocks
+
+
+def _wrap_init(manager: Any) -> None:
+    plain = manager.__init__
+
+    @functools.wraps(plain)
+    def __init__(
+        self: Any, kv_cache_config: Any, max_model_len: int, *args: Any, **kwargs: Any
+    ) -> None:
+        plain(self, kv_cache_config, max_model_len, *args, **kwargs)
+        if any(isinstance(each, HiddenManager) for each in self.coordinator.single_type_managers):
+            logger.info("%s", Capacity.of(kv_cache_config, max_model_len))
+
+    manager.__init__ = __init__

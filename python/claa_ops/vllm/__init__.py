@@ -1,0 +1,38 @@
+"""A plug-in for vLLM: models whose deeper layers see only the prompt's important tokens.
+
+Installed beside vLLM, it is found by it (entry point ``vllm.general_plugins``). A model is served
+with a selection when its architecture is one of :data:`ARCHITECTURES` and the settings are given::
+
+    LLM(
+        "meta-llama/Llama-3.1-8B-Instruct",
+        hf_overrides={"architectures": ["ClaaLlamaForCausalLM"]},
+        additional_config={"claa": {"method": "peak", "layer": 8, "keep": 0.1}},
+    )
+
+The scheduler, the attention kernels and the sampler are vLLM's own.
+"""
+
+# Our architecture -> module and class of the vLLM model it extends. Their decoder layers have the
+# form ``hidden, residual = layer(positions, hidden, residual)``.
+ARCHITECTURES = {
+    "ClaaLlamaForCausalLM": ("llama", "LlamaForCausalLM"),
+    "ClaaMistralForCausalLM": ("mistral", "MistralForCausalLM"),
+    "ClaaQwen2ForCausalLM": ("qwen2", "Qwen2ForCausalLM"),
+    "ClaaQwen3ForCausalLM": ("qwen3", "Qwen3ForCausalLM"),
+}
+
+
+def register() -> None:
+    """Make vLLM know the models, their caches and their runners.
+
+    vLLM calls this in each of its processes, in some of them several times.
+    """
+    from claa_ops.vllm import runner_v1, runner_v2, scheduler, spec
+    from vllm import ModelRegistry
+
+    for name in ARCHITECTURES:
+        ModelRegistry.register_model(name, f"claa_ops.vllm.model:{name}")
+    spec.register()
+    scheduler.register()
+    runner_v1.register()
+    runner_v2.register()

@@ -1,0 +1,237 @@
+"""Worker side: what one model knows about the requests that it is prefilling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from claa_ops.selection import Layer, PrefillState, begin
+from claa_ops.vllm.hidden import ParkedHidden
+from claa_ops.vllm.plan import Batch, Pass, Plan, Row, to_device
+from claa_ops.vllm.settings import Settings
+
+# Keys (0) or values (1) of a request whose prompt came in chunks, [N, G, D].
+ReadPages = Callable[[int, Row], Tensor]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The deeper layers that share a block table, in one step.
+
+    Attributes:
+        layer_names: the layers.
+        metadata: their attention metadata and slots for some of the tokens.
+    """
+
+    layer_names: list[str]
+    metadata: Callable[[Pass | None], tuple[Any, Tensor]]
+
+
+@dataclass
+class Prompt:
+    """A prompt whose prefill is not over: what the selection will need of the chunks so far.
+
+    Attributes:
+        state: of its prefill.
+        queries: for each observed layer the queries of the window, ``[tokens, H, D]``.
+    """
+
+    state: PrefillState
+    queries: dict[int, list[Tensor]] = field(default_factory=dict)
+
+
+class Runtime:
+    """The settings, the plan of this step, and the prompts under way.
+
+    Args:
+        settings: the method and where it cuts the model.
+        parked: the hidden states behind the selection layer.
+        caches: whether prompts that begin alike share what is cached.
+        reduce: merges scores of heads on several devices; None if all heads are here.
+
+    Attributes:
+        groups: the deeper layers' groups in this step.
+        block_tables: of the layers before the selection, by name, ``[rows, blocks]``.
+        known: the requests that the engine still has; others are forgotten.
+        log: for tests: the positions kept of each request; None to keep no log.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        parked: ParkedHidden,
+        *,
+        caches: bool = False,
+        reduce: Callable[[Tensor, Literal["max", "sum"]], Tensor] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.parked = parked
+        self.caches = caches
+        self.reduce = reduce
+        self.groups: list[Group] = []
+        self.block_tables: dict[str, Tensor] = {}
+        self.known: Container[str] | None = None
+        self.log: dict[str, Tensor] | None = None
+        self.prompts: dict[str, Prompt] = {}
+        self._batch: Batch | None = None
+        self._plan: Plan | None = None
+
+    # Before the forward, once a step.
+
+    def start_step(self, batch: Batch | None) -> None:
+        """A runner is about to build the metadata of a step.
+
+        Args:
+            batch: its requests; None for a dummy batch, of profiling or of a graph's capture.
+        """
+        self._batch, self._plan = batch, None
+        self.groups.clear()
+        self.block_tables.clear()
+
+    def plan_of(self, common: Any) -> Plan | None:
+        """The plan of this step, from what the runner built for it; None for a dummy batch."""
+        if self._plan is None and self._batch is not None:
+            rows = len(self._batch.requests)
+            starts = common.query_start_loc_cpu[: rows + 1].numpy().astype(np.int64)
+            self._plan = Plan(self._batch, starts)
+            self._forget()
+        return self._plan
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of this step; None for a dummy batch."""
+        return self._plan
+
+    @property
+    def observes(self) -> bool:
+        """Whether this step has tokens of a prompt that is not over."""
+        return self._plan is not None and bool(self._plan.prefilling)
+
+    def forget(self, request: str) -> None:
+        """Drop what is held of a request: it is over, aborted or preempted."""
+        self.prompts.pop(request, None)
+
+    def _forget(self) -> None:
+        """Drop prompts that start anew, and those of requests that have gone."""
+        assert self._plan is not None  # the caller has made it
+        for row in self._plan.prefilling:
+            # Before the window nothing is held, unless by a request that was preempted in it.
+            if row.computed <= row.prompt - self.settings.method.window:
+                self.forget(row.request)
+        if self.known is not None:
+            for request in [each for each in self.prompts if each not in self.known]:
+                self.forget(request)
+
+    # In a layer that informs the ranking, after its attention.
+
+    def observe(
+        self,
+        layer: int,
+        query: Tensor,
+        key_value: tuple[Tensor, Tensor],
+        read_pages: ReadPages,
+        scale: float,
+    ) -> None:
+        """Show the method what a layer saw of each prompt that ends, and hold what it will need.
+
+        Args:
+            layer: the layer.
+            query: ``[tokens, H, D]``, after the rotary embedding.
+            key_value: ``[tokens, G, D]`` each, likewise.
+            read_pages: for prompts that came in chunks.
+            scale: of the attention.
+        """
+        assert self._plan is not None  # the caller has asked
+        for row in self._plan.prefilling:
+            first = max(row.prompt - self.settings.method.window, row.computed, 0)
+            last = min(row.prompt, row.after)
+            if not row.drops or first >= last:  # no query of the window is in this chunk
+                continue
+            prompt = self._prompt(row)
+            shift = row.begin - row.computed
+            tail = query[first + shift : last + shift]
+            held = prompt.queries.setdefault(layer, [])
+            held.append(tail if row.ends else tail.clone())
+            if not row.ends:
+                continue
+            tail = torch.cat(prompt.queries.pop(layer))
+            prompt.state.see(
+                EngineLayer(prompt.state, layer, tail, row, key_value, read_pages, scale)
+            )
+
+    # Between the layers.
+
+    def select(self, row: Row) -> Tensor:
+        """``[kept]``, int64, ascending: the tokens of a prompt that go deeper."""
+        if not row.drops:
+            device = next(iter(self.block_tables.values())).device
+            return torch.arange(row.prompt, device=device)
+        index = self.prompts.pop(row.request).state.select(self.settings.layer)
+        assert index is not None and index.shape[1] == row.kept  # as planned
+        if self.log is not None:
+            self.log[row.request] = index[0].cpu()
+        return index[0]
+
+    def park(self, hidden: Tensor, residual: Tensor) -> None:
+        """Hold the states behind the selection layer of the prompts of this step.
+
+        Args:
+            hidden: ``[tokens, C]``, of the batch.
+            residual: likewise. The next layer adds the two up, in their dtype: so does this.
+        """
+        assert self._plan is not None  # the caller has asked
+        tokens = self._plan.parked(self.caches)
+        if len(tokens):
+            index = to_device(tokens, hidden.device)
+            self.parked.write(hidden[index] + residual[index], index)
+
+    def take_parked(self, row: Row, tokens: Tensor) -> Tensor:
+        """The states of some ``tokens``, ``[n]``, of a prompt: ``[n, C]``."""
+        return self.parked.read(row.index, tokens)
+
+    def _prompt(self, row: Row) -> Prompt:
+        prompt = self.prompts.get(row.request)
+        if prompt is None:
+            settings = self.settings
+            state = begin(
+                settings.method,
+                num_layers=settings.num_layers,
+                prompt_length=row.prompt,
+                reduce=self.reduce,
+            )
+            prompt = self.prompts[row.request] = Prompt(state)
+        return prompt
+
+
+class EngineLayer(Layer):
+    """What a layer saw of one prompt; its values are read only if the method asks for them."""
+
+    def __init__(
+        self,
+        state: PrefillState,
+        index: int,
+        query: Tensor,
+        row: Row,
+        key_value: tuple[Tensor, Tensor],
+        read_pages: ReadPages,
+        scale: float,
+    ) -> None:
+        def read(which: int) -> Tensor:
+            if row.computed:
+                found = read_pages(which, row)
+            else:
+                found = key_value[which][row.begin : row.begin + row.prompt]
+            return found.transpose(0, 1)[None]
+
+        super().__init__(state, index, query.transpose(0, 1)[None], read(0), scale=scale)
+        self._read = read
+
+    @property
+    def value(self) -> Tensor:
+        """``[1, G, N, D]``."""
+        return self._read(1)

@@ -1,0 +1,96 @@
+"""What ``additional_config["claa"]`` says: a method, its settings, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from claa_ops.methods import Pruning, make_method
+from claa_ops.selection import Budget, begin
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A method for a model of a known depth, and where it cuts the model in two.
+
+    Attributes:
+        method: the method.
+        num_layers: how many layers the model has.
+        layer: the selection layer, the last that sees whole prompts.
+        budget: how many tokens of a prompt go deeper.
+        observed: the layers whose queries and keys the method ranks by, ascending; ``layer`` is the
+            last of them.
+    """
+
+    method: Pruning
+    num_layers: int
+    layer: int
+    budget: Budget
+    observed: tuple[int, ...]
+
+    def kept(self, prompt: int) -> int:
+        """How many tokens of a prompt of this length go deeper."""
+        return min(prompt, self.budget.tokens(prompt, self.method.window))
+
+
+def parse(given: Any, num_layers: int) -> Settings:
+    """The settings, checked for a model of ``num_layers`` layers.
+
+    Args:
+        given: a mapping of ``method``, its name, and of any of that method's settings.
+        num_layers: how many layers the model has.
+
+    Raises:
+        ValueError: a setting is unknown or out of its range, or vLLM cannot serve the method.
+
+    Example:
+        >>> parse({"method": "peak", "keep": 0.1}, num_layers=32).layer
+        8
+    """
+    if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
+        raise ValueError(
+            'claa: additional_config["claa"] must name a method, such as {"method": "peak"}, '
+            f"got {given!r}"
+        )
+    values = {key: _plain(value) for key, value in given.items() if key != "method"}
+    # The layers up to the selection keep whole caches, the others all that they see.
+    values.setdefault("keep_kv", 1.0)
+    method = make_method(given["method"], num_layers=num_layers, **values)
+    if not isinstance(method, Pruning):
+        raise ValueError(
+            "claa: method must drop tokens after a layer by what its last queries attend to, such "
+            f"as claa, peak, fastkv or hops, got {given['method']!r}"
+        )
+    _check(method)
+    method.check(num_layers)
+    ((layer, budget),) = method.stages(num_layers).items()
+    state = begin(method, num_layers=num_layers, prompt_length=2**20)
+    observed = tuple(index for index in range(layer + 1) if method.informs(state, index))
+    if not observed or observed[-1] != layer:
+        raise ValueError(
+            f"claa: method must rank by its selection layer {layer}, got one that ranks by layers "
+            f"{list(observed)}"
+        )
+    return Settings(method, num_layers, layer, budget, observed)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has lists where the settings of a method are tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check(method: Pruning) -> None:
+    """Refuse what the plan of a step, made before it runs, cannot know or serve."""
+    layers = method.layer if isinstance(method.layer, tuple) else (method.layer,)
+    method.require(len(layers) == 1, "layer", "a single layer in vLLM")
+    method.require(method.keep_kv == 1.0, "keep_kv", "1.0 in vLLM")
+    method.require(method.mass is None, "mass", "None in vLLM")
+    method.require(not method.second_look, "second_look", "False in vLLM")
+    method.require(not method.in_layer, "in_layer", "False in vLLM")
+    method.require(method.attention_share == 1, "attention_share", "1 in vLLM")
+    if method.two_pass or method.needs_ranking or method.reads_hidden:
+        name = type(method).__name__
+        raise ValueError(
+            f"claa: method must rank in one pass by queries, keys and values, got {name}"
+        )
