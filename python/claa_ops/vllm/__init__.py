@@ -25,16 +25,22 @@ ARCHITECTURES = {
 def register() -> None:
     """Make vLLM know the models, their caches and their runners.
 
-    vLLM calls this in each of its processes, in some of them several times.
+    vLLM calls this in each of its processes, in some of them several times. With a release of vLLM
+    that is not served, engines that ask for a selection are refused, and no other is touched.
     """
-    from vllm import ModelRegistry
+    import vllm
+    from claa_ops.vllm import frontend, refusals
 
-    import claa_ops.vllm.runner_v1 as runner_v1
-    import claa_ops.vllm.runner_v2 as runner_v2
-    import claa_ops.vllm.spec as spec
+    frontend.check_engines()
+    if not refusals.supported(vllm.__version__):
+        return
+
+    from claa_ops.vllm import runner_v1, runner_v2, scheduler, spec
 
     for name in ARCHITECTURES:
-        ModelRegistry.register_model(name, f"claa_ops.vllm.model:{name}")
+        vllm.ModelRegistry.register_model(name, f"claa_ops.vllm.model:{name}")
+    frontend.check_requests()
     spec.register()
+    scheduler.register()
     runner_v1.register()
     runner_v2.register()

@@ -15,41 +15,42 @@ from claa_ops.vllm.refusals import check
 from claa_ops.vllm.settings import Settings, parse
 
 
-def register() -> None:
-    """Wrap the methods, once in a process."""
+def check_engines() -> None:
+    """Have vLLM refuse at start what is not served; to be called in each process, at least once."""
     from vllm.config import VllmConfig
-    from vllm.v1.engine.input_processor import InputProcessor
 
-    if hasattr(InputProcessor, "claa"):
+    plain = VllmConfig.try_verify_and_update_config
+    if hasattr(plain, "claa"):
         return
-    InputProcessor.claa = True
-    _check_engines(VllmConfig)
-    _check_requests(InputProcessor)
-
-
-def _check_engines(config: Any) -> None:
-    plain = config.try_verify_and_update_config
 
     @functools.wraps(plain)
     def try_verify_and_update_config(self: Any) -> None:
         check(self)
         plain(self)
 
-    config.try_verify_and_update_config = try_verify_and_update_config
+    try_verify_and_update_config.claa = True  # type: ignore[attr-defined]
+    VllmConfig.try_verify_and_update_config = try_verify_and_update_config
 
 
-def _check_requests(processor: Any) -> None:
-    plain = processor.process_inputs
+def check_requests() -> None:
+    """Have vLLM check what requests ask for, likewise."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    plain = InputProcessor.process_inputs
+    if hasattr(plain, "claa"):
+        return
 
     @functools.wraps(plain)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = plain(self, *args, **kwargs)
-        settings = settings_of(self.vllm_config)
-        if settings is not None:
-            check_request(request, settings)
+        if not hasattr(self, "claa"):
+            self.claa = settings_of(self.vllm_config)
+        if self.claa is not None:
+            check_request(request, self.claa)
         return request
 
-    processor.process_inputs = process_inputs
+    process_inputs.claa = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = process_inputs
 
 
 def settings_of(config: Any) -> Settings | None:
