@@ -27,8 +27,12 @@ def register() -> None:
 
     vLLM calls this in each of its processes, in some of them several times.
     """
-    from claa_ops.vllm import runner_v1, runner_v2, scheduler, spec
     from vllm import ModelRegistry
+
+    import claa_ops.vllm.runner_v1 as runner_v1
+    import claa_ops.vllm.runner_v2 as runner_v2
+    import claa_ops.vllm.scheduler as scheduler
+    import claa_ops.vllm.spec as spec
 
     for name in ARCHITECTURES:
         ModelRegistry.register_model(name, f"claa_ops.vllm.model:{name}")

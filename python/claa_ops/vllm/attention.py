@@ -55,7 +55,7 @@ def watch(attention: Attention, layer: int, runtime: Runtime) -> None:
     ) -> Any:
         output = plain(module, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
         if attn_metadata is not None and runtime.observes:
-            view, name = _view(module), module.layer_name
+            view, name = _view(module, attn_metadata), module.layer_name
             # Queries, keys and values are those after rotary embedding and norms, in any model.
             runtime.observe(
                 layer,
@@ -73,9 +73,10 @@ def watch(attention: Attention, layer: int, runtime: Runtime) -> None:
     attention.impl.forward = types.MethodType(forward, attention.impl)
 
 
-def _view(module: Any) -> View:
+def _view(module: Any, metadata: Any) -> View:
     """How to see the pages of a layer."""
-    form = getattr(module, "isa", None)  # the CPU's instruction set
+    # The CPU's instruction set, which some versions note at one place, some at the other.
+    form = getattr(module, "isa", getattr(metadata, "isa", None))
     if form is None:
         return strided
     if form != "vec":
@@ -145,16 +146,15 @@ def _kept_backend(base: Any) -> type:
             build = super().build
             if plan is not None and not plan.same:
                 # Built when its tokens are about to run: what a builder holds serves one pass.
-                def later(some: Pass | None) -> tuple[Any, Tensor]:
-                    assert some is not None  # of a plan that changes the batch
-                    changed = selected(common_attn_metadata, some, block_size)
+                def later(some: Pass, size: int) -> tuple[Any, Tensor]:
+                    changed = selected(common_attn_metadata, some, size, block_size)
                     return build(0, changed, fast_build), changed.slot_mapping
 
-                self.claa.groups.append(Group(self.layer_names, later))
+                self.claa.groups.append(Group(self.layer_names, later=later))
                 return None
             changed = unchanged(common_attn_metadata, plan, block_size, self.buffers)
-            metadata, slots = build(0, changed, fast_build), changed.slot_mapping
-            self.claa.groups.append(Group(self.layer_names, lambda some: (metadata, slots)))
-            return metadata
+            now = build(0, changed, fast_build), changed.slot_mapping
+            self.claa.groups.append(Group(self.layer_names, now=now))
+            return now[0]
 
     return subclass_attention_backend("Kept", base, KeptBuilder)

@@ -56,12 +56,12 @@ def unchanged(
         slots.copy_(common.slot_mapping)
         return common.replace(seq_lens=lengths, slot_mapping=slots)
     whole = plan.whole
-    device = whole.on(lengths.device)
+    device = whole.on(lengths.device, block_size)
     live = len(whole.rows)
     lengths[:live].copy_(device.lengths)
-    lengths[live:].zero_()
-    slots[: whole.tokens].copy_(device.slots(common.block_table_tensor, block_size))
-    slots[whole.tokens :].fill_(-1)
+    if live < rows:
+        lengths[live:].zero_()
+    device.write_slots(slots, common.block_table_tensor, block_size)
     host = torch.zeros(rows, dtype=torch.int32)
     host[:live] = torch.from_numpy(whole.lengths)
     queries = common.query_start_loc_cpu[: rows + 1].diff()
@@ -74,22 +74,31 @@ def unchanged(
 
 
 def selected(
-    common: CommonAttentionMetadata, some: Pass, block_size: int
+    common: CommonAttentionMetadata, some: Pass, size: int, block_size: int
 ) -> CommonAttentionMetadata:
-    """For tokens other than those of the batch: rows without any of them are left out."""
-    device = some.on(common.query_start_loc.device)
+    """For tokens other than those of the batch: rows without any of them are left out.
+
+    Args:
+        common: the metadata of the whole batch.
+        some: the tokens.
+        size: how many tokens the layers run with, padding included.
+        block_size: how many entries a block has.
+    """
+    device = some.on(common.query_start_loc.device, block_size)
+    slots = device.block.new_empty(size)
+    device.write_slots(slots, common.block_table_tensor, block_size)
     host = torch.from_numpy(some.lengths)
     queries = torch.from_numpy(some.query_start).diff()
     return common.replace(
-        query_start_loc=device.query_start,
+        query_start_loc=device.query_start.int(),
         query_start_loc_cpu=torch.from_numpy(some.query_start),
-        seq_lens=device.lengths,
+        seq_lens=device.lengths.int(),
         num_reqs=len(some.rows),
         num_actual_tokens=some.tokens,
         max_query_len=int(some.count.max()),
         max_seq_len=int(some.lengths.max()),
-        block_table_tensor=common.block_table_tensor[device.rows.long()],
-        slot_mapping=device.slots(common.block_table_tensor, block_size),
+        block_table_tensor=common.block_table_tensor[device.rows],
+        slot_mapping=slots,
         is_prefilling=torch.from_numpy(some.first == 0),
         positions=None,
         _token_to_req_indices_cache=None,

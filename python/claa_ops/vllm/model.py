@@ -17,7 +17,8 @@ from claa_ops.vllm.attention import deepen, watch
 from claa_ops.vllm.groups import Groups
 from claa_ops.vllm.halves import Back, Front, Inputs
 from claa_ops.vllm.hidden import ParkedHidden
-from claa_ops.vllm.plan import Plan, to_device
+from claa_ops.vllm.parallel import reduction
+from claa_ops.vllm.plan import Pass, Plan, to_device
 from claa_ops.vllm.runtime import Runtime
 from claa_ops.vllm.settings import parse
 
@@ -41,7 +42,8 @@ def claa_class(base: type) -> type:
                 vllm_config=vllm_config,
             )
             caches = bool(vllm_config.cache_config.enable_prefix_caching)
-            self.claa = Runtime(settings, parked, caches=caches)
+            reduce = reduction(settings, vllm_config.model_config)
+            self.claa = Runtime(settings, parked, caches=caches, reduce=reduce)
             for index, layer in enumerate(layers):
                 attention = _attention(layer, index)
                 if index <= settings.layer:
@@ -91,14 +93,14 @@ def claa_class(base: type) -> type:
             if plan is not None and not plan.same:
                 return self._deeper(context, plan, positions, hidden, residual)
             if planned:
-                self._enter(context, None)
+                self._enter(context, None, len(positions))
             inputs = self.claa_inputs.hold(context, positions, hidden, residual)
             return back(*inputs)
 
-        def _enter(self, context: ForwardContext, some: Any) -> None:
+        def _enter(self, context: ForwardContext, some: Pass | None, size: int) -> None:
             """The metadata and slots of what is about to go through the deeper layers."""
             for group in self.claa.groups:
-                metadata, slots = group.metadata(some)
+                metadata, slots = group.metadata(some, size)
                 for name in group.layer_names:
                     context.attn_metadata[name] = metadata
                     context.slot_mapping[name] = slots
@@ -124,7 +126,7 @@ def claa_class(base: type) -> type:
             outputs, begin = [], 0
             for some in plan.passes(self.most):
                 end = begin + some.tokens if size is None else size
-                self._enter(context, some)
+                self._enter(context, some, end - begin)
                 with inputs.running(context, size):
                     outputs.append(self.halves[1](*(each[begin:end] for each in deeper)))
                 begin = end

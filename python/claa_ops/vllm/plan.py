@@ -101,55 +101,57 @@ class Pass:
         """How many tokens all rows have."""
         return int(self.query_start[-1])
 
-    @cached_property
-    def _host(self) -> NDArray[np.int32]:
-        before = np.repeat(self.first - self.query_start[:-1], self.count)
-        entries = np.arange(self.tokens) + before
-        of_token = np.repeat(self.rows, self.count)
-        parts = (self.query_start, self.lengths, self.rows, of_token, entries)
-        return np.concatenate([part.astype(np.int32) for part in parts])
-
-    def on(self, device: torch.device) -> DevicePass:
+    def on(self, device: torch.device, block_size: int) -> DevicePass:
         """The same numbers on a device: one copy, which the host does not wait for."""
-        if device not in self._on:
-            r, t = len(self.rows), self.tokens
-            parts = to_device(self._host, device).split([r + 1, r, r, t, t])
-            self._on[device] = DevicePass(*parts)
-        return self._on[device]
+        key = device, block_size
+        if key not in self._on:
+            before = np.repeat(self.first - self.query_start[:-1], self.count)
+            block, offset = np.divmod(np.arange(self.tokens) + before, block_size)
+            of_token = np.repeat(self.rows, self.count)
+            parts = (self.query_start, self.lengths, self.rows, of_token, block, offset)
+            host = np.concatenate([part.astype(np.int64) for part in parts])
+            on_device = to_device(host, device).split([len(part) for part in parts])
+            self._on[key] = DevicePass(*on_device)
+        return self._on[key]
 
     @cached_property
-    def _on(self) -> dict[torch.device, DevicePass]:
+    def _on(self) -> dict[tuple[torch.device, int], DevicePass]:
         return {}
 
 
 @dataclass(frozen=True, eq=False)
 class DevicePass:
-    """A :class:`Pass` on a device, int32.
+    """A :class:`Pass` on a device, int64.
 
     Attributes:
         query_start: ``[r + 1]``.
         lengths: ``[r]``.
         rows: ``[r]``.
         of_token: ``[tokens]``, the row of the batch of each token.
-        entries: ``[tokens]``, the entry of that row's cache where the token goes.
+        block, offset: ``[tokens]``, the block of that row's cache where the token goes, and the
+            place in it.
     """
 
     query_start: Tensor
     lengths: Tensor
     rows: Tensor
     of_token: Tensor
-    entries: Tensor
+    block: Tensor
+    offset: Tensor
 
-    def slots(self, block_table: Tensor, block_size: int) -> Tensor:
-        """``[tokens]``, int64: where in the pages the tokens go.
+    def write_slots(self, slots: Tensor, block_table: Tensor, block_size: int) -> None:
+        """Where in the pages the tokens go, and -1 behind them.
 
         Args:
+            slots: ``[tokens or more]``, int64, the result.
             block_table: ``[rows of the batch, blocks]``, int32.
             block_size: how many entries a block has.
         """
-        entries = self.entries.long()
-        blocks = block_table[self.of_token.long(), entries // block_size]
-        return blocks.long() * block_size + entries % block_size
+        tokens = len(self.of_token)
+        blocks = block_table[self.of_token, self.block]
+        torch.add(self.offset, blocks, alpha=block_size, out=slots[:tokens])
+        if tokens < len(slots):
+            slots[tokens:].fill_(-1)
 
 
 class Plan:

@@ -25,11 +25,21 @@ class Group:
 
     Attributes:
         layer_names: the layers.
-        metadata: their attention metadata and slots for some of the tokens.
+        now: their attention metadata and slots, if they see the batch as it is.
+        later: makes them for a pass, padded to a number of tokens, if they do not.
     """
 
     layer_names: list[str]
-    metadata: Callable[[Pass | None], tuple[Any, Tensor]]
+    now: tuple[Any, Tensor] | None = None
+    later: Callable[[Pass, int], tuple[Any, Tensor]] | None = None
+
+    def metadata(self, some: Pass | None, size: int) -> tuple[Any, Tensor]:
+        """Attention metadata and slots of a pass; of the batch as it is if that is None."""
+        if some is None:
+            assert self.now is not None  # made with the same plan
+            return self.now
+        assert self.later is not None
+        return self.later(some, size)
 
 
 @dataclass
@@ -121,7 +131,7 @@ class Runtime:
         assert self._plan is not None  # the caller has made it
         for row in self._plan.prefilling:
             # Before the window nothing is held, unless by a request that was preempted in it.
-            if row.computed <= row.prompt - self.settings.method.window:
+            if row.computed <= max(0, row.prompt - self.settings.method.window):
                 self.forget(row.request)
         if self.known is not None:
             for request in [each for each in self.prompts if each not in self.known]:
@@ -160,9 +170,9 @@ class Runtime:
             if not row.ends:
                 continue
             tail = torch.cat(prompt.queries.pop(layer))
-            prompt.state.see(
-                EngineLayer(prompt.state, layer, tail, row, key_value, read_pages, scale)
-            )
+            merges = layer == self.settings.layer or not self.settings.merges_once
+            state = prompt.state
+            state.see(EngineLayer(state, layer, tail, row, key_value, read_pages, scale, merges))
 
     # Between the layers.
 
@@ -220,6 +230,7 @@ class EngineLayer(Layer):
         key_value: tuple[Tensor, Tensor],
         read_pages: ReadPages,
         scale: float,
+        merges: bool,
     ) -> None:
         def read(which: int) -> Tensor:
             if row.computed:
@@ -229,7 +240,11 @@ class EngineLayer(Layer):
             return found.transpose(0, 1)[None]
 
         super().__init__(state, index, query.transpose(0, 1)[None], read(0), scale=scale)
-        self._read = read
+        self._read, self._merges = read, merges
+
+    def reduce(self, scores: Tensor, how: Literal["max", "sum"]) -> Tensor:
+        """Scores of the heads of all devices, unless a later layer merges them."""
+        return super().reduce(scores, how) if self._merges else scores
 
     @property
     def value(self) -> Tensor:
