@@ -179,7 +179,8 @@ def alone(model: str, asked: Sequence[Prompt], method: Method, new: int = 12) ->
     """Kept tokens and greedy answers of our adapter, one prompt at a time."""
     from transformers import AutoModelForCausalLM
 
-    from claa_ops.prefill import attach, decode, run
+    from claa_ops.prefill import attach, decode
+    from claa_ops.prefill import prefill as run
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     attach(loaded)

@@ -29,13 +29,18 @@ def register() -> None:
     that is not served, engines that ask for a selection are refused, and no other is touched.
     """
     import vllm
-    from claa_ops.vllm import frontend, refusals
+
+    import claa_ops.vllm.frontend as frontend
+    import claa_ops.vllm.refusals as refusals
 
     frontend.check_engines()
     if not refusals.supported(vllm.__version__):
         return
 
-    from claa_ops.vllm import runner_v1, runner_v2, scheduler, spec
+    import claa_ops.vllm.runner_v1 as runner_v1
+    import claa_ops.vllm.runner_v2 as runner_v2
+    import claa_ops.vllm.scheduler as scheduler
+    import claa_ops.vllm.spec as spec
 
     for name in ARCHITECTURES:
         vllm.ModelRegistry.register_model(name, f"claa_ops.vllm.model:{name}")

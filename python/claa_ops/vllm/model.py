@@ -42,12 +42,8 @@ def claa_class(base: type) -> type:
                 vllm_config=vllm_config,
             )
             caches = bool(vllm_config.cache_config.enable_prefix_caching)
-            self.claa = Runtime(
-                settings,
-                parked,
-                caches=caches,
-                reduce=reduction(settings, vllm_config.model_config),
-            )
+            reduce = reduction(settings, vllm_config.model_config)
+            self.claa = Runtime(settings, parked, caches=caches, reduce=reduce)
             for index, layer in enumerate(layers):
                 attention = _attention(layer, index)
                 if index <= settings.layer:

@@ -131,7 +131,7 @@ class Runtime:
         assert self._plan is not None  # the caller has made it
         for row in self._plan.prefilling:
             # Before the window nothing is held, unless by a request that was preempted in it.
-            if row.computed <= row.prompt - self.settings.method.window:
+            if row.computed <= max(0, row.prompt - self.settings.method.window):
                 self.forget(row.request)
         if self.known is not None:
             for request in [each for each in self.prompts if each not in self.known]:
