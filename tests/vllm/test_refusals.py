@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest.importorskip("vllm", reason="vLLM is not in this environment: make test-vllm")
+pytest.importorskip("vllm.version", reason="vLLM is not in this environment: make test-vllm")
 
 from types import SimpleNamespace
 
@@ -89,7 +89,9 @@ def test_settings_are_refused(tiny_llama, name):
 
 
 def test_settings_without_our_architecture_name_it(tiny_llama):
-    with pytest.raises(ValueError, match="needs the model class .*ClaaLlamaForCausalLM.* got Llama"):
+    with pytest.raises(
+        ValueError, match="needs the model class .*ClaaLlamaForCausalLM.* got Llama"
+    ):
         configure(tiny_llama, architecture=None)
 
 
@@ -149,7 +151,7 @@ class TestRequests:
     REQUESTS = {
         "prompt logprobs": (dict(prompt_logprobs=1), "prompt_logprobs must be left out.* got 1"),
         "keep": (dict(extra={"claa_keep": 1.5}), r"claa_keep must be a rate .* got 1\.5"),
-        "keep text": (dict(extra={"claa_keep": "most"}), 'tokens or "all", got \'most\''),
+        "keep text": (dict(extra={"claa_keep": "most"}), "tokens or \"all\", got 'most'"),
         "span beyond": (dict(extra={"claa_protect": [0, 101]}), r"in \[0, 100\].* got 0, 101"),
         "half a span": (dict(extra={"claa_protect": [3]}), r"pairs begin, end .* got \[3\]"),
         "unknown": (dict(extra={"claa_kept": 3}), "may set claa_keep and claa_protect, got"),

@@ -9,17 +9,14 @@ with a selection when its architecture is one of :data:`ARCHITECTURES` and the s
         additional_config={"claa": {"method": "peak", "layer": 8, "keep": 0.1}},
     )
 
-The scheduler, the attention kernels and the sampler are vLLM's own.
+:func:`engine_args` makes these arguments. The scheduler, the attention kernels and the sampler are
+vLLM's own.
 """
 
-# Our architecture -> module and class of the vLLM model it extends. Their decoder layers have the
-# form ``hidden, residual = layer(positions, hidden, residual)``.
-ARCHITECTURES = {
-    "ClaaLlamaForCausalLM": ("llama", "LlamaForCausalLM"),
-    "ClaaMistralForCausalLM": ("mistral", "MistralForCausalLM"),
-    "ClaaQwen2ForCausalLM": ("qwen2", "Qwen2ForCausalLM"),
-    "ClaaQwen3ForCausalLM": ("qwen3", "Qwen3ForCausalLM"),
-}
+from claa_ops.vllm.architectures import ARCHITECTURES
+from claa_ops.vllm.arguments import engine_args
+
+__all__ = ["ARCHITECTURES", "engine_args", "register"]
 
 
 def register() -> None:

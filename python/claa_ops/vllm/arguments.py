@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from claa_ops.vllm import ARCHITECTURES
+from claa_ops.vllm.architectures import ARCHITECTURES
 from claa_ops.vllm.groups import Groups, layers_near
 from claa_ops.vllm.settings import Settings, parse
 
@@ -62,8 +62,8 @@ def plan(model: str, given: dict[str, Any]) -> list[str]:
         f"claa: {given['method']} after layer {settings.layer}: {groups.front} layers see whole "
         f"prompts, {groups.back} see {_amount(given['keep'])} of them"
         + (f", of prompts of {settings.min_prompt} tokens or more" if settings.min_prompt else ""),
-        f"claa: {groups.gain(share):.2f} times as many prompts of {_PROMPT:,} tokens fit the cache; "
-        f"padding takes {groups.waste(share):.0%} of it",
+        f"claa: {groups.gain(share):.2f} times as many prompts of {_PROMPT:,} tokens fit the cache, "
+        f"of which padding takes {groups.waste(share):.0%}",
     ]
     best = _roomy(settings)
     if best != settings.layer:

@@ -10,6 +10,8 @@ from typing import Any
 from vllm.utils.math_utils import cdiv, round_down
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
+from claa_ops.vllm.requests import kept_of
+
 
 class PromptManager(SingleTypeKVCacheManager):
     """A manager that has to know a request's prompt: ``scheduler.py`` notes it beforehand."""
@@ -35,8 +37,23 @@ class PromptManager(SingleTypeKVCacheManager):
 class KeptAttentionManager(PromptManager):
     """Blocks for what a KeptAttentionSpec needs; nothing of it is shared between requests."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kept: dict[str, int | None] = {}
+
+    def note(self, request: Any) -> None:
+        """Remember too how many tokens it keeps, which it may have asked for."""
+        super().note(request)
+        self.kept[request.request_id] = kept_of(request.sampling_params)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[Any]:
+        """The blocks of a request that ends or is preempted."""
+        self.kept.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
     def _missing(self, request_id: str, num_tokens: int) -> int:
-        entries = self.kv_cache_spec.entries(num_tokens, self.prompts[request_id])
+        prompt, kept = self.prompts[request_id], self.kept[request_id]
+        entries = self.kv_cache_spec.entries(num_tokens, prompt, kept)
         held = len(self.req_to_blocks.get(request_id, ()))
         return max(0, cdiv(entries, self.block_size) - held)
 

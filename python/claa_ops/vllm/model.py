@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.model_executor.layers.attention import Attention
 
-from claa_ops.vllm import ARCHITECTURES
+from claa_ops.vllm.architectures import ARCHITECTURES
 from claa_ops.vllm.attention import deepen, watch
 from claa_ops.vllm.groups import Groups
 from claa_ops.vllm.halves import Back, Front, Inputs

@@ -7,7 +7,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from claa_ops.vllm import ARCHITECTURES
+from claa_ops.vllm.architectures import ARCHITECTURES
 from claa_ops.vllm.settings import parse
 
 # What the extra `vllm` of pyproject.toml admits.
@@ -82,7 +82,11 @@ def refused(config: Any) -> Iterator[tuple[str, str]]:
 def _rows(config: Any) -> Iterator[tuple[Any, str, str]]:
     import vllm.envs as envs
 
-    model, parallel, scheduler = config.model_config, config.parallel_config, config.scheduler_config
+    model, parallel, scheduler = (
+        config.model_config,
+        config.parallel_config,
+        config.scheduler_config,
+    )
     yield (
         parallel.pipeline_parallel_size > 1,
         "pipeline parallelism",

@@ -51,7 +51,8 @@ def resolve(asked: Mapping[str, Any] | None, settings: Settings, prompt: int) ->
     for name in given:
         if name.startswith("claa") and name not in (KEEP, PROTECT):
             raise ValueError(f"claa: a request may set {KEEP} and {PROTECT}, got {name}")
-    budget = _budget(given[KEEP]) if KEEP in given else settings.budget_of(prompt)
+    default = None if prompt < settings.min_prompt else settings.budget
+    budget = _budget(given[KEEP]) if KEEP in given else default
     spans = _spans(given[PROTECT], prompt) if PROTECT in given else ()
     if spans:
         given[PROTECT] = list(chain(*spans))
@@ -59,16 +60,20 @@ def resolve(asked: Mapping[str, Any] | None, settings: Settings, prompt: int) ->
     return given
 
 
-def kept_of(extra: Mapping[str, Any] | None, settings: Settings, prompt: int) -> int:
-    """How many tokens of a prompt go deeper, as the front end has written it down."""
-    kept = (extra or {}).get(KEPT)
-    return settings.kept(prompt) if kept is None else int(kept)
+def kept_of(params: Any) -> int | None:
+    """How many tokens go deeper, as the front end has written it down in a request's parameters."""
+    kept: int | None = _extra(params).get(KEPT)
+    return kept
 
 
-def protected_of(extra: Mapping[str, Any] | None) -> Spans:
+def protected_of(params: Any) -> Spans:
     """Of which tokens none may be dropped: ascending, disjoint spans ``[begin, end)``."""
-    flat = (extra or {}).get(PROTECT) or ()
+    flat = _extra(params).get(PROTECT, ())
     return tuple(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _extra(params: Any) -> Mapping[str, Any]:
+    return getattr(params, "extra_args", None) or {}
 
 
 def _budget(keep: Any) -> Budget | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from claa_ops.selection import Layer, PrefillState, begin
 from claa_ops.vllm.hidden import ParkedHidden
 from claa_ops.vllm.plan import Batch, Pass, Plan, Row, to_device
+from claa_ops.vllm.requests import Spans, kept_of, protected_of
 from claa_ops.vllm.settings import Settings
 
 # Keys (0) or values (1) of a request whose prompt came in chunks, [N, G, D].
@@ -68,6 +69,8 @@ class Runtime:
         groups: the deeper layers' groups in this step.
         block_tables: of the layers before the selection, by name, ``[rows, blocks]``.
         known: the requests that the engine still has; others are forgotten.
+        kept: how many tokens of each request's prompt go deeper.
+        spans: of requests that protect any, which tokens are never dropped.
         log: for tests: the positions kept of each request; None to keep no log.
     """
 
@@ -85,9 +88,11 @@ class Runtime:
         self.reduce = reduce
         self.groups: list[Group] = []
         self.block_tables: dict[str, Tensor] = {}
-        self.known: Container[str] | None = None
+        self.known: Collection[str] | None = None
         self.log: dict[str, Tensor] | None = None
         self.prompts: dict[str, Prompt] = {}
+        self.kept: dict[str, int] = {}
+        self.spans: dict[str, Spans] = {}
         self._batch: Batch | None = None
         self._plan: Plan | None = None
 
@@ -124,7 +129,23 @@ class Runtime:
 
     def forget(self, request: str) -> None:
         """Drop what is held of a request: it is over, aborted or preempted."""
-        self.prompts.pop(request, None)
+        for held in (self.prompts, self.kept, self.spans):
+            held.pop(request, None)
+
+    def kept_of(self, request: str, prompt: int, params: Any) -> int:
+        """How many tokens of a prompt go deeper, which its request may have asked for.
+
+        Args:
+            request: its id.
+            prompt: the length of the prompt.
+            params: the request's sampling parameters.
+        """
+        if request not in self.kept:
+            kept = kept_of(params)
+            self.kept[request] = self.settings.kept(prompt) if kept is None else kept
+            if spans := protected_of(params):
+                self.spans[request] = spans
+        return self.kept[request]
 
     def _forget(self) -> None:
         """Drop prompts that start anew, and those of requests that have gone."""
@@ -132,9 +153,9 @@ class Runtime:
         for row in self._plan.prefilling:
             # Before the window nothing is held, unless by a request that was preempted in it.
             if row.computed <= max(0, row.prompt - self.settings.method.window):
-                self.forget(row.request)
-        if self.known is not None:
-            for request in [each for each in self.prompts if each not in self.known]:
+                self.prompts.pop(row.request, None)
+        if self.known is not None and len(self.kept) > len(self.known):
+            for request in [each for each in self.kept if each not in self.known]:
                 self.forget(request)
 
     # In a layer that informs the ranking, after its attention.
@@ -181,7 +202,11 @@ class Runtime:
         if not row.drops:
             device = next(iter(self.block_tables.values())).device
             return torch.arange(row.prompt, device=device)
-        index = self.prompts.pop(row.request).state.select(self.settings.layer)
+        state = self.prompts.pop(row.request).state
+        for first, last in self.spans.get(row.request, ()):
+            assert state.importance is not None  # the layer was observed
+            state.importance[:, first:last] = torch.inf
+        index = state.select(self.settings.layer)
         assert index is not None and index.shape[1] == row.kept  # as planned
         if self.log is not None:
             self.log[row.request] = index[0].cpu()
@@ -207,9 +232,11 @@ class Runtime:
     def _prompt(self, row: Row) -> Prompt:
         prompt = self.prompts.get(row.request)
         if prompt is None:
-            settings = self.settings
+            settings, method = self.settings, self.settings.method
+            if row.kept != settings.kept(row.prompt):
+                method = replace(method, keep=row.kept)
             state = begin(
-                settings.method,
+                method,
                 num_layers=settings.num_layers,
                 prompt_length=row.prompt,
                 reduce=self.reduce,

@@ -8,6 +8,7 @@ from typing import Any
 
 from claa_ops.methods import CLAA, Peak, Pruning, make_method
 from claa_ops.selection import Budget, begin
+from claa_ops.selection.budget import is_count
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Settings:
         budget: how many tokens of a prompt go deeper.
         observed: the layers whose queries and keys the method ranks by, ascending; ``layer`` is the
             last of them.
+        min_prompt: shorter prompts are served whole.
     """
 
     method: Pruning
@@ -28,6 +30,7 @@ class Settings:
     layer: int
     budget: Budget
     observed: tuple[int, ...]
+    min_prompt: int = 0
 
     @property
     def merges_once(self) -> bool:
@@ -41,7 +44,9 @@ class Settings:
         return isinstance(method, Peak)
 
     def kept(self, prompt: int) -> int:
-        """How many tokens of a prompt of this length go deeper."""
+        """How many tokens of a prompt of this length go deeper, if its request asks for nothing."""
+        if prompt < self.min_prompt:
+            return prompt
         return min(prompt, self.budget.tokens(prompt, self.method.window))
 
 
@@ -49,7 +54,8 @@ def parse(given: Any, num_layers: int) -> Settings:
     """The settings, checked for a model of ``num_layers`` layers.
 
     Args:
-        given: a mapping of ``method``, its name, and of any of that method's settings.
+        given: a mapping of ``method``, its name, ``min_prompt``, the length below which prompts are
+            served whole, and of any of that method's settings.
         num_layers: how many layers the model has.
 
     Raises:
@@ -65,6 +71,11 @@ def parse(given: Any, num_layers: int) -> Settings:
             f"got {given!r}"
         )
     values = {key: _plain(value) for key, value in given.items() if key != "method"}
+    min_prompt = values.pop("min_prompt", 0)
+    if not is_count(min_prompt, 0):
+        raise ValueError(
+            f"claa: min_prompt must be a number of tokens, at least 0, got {min_prompt!r}"
+        )
     # The layers up to the selection keep whole caches, the others all that they see.
     values.setdefault("keep_kv", 1.0)
     method = make_method(given["method"], num_layers=num_layers, **values)
@@ -83,7 +94,7 @@ def parse(given: Any, num_layers: int) -> Settings:
             f"claa: method must rank by its selection layer {layer}, got one that ranks by layers "
             f"{list(observed)}"
         )
-    return Settings(method, num_layers, layer, budget, observed)
+    return Settings(method, num_layers, layer, budget, observed, min_prompt)
 
 
 def _plain(value: Any) -> Any:

@@ -22,20 +22,30 @@ class KeptAttentionSpec(AttentionSpec):
     Attributes:
         budget: how many tokens of a prompt are kept.
         window: the last tokens of a prompt, which always are.
+        min_prompt: shorter prompts are kept whole.
     """
 
     budget: Budget
     window: int
+    min_prompt: int = 0
 
     @classmethod
-    def of(cls, spec: AttentionSpec, budget: Budget, window: int) -> KeptAttentionSpec:
+    def of(
+        cls, spec: AttentionSpec, budget: Budget, window: int, min_prompt: int = 0
+    ) -> KeptAttentionSpec:
         """The same layer's cache behind a selection."""
         shared = {field.name: getattr(spec, field.name) for field in fields(AttentionSpec)}
-        return cls(**shared, budget=budget, window=window)
+        return cls(**shared, budget=budget, window=window, min_prompt=min_prompt)
 
-    def entries(self, tokens: int, prompt: int) -> int:
+    def kept(self, prompt: int) -> int:
+        """How many tokens of a prompt are kept, if its request asks for nothing."""
+        if prompt < self.min_prompt:
+            return prompt
+        return min(prompt, self.budget.tokens(prompt, self.window))
+
+    def entries(self, tokens: int, prompt: int, kept: int | None = None) -> int:
         """Entries needed once ``tokens`` are computed: the kept ones' from the first chunk on."""
-        kept = min(prompt, self.budget.tokens(prompt, self.window))
+        kept = self.kept(prompt) if kept is None else kept
         return kept + max(0, tokens - prompt)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
