@@ -14,7 +14,7 @@ EXTRA = [
     None,
     {"claa_keep": 0.5},
     {"claa_keep": "all"},
-    {"claa_protect": [0, 40, 100, 130, 325, 330]},
+    {"claa_protect": [0, 40, 100, 130, 305, 310]},
     None,  # shorter than min_prompt
     {"claa_keep": 64},
 ]

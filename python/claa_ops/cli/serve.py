@@ -1,4 +1,4 @@
-"""``claa-ops serve``: an OpenAI server of vLLM whose deeper layers see the selected tokens alone."""
+"""``claa-ops serve``: vLLM's OpenAI server, the deeper layers of its model behind a selection."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def engine_args(
 
     Example::
 
-        llm = vllm.LLM(**claa_ops.vllm.engine_args(model, method="peak", keep=0.1), dtype="bfloat16")
+        llm = vllm.LLM(**claa_ops.vllm.engine_args(model, method="peak", keep=0.1))
     """
     architecture, num_layers = _read(model)
     given = {"method": method, "keep": keep, "min_prompt": min_prompt, **settings}
@@ -62,8 +62,8 @@ def plan(model: str, given: dict[str, Any]) -> list[str]:
         f"claa: {given['method']} after layer {settings.layer}: {groups.front} layers see whole "
         f"prompts, {groups.back} see {_amount(given['keep'])} of them"
         + (f", of prompts of {settings.min_prompt} tokens or more" if settings.min_prompt else ""),
-        f"claa: {groups.gain(share):.2f} times as many prompts of {_PROMPT:,} tokens fit the cache, "
-        f"of which padding takes {groups.waste(share):.0%}",
+        f"claa: {groups.gain(share):.2f} times as many prompts of {_PROMPT:,} tokens fit the "
+        f"cache, of which padding takes {groups.waste(share):.0%}",
     ]
     best = _roomy(settings)
     if best != settings.layer:
