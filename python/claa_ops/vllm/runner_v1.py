@@ -61,7 +61,6 @@ def _batch(batch: Any, settings: Any) -> Batch | None:
     rows = batch.num_reqs
     if not rows:  # a dummy batch
         return None
-    prompts = np.asarray(batch.num_prompt_tokens[:rows], dtype=np.int64)
-    kept = np.fromiter(map(settings.kept, prompts.tolist()), dtype=np.int64, count=rows)
-    computed = np.asarray(batch.num_computed_tokens_cpu[:rows], dtype=np.int64)
-    return Batch(list(batch.req_ids[:rows]), prompts, kept, computed)
+    prompts = batch.num_prompt_tokens[:rows].astype(np.int64)
+    computed = batch.num_computed_tokens_cpu[:rows].astype(np.int64)
+    return Batch(list(batch.req_ids[:rows]), prompts, settings.kept_of_each(prompts), computed)
