@@ -50,7 +50,7 @@ def test_what_is_kept_is_what_the_method_keeps():
         ({"method": "hops", "states": "hidden"}, "by queries, keys and values, got Hops"),
         ({"method": "gemfilter"}, "must drop tokens after a layer"),
         ({"method": "asl"}, "must select once, after a layer that is known at the start, got ASL"),
-        ({"method": "lazyllm"}, "must select once"),
+        ({"method": "lazyllm", "layer": 3, "keep": 0.2}, "must select once"),
         ({"method": "coarse", "keep": 0.2}, "must select once"),
         ({"method": "oracle"}, "must rank in one pass"),
         ({"method": "full"}, "must drop tokens after a layer"),
