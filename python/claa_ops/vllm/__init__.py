@@ -9,32 +9,40 @@ with a selection when its architecture is one of :data:`ARCHITECTURES` and the s
         additional_config={"claa": {"method": "peak", "layer": 8, "keep": 0.1}},
     )
 
-The scheduler, the attention kernels and the sampler are vLLM's own.
+:func:`engine_args` makes these arguments. The scheduler, the attention kernels and the sampler are
+vLLM's own.
 """
 
-# Our architecture -> module and class of the vLLM model it extends. Their decoder layers have the
-# form ``hidden, residual = layer(positions, hidden, residual)``.
-ARCHITECTURES = {
-    "ClaaLlamaForCausalLM": ("llama", "LlamaForCausalLM"),
-    "ClaaMistralForCausalLM": ("mistral", "MistralForCausalLM"),
-    "ClaaQwen2ForCausalLM": ("qwen2", "Qwen2ForCausalLM"),
-    "ClaaQwen3ForCausalLM": ("qwen3", "Qwen3ForCausalLM"),
-}
+from claa_ops.vllm.architectures import ARCHITECTURES
+from claa_ops.vllm.arguments import engine_args
+
+__all__ = ["ARCHITECTURES", "engine_args", "register"]
 
 
 def register() -> None:
     """Make vLLM know the models, their caches and their runners.
 
-    vLLM calls this in each of its processes, in some of them several times.
+    vLLM calls this in each of its processes, in some of them several times. With a release of vLLM
+    that is not served, engines that ask for a selection are refused, and no other is touched.
     """
-    from vllm import ModelRegistry
+    import vllm
+
+    import claa_ops.vllm.frontend as frontend
+    import claa_ops.vllm.refusals as refusals
+
+    frontend.check_engines()
+    if not refusals.supported(vllm.__version__):
+        return
 
     import claa_ops.vllm.runner_v1 as runner_v1
     import claa_ops.vllm.runner_v2 as runner_v2
+    import claa_ops.vllm.scheduler as scheduler
     import claa_ops.vllm.spec as spec
 
     for name in ARCHITECTURES:
-        ModelRegistry.register_model(name, f"claa_ops.vllm.model:{name}")
+        vllm.ModelRegistry.register_model(name, f"claa_ops.vllm.model:{name}")
+    frontend.check_requests()
     spec.register()
+    scheduler.register()
     runner_v1.register()
     runner_v2.register()

@@ -28,7 +28,7 @@ def deepen(attention: Attention, runtime: Runtime) -> None:
     settings = runtime.settings
     plain = attention.get_kv_cache_spec
     attention.get_kv_cache_spec = lambda config: KeptAttentionSpec.of(
-        plain(config), settings.budget, settings.method.window
+        plain(config), settings.budget, settings.method.window, settings.min_prompt
     )
     attention.claa = runtime
     attention.attn_backend = _kept_backend(attention.attn_backend)

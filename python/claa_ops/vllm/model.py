@@ -12,9 +12,11 @@ from vllm.config import VllmConfig
 from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.model_executor.layers.attention import Attention
 
-from claa_ops.vllm import ARCHITECTURES
+from claa_ops.vllm.architectures import ARCHITECTURES
 from claa_ops.vllm.attention import deepen, watch
+from claa_ops.vllm.groups import Groups
 from claa_ops.vllm.halves import Back, Front, Inputs
+from claa_ops.vllm.hidden import ParkedHidden
 from claa_ops.vllm.parallel import reduction
 from claa_ops.vllm.plan import Pass, Plan, to_device
 from claa_ops.vllm.runtime import Runtime
@@ -30,14 +32,24 @@ def claa_class(base: type) -> type:
             settings = parse(given, vllm_config.model_config.hf_text_config.num_hidden_layers)
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             layers = list(self.model.layers)
-            self.claa = Runtime(settings, reduction(settings, vllm_config.model_config))
+            cut = settings.layer + 1
+            parked = ParkedHidden(
+                _attention(layers[0], 0),
+                groups=Groups(cut, len(layers) - cut),
+                width=vllm_config.model_config.get_hidden_size(),
+                window=settings.method.window,
+                prefix=prefix,
+                vllm_config=vllm_config,
+            )
+            caches = bool(vllm_config.cache_config.enable_prefix_caching)
+            reduce = reduction(settings, vllm_config.model_config)
+            self.claa = Runtime(settings, parked, caches=caches, reduce=reduce)
             for index, layer in enumerate(layers):
                 attention = _attention(layer, index)
                 if index <= settings.layer:
                     watch(attention, index, self.claa)
                 else:
                     deepen(attention, self.claa)
-            cut = settings.layer + 1
             with set_model_tag("claa_front"):
                 front = Front(
                     vllm_config=vllm_config,
@@ -76,6 +88,8 @@ def claa_class(base: type) -> type:
             hidden, residual = front(input_ids, positions, inputs_embeds)
             planned = context.attn_metadata is not None
             plan = self.claa.plan if planned else None
+            if plan is not None and plan.prefilling:
+                self.claa.park(hidden, residual)
             if plan is not None and not plan.same:
                 return self._deeper(context, plan, positions, hidden, residual)
             if planned:
@@ -100,14 +114,8 @@ def claa_class(base: type) -> type:
             residual: Tensor,
         ) -> Tensor:
             """What is sampled from, where the batch has it; zeros elsewhere."""
-            claa, inputs = self.claa, self.claa_inputs
+            inputs = self.claa_inputs
             batch = hidden.shape[0]
-            for row in plan.prefilling:
-                if not row.ends:
-                    chunk = slice(row.begin, row.end)
-                    # The next layer adds the two up, in this dtype: as their sum they take half of
-                    # the memory.
-                    claa.park(row, hidden[chunk] + residual[chunk])
             whole = torch.zeros_like(hidden)
             tokens = plan.whole.tokens
             if not tokens:
@@ -140,20 +148,19 @@ def claa_class(base: type) -> type:
                         torch.index_select(given, 0, source, out=mine)
                     continue
                 kept = self.claa.select(row)
-                # Tokens after the prompt: a preempted request's answer, computed anew.
-                answer = torch.arange(row.prompt, row.after, device=device)
-                kept = torch.cat([kept, answer]) if row.after > row.prompt else kept
-                into[0].copy_(kept)  # a token's position is its place in the prompt
-                chunk = slice(row.begin, row.end)
-                _, hidden, residual = (each[chunk] for each in batch)
-                parked = self.claa.take_parked(row)
-                if parked:
-                    states = torch.cat([*parked, hidden + residual])
-                    torch.index_select(states, 0, kept, out=into[1])
-                    into[2].zero_()
+                place, states, rest = (each[: row.kept] for each in into)
+                place.copy_(kept)  # a token's position is its place in the prompt
+                if row.computed:
+                    states.copy_(self.claa.take_parked(row, kept))
+                    rest.zero_()
                 else:
-                    torch.index_select(hidden, 0, kept, out=into[1])
-                    torch.index_select(residual, 0, kept, out=into[2])
+                    chunk = slice(row.begin, row.end)
+                    torch.index_select(batch[1][chunk], 0, kept, out=states)
+                    torch.index_select(batch[2][chunk], 0, kept, out=rest)
+                # Tokens after the prompt: a preempted request's answer, computed anew.
+                answer = row.end - (row.after - row.prompt)
+                for each, given in zip(into, batch, strict=True):
+                    each[row.kept :].copy_(given[answer : row.end])
 
     return ClaaForCausalLM
 

@@ -205,6 +205,18 @@ class Plan:
             for index in map(int, self._prefilling)
         ]
 
+    def parked(self, shared: bool) -> Integers:
+        """Which tokens of the batch have hidden states that a later step, or request, may read.
+
+        Args:
+            shared: whether other requests read them; if not, a prompt that is whole in this step
+                has none.
+        """
+        rows = [row for row in self.prefilling if shared or row.computed or not row.ends]
+        ends = [row.begin + min(row.after, row.prompt) - row.computed for row in rows]
+        parts = [np.arange(row.begin, end) for row, end in zip(rows, ends, strict=True)]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
+
     @cached_property
     def whole(self) -> Pass:
         """All tokens that go deeper."""

@@ -33,7 +33,7 @@ def _wrap_metadata(runner: Any) -> None:
         if claa is not None:
             claa.known = self.requests
             capture = kwargs.get("for_cudagraph_capture", False)
-            claa.start_step(None if capture else _batch(self.input_batch, claa.settings))
+            claa.start_step(None if capture else _batch(self.input_batch, claa, self.requests))
         return plain(self, *args, **kwargs)
 
     runner._build_attention_metadata = _build_attention_metadata
@@ -57,10 +57,13 @@ def _wrap_uniform(runner: Any) -> None:
     runner._determine_batch_execution_and_padding = _determine_batch_execution_and_padding
 
 
-def _batch(batch: Any, settings: Any) -> Batch | None:
+def _batch(batch: Any, claa: Any, requests: Any) -> Batch | None:
     rows = batch.num_reqs
     if not rows:  # a dummy batch
         return None
-    prompts = batch.num_prompt_tokens[:rows].astype(np.int64)
-    computed = batch.num_computed_tokens_cpu[:rows].astype(np.int64)
-    return Batch(list(batch.req_ids[:rows]), prompts, settings.kept_of_each(prompts), computed)
+    prompts = np.asarray(batch.num_prompt_tokens[:rows], dtype=np.int64)
+    pairs = zip(batch.req_ids[:rows], prompts.tolist(), strict=True)
+    each = (claa.kept_of(name, prompt, requests[name].sampling_params) for name, prompt in pairs)
+    kept = np.fromiter(each, dtype=np.int64, count=rows)
+    computed = np.asarray(batch.num_computed_tokens_cpu[:rows], dtype=np.int64)
+    return Batch(list(batch.req_ids[:rows]), prompts, kept, computed)

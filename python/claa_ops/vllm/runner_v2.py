@@ -30,7 +30,7 @@ class ClaaModelState(DefaultModelState):
         self.claa.forget(request)
         self.rows[request] = req_index
         self.prompts[req_index] = prompt
-        self.kept[req_index] = self.claa.settings.kept(prompt)
+        self.kept[req_index] = self.claa.kept_of(request, prompt, new_req_data.sampling_params)
 
     def remove_request(self, req_id: str) -> None:
         """A request is over, aborted or preempted."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from claa_ops.selection import Layer, PrefillState, begin
-from claa_ops.vllm.plan import Batch, Pass, Plan, Row
+from claa_ops.vllm.hidden import ParkedHidden
+from claa_ops.vllm.plan import Batch, Pass, Plan, Row, to_device
+from claa_ops.vllm.requests import Spans, kept_of, protected_of
 from claa_ops.vllm.settings import Settings
 
 # Keys (0) or values (1) of a request whose prompt came in chunks, [N, G, D].
@@ -47,12 +49,10 @@ class Prompt:
 
     Attributes:
         state: of its prefill.
-        hidden: for each chunk, ``[tokens, C]``: the states behind the selection layer.
         queries: for each observed layer the queries of the window, ``[tokens, H, D]``.
     """
 
     state: PrefillState
-    hidden: list[Tensor] = field(default_factory=list)
     queries: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
@@ -61,27 +61,38 @@ class Runtime:
 
     Args:
         settings: the method and where it cuts the model.
+        parked: the hidden states behind the selection layer.
+        caches: whether prompts that begin alike share what is cached.
         reduce: merges scores of heads on several devices; None if all heads are here.
 
     Attributes:
         groups: the deeper layers' groups in this step.
         block_tables: of the layers before the selection, by name, ``[rows, blocks]``.
         known: the requests that the engine still has; others are forgotten.
+        kept: how many tokens of each request's prompt go deeper.
+        spans: of requests that protect any, which tokens are never dropped.
         log: for tests: the positions kept of each request; None to keep no log.
     """
 
     def __init__(
         self,
         settings: Settings,
+        parked: ParkedHidden,
+        *,
+        caches: bool = False,
         reduce: Callable[[Tensor, Literal["max", "sum"]], Tensor] | None = None,
     ) -> None:
         self.settings = settings
+        self.parked = parked
+        self.caches = caches
         self.reduce = reduce
         self.groups: list[Group] = []
         self.block_tables: dict[str, Tensor] = {}
-        self.known: Container[str] | None = None
+        self.known: Collection[str] | None = None
         self.log: dict[str, Tensor] | None = None
         self.prompts: dict[str, Prompt] = {}
+        self.kept: dict[str, int] = {}
+        self.spans: dict[str, Spans] = {}
         self._batch: Batch | None = None
         self._plan: Plan | None = None
 
@@ -118,16 +129,33 @@ class Runtime:
 
     def forget(self, request: str) -> None:
         """Drop what is held of a request: it is over, aborted or preempted."""
-        self.prompts.pop(request, None)
+        for held in (self.prompts, self.kept, self.spans):
+            held.pop(request, None)
+
+    def kept_of(self, request: str, prompt: int, params: Any) -> int:
+        """How many tokens of a prompt go deeper, which its request may have asked for.
+
+        Args:
+            request: its id.
+            prompt: the length of the prompt.
+            params: the request's sampling parameters.
+        """
+        if request not in self.kept:
+            kept = kept_of(params)
+            self.kept[request] = self.settings.kept(prompt) if kept is None else kept
+            if spans := protected_of(params):
+                self.spans[request] = spans
+        return self.kept[request]
 
     def _forget(self) -> None:
         """Drop prompts that start anew, and those of requests that have gone."""
         assert self._plan is not None  # the caller has made it
         for row in self._plan.prefilling:
-            if row.computed == 0:
-                self.forget(row.request)
-        if self.known is not None:
-            for request in [each for each in self.prompts if each not in self.known]:
+            # Before the window nothing is held, unless by a request that was preempted in it.
+            if row.computed <= max(0, row.prompt - self.settings.method.window):
+                self.prompts.pop(row.request, None)
+        if self.known is not None and len(self.kept) > len(self.known):
+            for request in [each for each in self.kept if each not in self.known]:
                 self.forget(request)
 
     # In a layer that informs the ranking, after its attention.
@@ -151,16 +179,15 @@ class Runtime:
         """
         assert self._plan is not None  # the caller has asked
         for row in self._plan.prefilling:
-            if not row.drops:
-                continue
-            prompt = self._prompt(row)
             first = max(row.prompt - self.settings.method.window, row.computed, 0)
             last = min(row.prompt, row.after)
-            if first < last:  # queries of the window are in this chunk
-                shift = row.begin - row.computed
-                tail = query[first + shift : last + shift]
-                held = prompt.queries.setdefault(layer, [])
-                held.append(tail if row.ends else tail.clone())
+            if not row.drops or first >= last:  # no query of the window is in this chunk
+                continue
+            prompt = self._prompt(row)
+            shift = row.begin - row.computed
+            tail = query[first + shift : last + shift]
+            held = prompt.queries.setdefault(layer, [])
+            held.append(tail if row.ends else tail.clone())
             if not row.ends:
                 continue
             tail = torch.cat(prompt.queries.pop(layer))
@@ -175,27 +202,41 @@ class Runtime:
         if not row.drops:
             device = next(iter(self.block_tables.values())).device
             return torch.arange(row.prompt, device=device)
-        index = self._prompt(row).state.select(self.settings.layer)
+        state = self.prompts.pop(row.request).state
+        for first, last in self.spans.get(row.request, ()):
+            assert state.importance is not None  # the layer was observed
+            state.importance[:, first:last] = torch.inf
+        index = state.select(self.settings.layer)
         assert index is not None and index.shape[1] == row.kept  # as planned
         if self.log is not None:
             self.log[row.request] = index[0].cpu()
         return index[0]
 
-    def park(self, row: Row, hidden: Tensor) -> None:
-        """Hold the states behind the selection layer of a chunk, ``[tokens, C]``."""
-        self._prompt(row).hidden.append(hidden)
+    def park(self, hidden: Tensor, residual: Tensor) -> None:
+        """Hold the states behind the selection layer of the prompts of this step.
 
-    def take_parked(self, row: Row) -> list[Tensor]:
-        """The states of all earlier chunks; the prompt is over and forgotten."""
-        prompt = self.prompts.pop(row.request, None)
-        return [] if prompt is None else prompt.hidden
+        Args:
+            hidden: ``[tokens, C]``, of the batch.
+            residual: likewise. The next layer adds the two up, in their dtype: so does this.
+        """
+        assert self._plan is not None  # the caller has asked
+        tokens = self._plan.parked(self.caches)
+        if len(tokens):
+            index = to_device(tokens, hidden.device)
+            self.parked.write(hidden[index] + residual[index], index)
+
+    def take_parked(self, row: Row, tokens: Tensor) -> Tensor:
+        """The states of some ``tokens``, ``[n]``, of a prompt: ``[n, C]``."""
+        return self.parked.read(row.index, tokens)
 
     def _prompt(self, row: Row) -> Prompt:
         prompt = self.prompts.get(row.request)
         if prompt is None:
-            settings = self.settings
+            settings, method = self.settings, self.settings.method
+            if row.kept != settings.kept(row.prompt):
+                method = replace(method, keep=row.kept)
             state = begin(
-                settings.method,
+                method,
                 num_layers=settings.num_layers,
                 prompt_length=row.prompt,
                 reduce=self.reduce,

@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
 from claa_ops.methods import CLAA, Peak, Pruning, find_method, make_method
 from claa_ops.selection import Budget, begin
+from claa_ops.selection.budget import is_count
 
 
 @dataclass(frozen=True)
@@ -25,6 +22,7 @@ class Settings:
         budget: how many tokens of a prompt go deeper.
         observed: the layers whose queries and keys the method ranks by, ascending; ``layer`` is the
             last of them.
+        min_prompt: shorter prompts are served whole.
     """
 
     method: Pruning
@@ -32,6 +30,7 @@ class Settings:
     layer: int
     budget: Budget
     observed: tuple[int, ...]
+    min_prompt: int = 0
 
     @property
     def merges_once(self) -> bool:
@@ -45,20 +44,18 @@ class Settings:
         return isinstance(method, Peak)
 
     def kept(self, prompt: int) -> int:
-        """How many tokens of a prompt of this length go deeper."""
+        """How many tokens of a prompt of this length go deeper, if its request asks for nothing."""
+        if prompt < self.min_prompt:
+            return prompt
         return min(prompt, self.budget.tokens(prompt, self.method.window))
-
-    def kept_of_each(self, prompts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The same for many prompts."""
-        lengths = torch.from_numpy(prompts)
-        return self.budget.tokens(lengths, self.method.window).minimum(lengths).numpy()
 
 
 def parse(given: Any, num_layers: int) -> Settings:
     """The settings, checked for a model of ``num_layers`` layers.
 
     Args:
-        given: a mapping of ``method``, its name, and of any of that method's settings.
+        given: a mapping of ``method``, its name, ``min_prompt``, the length below which prompts are
+            served whole, and of any of that method's settings.
         num_layers: how many layers the model has.
 
     Raises:
@@ -79,6 +76,11 @@ def parse(given: Any, num_layers: int) -> Settings:
             f"as claa, peak, fastkv or hops, got {given['method']!r}"
         )
     values = {key: _plain(value) for key, value in given.items() if key != "method"}
+    min_prompt = values.pop("min_prompt", 0)
+    if not is_count(min_prompt, 0):
+        raise ValueError(
+            f"claa: min_prompt must be a number of tokens, at least 0, got {min_prompt!r}"
+        )
     # The layers up to the selection keep whole caches, the others all that they see.
     values.setdefault("keep_kv", 1.0)
     method = make_method(given["method"], num_layers=num_layers, **values)
@@ -93,7 +95,7 @@ def parse(given: Any, num_layers: int) -> Settings:
             f"claa: method must rank by its selection layer {layer}, got one that ranks by layers "
             f"{list(observed)}"
         )
-    return Settings(method, num_layers, layer, budget, observed)
+    return Settings(method, num_layers, layer, budget, observed, min_prompt)
 
 
 def _plain(value: Any) -> Any:
