@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from claa_ops.methods import CLAA, Peak, Pruning, make_method
+from claa_ops.methods import CLAA, Peak, Pruning, find_method, make_method
 from claa_ops.selection import Budget, begin
 from claa_ops.selection.budget import is_count
 
@@ -70,6 +70,11 @@ def parse(given: Any, num_layers: int) -> Settings:
             'claa: additional_config["claa"] must name a method, such as {"method": "peak"}, '
             f"got {given!r}"
         )
+    if not issubclass(find_method(given["method"]), Pruning):
+        raise ValueError(
+            "claa: method must drop tokens after a layer by what its last queries attend to, such "
+            f"as claa, peak, fastkv or hops, got {given['method']!r}"
+        )
     values = {key: _plain(value) for key, value in given.items() if key != "method"}
     min_prompt = values.pop("min_prompt", 0)
     if not is_count(min_prompt, 0):
@@ -79,11 +84,7 @@ def parse(given: Any, num_layers: int) -> Settings:
     # The layers up to the selection keep whole caches, the others all that they see.
     values.setdefault("keep_kv", 1.0)
     method = make_method(given["method"], num_layers=num_layers, **values)
-    if not isinstance(method, Pruning):
-        raise ValueError(
-            "claa: method must drop tokens after a layer by what its last queries attend to, such "
-            f"as claa, peak, fastkv or hops, got {given['method']!r}"
-        )
+    assert isinstance(method, Pruning)
     _check(method)
     method.check(num_layers)
     ((layer, budget),) = method.stages(num_layers).items()
@@ -111,8 +112,13 @@ def _check(method: Pruning) -> None:
     method.require(not method.second_look, "second_look", "False in vLLM")
     method.require(not method.in_layer, "in_layer", "False in vLLM")
     method.require(method.attention_share == 1, "attention_share", "1 in vLLM")
+    kind, name = type(method), type(method).__name__
+    own = kind.select not in (Pruning.select, Peak.select) or kind.stages is not Pruning.stages
+    if own or kind.take_up is not Pruning.take_up or method.may_park:
+        raise ValueError(
+            f"claa: method must select once, after a layer that is known at the start, got {name}"
+        )
     if method.two_pass or method.needs_ranking or method.reads_hidden:
-        name = type(method).__name__
         raise ValueError(
             f"claa: method must rank in one pass by queries, keys and values, got {name}"
         )
