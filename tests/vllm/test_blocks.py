@@ -18,7 +18,7 @@ from vllm.v1.request import Request
 
 from claa_ops.selection import Budget
 from claa_ops.vllm import scheduler, spec
-from claa_ops.vllm.groups import Groups
+from claa_ops.vllm.capacity import Capacity
 from claa_ops.vllm.spec import HiddenSpec, KeptAttentionSpec
 
 WINDOW, BLOCK = 8, 4
@@ -280,6 +280,18 @@ def test_any_order_of_steps_reads_what_was_written_and_leaks_nothing(width, cach
     assert bool(hits) == caching
 
 
-def test_groups_of_equal_size_waste_nothing():
-    assert Groups(16, 16).padding == Groups(10, 20).padding == 0
-    assert Groups(21, 9).padding == 6
+def test_capacity_counts_blocks_as_the_manager_does():
+    full = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=4, dtype=torch.float32)
+    kept = KeptAttentionSpec.of(full, BUDGET, WINDOW)
+    hidden = HiddenSpec.of(full, width=8, layers=2, window=WINDOW)
+    specs = [full, kept, kept, hidden]
+    groups = [
+        KVCacheGroupSpec([f"{index}.{layer}" for layer in range(2)][: 1 if index == 2 else 2], spec)
+        for index, spec in enumerate(specs)
+    ]
+    config = KVCacheConfig(num_blocks=101, kv_cache_tensors=[], kv_cache_groups=groups)
+    capacity = Capacity.of(config, 100)
+    assert (capacity.blocks, capacity.parked, capacity.total) == (25 + 5 + 5, 7, 100)
+    assert capacity.padding == pytest.approx(5 / 70)  # the third group has one layer of two
+    assert capacity.plain == 25 * 5 / 2
+    assert "holds 35 of 100 blocks, 2.9 fit at once, 1.79 times as many" in str(capacity)

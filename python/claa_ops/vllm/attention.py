@@ -55,7 +55,7 @@ def watch(attention: Attention, layer: int, runtime: Runtime) -> None:
     ) -> Any:
         output = plain(module, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
         if attn_metadata is not None and runtime.observes:
-            view, name = _view(module, attn_metadata), module.layer_name
+            view, name = _view(module), module.layer_name
             # Queries, keys and values are those after rotary embedding and norms, in any model.
             runtime.observe(
                 layer,
@@ -73,15 +73,16 @@ def watch(attention: Attention, layer: int, runtime: Runtime) -> None:
     attention.impl.forward = types.MethodType(forward, attention.impl)
 
 
-def _view(module: Any, metadata: Any) -> View:
+def _view(attention: Attention) -> View:
     """How to see the pages of a layer."""
-    # The CPU's instruction set, which some versions note at one place, some at the other.
-    form = getattr(module, "isa", getattr(metadata, "isa", None))
+    # On a CPU they depend on the instruction set, which versions note at different places.
+    form = getattr(attention, "isa", None) or getattr(attention.impl, "isa", None)
     if form is None:
         return strided
     if form != "vec":
-        raise NotImplementedError(
-            f'claa: the pages of a CPU must be of the form "vec" to be read, got {form!r}'
+        raise ValueError(
+            'claa: on a CPU pages must be of the form "vec", as with dtype float32 and block sizes '
+            f"that are multiples of 32, got {form!r}"
         )
     return transposed
 
@@ -112,6 +113,13 @@ class _Watched:
 @cache
 def _watched_backend(base: Any) -> type:
     class WatchedBuilder(_Watched, base.get_builder_cls()):  # type: ignore[misc]
+        def __init__(
+            self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+        ) -> None:
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+            for layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).values():
+                _view(layer)  # refuses pages that cannot be read before any is written
+
         # Called by keyword in some versions: the names are part of the interface.
         def build(
             self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from claa_ops.vllm import requests
+import claa_ops.vllm.requests as requests
 from claa_ops.vllm.metrics import count
 from claa_ops.vllm.refusals import check
 from claa_ops.vllm.settings import Settings, parse
