@@ -7,6 +7,7 @@ pytest.importorskip("vllm.version", reason="vLLM is not in this environment: mak
 from types import SimpleNamespace
 
 from vllm import EngineArgs
+from vllm.exceptions import VLLMValidationError
 
 from claa_ops.vllm import refusals
 from support.engines import engine, prompts
@@ -162,7 +163,7 @@ class TestRequests:
         params, sentence = self.REQUESTS[name]
         (prompt,) = prompts([100])
         before = served.answers([prompt])
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(VLLMValidationError, match=sentence):
             served.answers([prompt], **params)
         assert served.answers([prompt]) == before
         assert set(served.held_blocks()) == {0}

@@ -34,6 +34,7 @@ def check_engines() -> None:
 
 def check_requests() -> None:
     """Have vLLM check what requests ask for, likewise."""
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
     plain = InputProcessor.process_inputs
@@ -46,7 +47,10 @@ def check_requests() -> None:
         if not hasattr(self, "claa"):
             self.claa = settings_of(self.vllm_config)
         if self.claa is not None:
-            check_request(request, self.claa)
+            try:
+                check_request(request, self.claa)
+            except ValueError as error:  # a server answers this one with the status 400
+                raise VLLMValidationError(str(error)) from error
         return request
 
     process_inputs.claa = True  # type: ignore[attr-defined]
@@ -69,7 +73,7 @@ def check_request(request: Any, settings: Settings) -> None:
         settings: of the model.
 
     Raises:
-        ValueError: which an OpenAI server answers with the status 400.
+        ValueError: with the reason.
     """
     params = request.sampling_params
     if params is None:
