@@ -19,6 +19,8 @@ WINDOW, SINKS = SETTINGS.method.window, SETTINGS.method.num_sinks
         ({}, 50, WINDOW),
         ({"claa_keep": 0.5}, 40, 20),  # asked for all the same
         ({"claa_keep": 0.5}, 1000, 500),
+        ({"claa_keep": 0.1}, 100, WINDOW + SINKS),  # never less than these
+        ({"claa_keep": 1}, 1000, WINDOW + SINKS),
         ({"claa_keep": 300}, 1000, 300),
         ({"claa_keep": 300}, 200, 200),
         ({"claa_keep": "all"}, 1000, 1000),

@@ -56,7 +56,8 @@ def resolve(asked: Mapping[str, Any] | None, settings: Settings, prompt: int) ->
     spans = _spans(given[PROTECT], prompt) if PROTECT in given else ()
     if spans:
         given[PROTECT] = list(chain(*spans))
-    given[KEPT] = _kept(budget, spans, settings, prompt)
+    asks = KEEP in given or bool(spans)
+    given[KEPT] = _kept(budget, spans, settings, prompt) if asks else settings.kept(prompt)
     return given
 
 
@@ -109,10 +110,10 @@ def _kept(budget: Budget | None, spans: Spans, settings: Settings, prompt: int) 
     """Protected tokens, and of the others as many as the budget says."""
     if budget is None:
         return prompt
-    window = settings.method.window
-    free = 0
-    if spans:
-        # The first tokens, which the method always keeps, count as protected; the window does not.
-        merged = _spans([0, min(settings.method.num_sinks, prompt), *chain(*spans)], prompt)
-        free = sum(max(0, min(end, prompt - window) - begin) for begin, end in merged)
+    window, sinks = settings.method.window, settings.method.num_sinks
+    if not spans:
+        return min(prompt, budget.tokens(prompt, window + sinks))
+    # The first tokens, which the method always keeps, count as protected; the window does not.
+    merged = _spans([0, min(sinks, prompt), *chain(*spans)], prompt)
+    free = sum(max(0, min(end, prompt - window) - begin) for begin, end in merged)
     return min(prompt, free + budget.tokens(prompt - free, window))
