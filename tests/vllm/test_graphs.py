@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm installs it")
+pytest.importorskip("vllm.version", reason="vLLM is not in this environment: make test-vllm")
 
 from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import CommonAttentionMetadata

@@ -13,7 +13,7 @@ COUNTS = [(a, b) for a in range(1, 26) for b in range(1, 26)]
 
 
 def test_groups_are_those_of_vllm():
-    pytest.importorskip("vllm", reason="`make test-vllm` has an environment with vLLM")
+    pytest.importorskip("vllm.version", reason="vLLM is not in this environment: make test-vllm")
     from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 

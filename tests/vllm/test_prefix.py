@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-pytest.importorskip("vllm", reason="`make test-vllm` has an environment with vLLM")
+pytest.importorskip("vllm.version", reason="vLLM is not in this environment: make test-vllm")
 
 from claa_ops.methods import Hops, Peak
 from support.engines import Engine, alone, engine, prompts

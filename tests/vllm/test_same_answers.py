@@ -7,7 +7,7 @@ changes a result.
 
 import pytest
 
-pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm installs it")
+pytest.importorskip("vllm.version", reason="vLLM is not in this environment: make test-vllm")
 
 from claa_ops.methods import CLAA, FastKV, Hops, Method, Peak
 from support.engines import Answer, alone, engine, prompts
