@@ -223,9 +223,11 @@ build/oldest/.installed: locks/oldest.txt $(VENV)/.demo
 # For torch that is there vLLM's own wish, which names a build, is not asked.
 build/vllm/.built: locks/vllm.txt $(SOURCES)
 	$(call vllm-environment,build/vllm,$<,$(TORCH_ARGS) "$(TORCH)")
+	@touch $@
 
 build/vllm-oldest/.built: locks/vllm-oldest.txt $(SOURCES)
 	$(call vllm-environment,build/vllm-oldest,$<,"$(TORCH_OLDEST)")
+	@touch $@
 
 # Folder, lock, torch.
 define vllm-environment
@@ -235,7 +237,7 @@ define vllm-environment
 	@$(1)/bin/python -m pip --disable-pip-version-check install -qq $(3)
 	@CLAA_CUDA=OFF $(1)/bin/python -m pip --disable-pip-version-check install -qq --no-deps \
 	  --no-build-isolation -C build-dir=$(1)/cmake -e .
-	@touch $@
+	@$(1)/bin/python tests/support/name_vllm.py
 endef
 
 # The headers alone are wanted, not what their package asks for.
