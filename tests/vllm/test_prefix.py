@@ -69,17 +69,20 @@ def test_a_hit_changes_no_answer(tiny_llama, expected, method, chunk):
     options = dict(max_num_batched_tokens=chunk, enable_prefix_caching=True, block_size=32)
     with engine(tiny_llama, METHODS[method][0], **options) as running:
         want = expected(method, 4)
+        block = running.runtime.parked.block_size
+        window = running.runtime.settings.method.window
+        # Whole blocks of hidden states, and never the window.
+        most = [max(0, len(ids) - window) // block * block for ids in ASKED]
+        shared = [min(each, len(SHARED) // block * block) for each in most]
+        # One of the last four may be there before what it shares is.
         first = hits(running, ASKED, want)
         assert first[:6] == [0] * 6
-        # Whole blocks of hidden states, here of 128, of the 200 tokens that they share; where
-        # chunks are short even of a prompt that is under way.
-        assert first[7:] == [128] * 3
-        # Once more, as they were: all but the window.
-        again = [256, 0, 512, 0, 0, 384, 128, 128, 128, 256]
-        assert hits(running, ASKED, want) == again
-        assert hits(running, ASKED[-1:], want[-1:]) == again[-1:]
+        assert first[7:] == shared[7:]
+        assert any(first)
+        assert hits(running, ASKED, want) == most
+        assert hits(running, ASKED[-1:], want[-1:]) == most[-1:]
         abort_in_prefill(running, ASKED[2])
-        assert hits(running, ASKED[2:3], want[2:3]) == [512]
+        assert hits(running, ASKED[2:3], want[2:3]) == most[2:3]
 
 
 def abort_in_prefill(running: Engine, ids) -> None:

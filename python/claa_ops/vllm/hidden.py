@@ -149,20 +149,21 @@ class ParkedHidden:
     def write(self, hidden: Tensor, tokens: Tensor) -> None:
         """Put ``hidden``, ``[n, C]``, of some ``tokens``, ``[n]``, of the batch into the pages."""
         slots = self.slot_mapping[tokens]
-        block, place = slots // self._block_size, slots % self._block_size
+        block, place = slots // self.block_size, slots % self.block_size
         for pages, columns in self._slices():
             pages[block, place, : columns.stop - columns.start] = hidden[:, columns]
 
     def read(self, row: int, tokens: Tensor) -> Tensor:
         """``[n, C]``: of some ``tokens``, ``[n]``, of the prompt of one row of the batch."""
-        block = self.block_table[row, tokens // self._block_size].long()
-        place = tokens % self._block_size
+        block = self.block_table[row, tokens // self.block_size].long()
+        place = tokens % self.block_size
         slices = self._slices()
         parts = [pages[block, place, : part.stop - part.start] for pages, part in slices]
         return torch.cat(parts, dim=1)
 
     @property
-    def _block_size(self) -> int:
+    def block_size(self) -> int:
+        """How many hidden states a block has."""
         return self.layers[0].kv_cache.shape[2]
 
     def _slices(self) -> Iterator[tuple[Tensor, slice]]:
