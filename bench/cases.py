@@ -5,7 +5,7 @@ of the tokens kept. Keys and queries are [B, H, N, D] views of [B, N, H, D] memo
 Face lays them out.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -42,6 +42,7 @@ MOVES_ROWS = {
     "store_pages",
     "compact_pages",
 }
+PAGE_SIZES = (16, 64)  # tokens of a page
 
 
 class Shape(NamedTuple):
@@ -151,6 +152,42 @@ def peak_attention(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     query, key, flops = _scoring(shape, dtype)
     outputs = 4 * WINDOW * shape.tokens
     yield Case("peak_attention", shape, dtype, (query, key), outputs, flops=flops)
+
+
+def score_layer_paged(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    for size in PAGE_SIZES:
+        yield paged_case("score_layer_paged", shape, dtype, [shape.tokens], WINDOW, size)
+
+
+def peak_attention_paged(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    for size in PAGE_SIZES:
+        yield paged_case("peak_attention_paged", shape, dtype, [shape.tokens], WINDOW, size)
+
+
+def paged_case(
+    op: str, shape: Shape, dtype: torch.dtype, lengths: Sequence[int], window: int, size: int
+) -> Case:
+    """Prompts of these lengths, in pages of so many tokens that lie in a random order."""
+    model, device, prompts = shape.model, shape.device, len(lengths)
+    blocks = [-(-length // size) for length in lengths]
+    key_pages = torch.empty(
+        sum(blocks), size, model.kv_heads, model.dim, dtype=dtype, device=device
+    )
+    order = torch.randperm(sum(blocks)).int().split(blocks)
+    table = torch.nn.utils.rnn.pad_sequence(list(order), batch_first=True).to(device)
+    query = queries_of(model, dtype, device, window=window, batch=prompts).transpose(1, 2)
+    longest, tokens = max(lengths), sum(lengths)
+    if op == "score_layer_paged":
+        running = torch.zeros(prompts, longest - window, device=device)
+        outputs = 4 * (tokens - prompts * window)
+    else:
+        running = torch.zeros(prompts, window, longest, device=device)
+        outputs = 4 * window * tokens
+    number = torch.tensor(lengths, dtype=torch.int32, device=device)
+    args = (running, query, key_pages.normal_(), table, number)
+    note = f"W {window}, pages of {size}" + f", {prompts} prompts" * (prompts > 1)
+    flops = 2 * model.heads * window * tokens * model.dim
+    return Case(op, shape, dtype, args, outputs, note=note, flops=flops)
 
 
 def pool_heads(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
@@ -379,7 +416,9 @@ OPS: dict[str, Callable[[Shape, torch.dtype], Iterator[Case]]] = {
     "score_tokens": score_tokens,
     "score_window": score_window,
     "score_layer": score_layer,
+    "score_layer_paged": score_layer_paged,
     "peak_attention": peak_attention,
+    "peak_attention_paged": peak_attention_paged,
     "pool_heads": pool_heads,
     "aggregate_scores": aggregate_scores,
     "select_topk": select_topk,
@@ -398,7 +437,9 @@ MOVES_MODEL_DTYPE = {
     "score_tokens",
     "score_window",
     "score_layer",
+    "score_layer_paged",
     "peak_attention",
+    "peak_attention_paged",
     "hop_tokens",
 } | MOVES_ROWS
 

@@ -12,7 +12,7 @@ OPPONENTS = ("eager", "compiled", "torch")
 MATMUL_SIZE = 1024
 TOKENS = (4096, 32_768, 131_072)
 HEADER = (
-    f"{'op':<19}{'shape':<19}{'dtype':<9}{'note':<13}{'eager ms':>10}{'compiled':>10}"
+    f"{'op':<21}{'shape':<19}{'dtype':<9}{'note':<21}{'eager ms':>10}{'compiled':>10}"
     f"{'ours ms':>10}  {'[p10..p90]':<19}{'/eager':>8}{'/compiled':>10}{'of copy':>9}"
     f"{'x floor':>9}{'/torch':>8}"
 )
@@ -72,7 +72,7 @@ def printed(line: dict) -> str:
     floor = "" if line["times_floor"] is None else f"{line['times_floor']:.2f}"
     ratios = {name: f"{value:.2f}x" for name, value in speedup.items()}
     return (
-        f"{line['op']:<19}{line['shape']:<19}{line['dtype']:<9}{line['note']:<13}"
+        f"{line['op']:<21}{line['shape']:<19}{line['dtype']:<9}{line['note']:<21}"
         f"{ms['eager']['median']:>10.3f}{compiled:>10}{ours.median:>10.3f}  {spread:<19}"
         f"{ratios['eager']:>8}{ratios.get('compiled', ''):>10}{line['of_copy']:>9.0%}{floor:>9}"
         f"{ratios.get('torch', ''):>8}"

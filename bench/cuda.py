@@ -27,7 +27,7 @@ LAYERS = 16  # sets of a layer's inputs: 268 MB of keys at 8k
 TOKENS = (8192, 32_768, 131_072)
 WARM = ("score_tokens", "score_window", "score_layer")  # timed with warm caches too
 HEADER = (
-    f"{'op':<19}{'shape':<18}{'note':<17}{'ours us':>9}  {'[p10..p90]':<16}"
+    f"{'op':<21}{'shape':<18}{'note':<30}{'ours us':>9}  {'[p10..p90]':<16}"
     f"{'floor':>8}{'x floor':>9}"
     f"{'GB/s':>7}{'torch us':>10}{'/torch':>8}{'eager us':>10}{'/eager':>8}"
     f"{'called: ours':>14}{'eager':>9}{'/eager':>8}"
@@ -200,7 +200,7 @@ def printed(line: dict) -> str:
     torch_us = f"{us['torch']:.1f}" if "torch" in us else ""
     torch_ratio = f"{line['speedup']['torch']:.2f}x" if "torch" in us else ""
     return (
-        f"{line['op']:<19}{line['shape']:<18}{line['note']:<17}{us['ours']:>9.2f}  {spread:<16}"
+        f"{line['op']:<21}{line['shape']:<18}{line['note']:<30}{us['ours']:>9.2f}  {spread:<16}"
         f"{line['floor_ms'] * 1e3:>8.2f}{line['times_floor']:>9.2f}{line['gbps']:>7.0f}"
         f"{torch_us:>10}{torch_ratio:>8}{us['eager']:>10.1f}{line['speedup']['eager']:>7.1f}x"
         f"{called['ours']:>14.1f}{called['eager']:>9.1f}{line['called_speedup']:>7.1f}x"
@@ -213,7 +213,7 @@ def printed_warm(line: dict) -> str:
     for how, name in (("warm_ms", "nodes"), ("called_warm_ms", "calls in a row")):
         ours, eager = (line[how][side]["median"] * 1e3 for side in ("ours", "eager"))
         parts.append(f"{name} {ours:.2f} us, eager {eager:.1f} us, {eager / ours:.1f}x")
-    return f"{'':<19}with warm caches: {'; '.join(parts)}"
+    return f"{'':<21}with warm caches: {'; '.join(parts)}"
 
 
 def layer_line(tokens: int) -> dict:

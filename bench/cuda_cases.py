@@ -13,7 +13,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import claa_ops
-from bench.cases import LLAMA, Case, Shape, compaction, keys_of, packed_selection, queries_of
+from bench.cases import (
+    LLAMA,
+    PAGE_SIZES,
+    Case,
+    Shape,
+    compaction,
+    keys_of,
+    packed_selection,
+    paged_case,
+    queries_of,
+)
 from bench.cases import OPS as PORTABLE
 
 Make = Callable[[], Case]
@@ -40,6 +50,27 @@ def score_window(shape: Shape) -> Iterator[Make]:
 def score_layer(shape: Shape) -> Iterator[Make]:
     """The scores that join a running maximum."""
     yield partial(_joining, shape)
+
+
+def score_layer_paged(shape: Shape) -> Iterator[Make]:
+    """The op for keys in rows, then keys in pages of 16 and 64; then several prompts at once."""
+    yield partial(_joining, shape, lse=False)
+    yield from _paging("score_layer_paged", shape, WINDOW)
+
+
+def peak_attention_paged(shape: Shape) -> Iterator[Make]:
+    """The same, for as many queries as Peak has and for more."""
+    for window in (64, PEAK_QUERIES):
+        yield partial(_peaks, shape, window)
+        yield from _paging("peak_attention_paged", shape, window)
+
+
+def _paging(op: str, shape: Shape, window: int) -> Iterator[Make]:
+    for size in PAGE_SIZES:
+        yield partial(paged_case, op, shape, BF16, [shape.tokens], window, size)
+    # As many tokens in eight prompts, the longest five times as long as the shortest.
+    lengths = [shape.tokens * (i % 5 + 1) // 20 for i in range(8)]
+    yield partial(paged_case, op, shape, BF16, lengths, window, PAGE_SIZES[0])
 
 
 def select_topk(shape: Shape) -> Iterator[Make]:
@@ -110,8 +141,8 @@ def _scoring(op: str, shape: Shape, window: int, *, lse: bool = False, batch: in
     return Case(op, shape, BF16, (query, key), outputs, options, note, flops)
 
 
-def _joining(shape: Shape) -> Case:
-    case = _scoring("score_layer", shape, WINDOW, lse=True)
+def _joining(shape: Shape, *, lse: bool = True) -> Case:
+    case = _scoring("score_layer", shape, WINDOW, lse=lse)
     running = torch.rand(1, shape.context, device=shape.device)
     return replace(case, args=(running, *case.args), outputs=case.outputs + running.nbytes)
 
@@ -166,8 +197,8 @@ def _aggregation(shape: Shape) -> Case:
     )
 
 
-def _peaks(shape: Shape) -> Case:
-    query, key = _queries_and_keys(shape, PEAK_QUERIES)
+def _peaks(shape: Shape, queries: int = PEAK_QUERIES) -> Case:
+    query, key = _queries_and_keys(shape, queries)
     value = keys_of(LLAMA, BF16, shape.tokens, shape.device)
 
     def flash() -> Tensor:
@@ -179,10 +210,10 @@ def _peaks(shape: Shape) -> Case:
         shape,
         BF16,
         (query, key),
-        4 * PEAK_QUERIES * shape.tokens,
+        4 * queries * shape.tokens,
         {},
-        f"T {PEAK_QUERIES}",
-        _multiply_adds(shape, PEAK_QUERIES),
+        f"T {queries}",
+        _multiply_adds(shape, queries),
         flash,
     )
 
@@ -216,7 +247,9 @@ OPS: dict[str, Callable[[Shape], Iterator[Make]]] = {
     "score_tokens": score_tokens,
     "score_window": score_window,
     "score_layer": score_layer,
+    "score_layer_paged": score_layer_paged,
     "peak_attention": peak_attention,
+    "peak_attention_paged": peak_attention_paged,
     "pool_heads": _portable("pool_heads"),
     "aggregate_scores": aggregate_scores,
     "select_topk": select_topk,

@@ -36,6 +36,29 @@ struct Indices {
   }
 };
 
+// Keys that lie in the pages of an engine's cache. A page has 2^log2_size tokens; the pages of a
+// prompt are those that its row of the table names, in the order of its tokens.
+struct Pages {
+  const int32_t* table = nullptr;    // [requests, blocks]; nullptr: the keys lie in no pages
+  const int32_t* rows = nullptr;     // [batch]: the row of each prompt; nullptr: its own number
+  const int32_t* lengths = nullptr;  // [batch]: how many keys each prompt has
+  const float* key_scale = nullptr;  // the factor on e4m3 keys, may be nullptr
+  int64_t count = 0;                 // pages in memory
+  int64_t table_stride = 0;
+  int log2_size = 0;
+  bool is_e4m3 = false;  // the keys; else they have the dtype of query
+
+  // Always inlined, for the same reason as `tiers_of` below.
+  CLAA_HOST_DEVICE __attribute__((always_inline)) inline const int32_t* of(int64_t b) const {
+    return table + (rows ? rows[b] : b) * table_stride;
+  }
+  CLAA_HOST_DEVICE __attribute__((always_inline)) inline int64_t length(int64_t b,
+                                                                        int64_t most) const {
+    const int64_t keys = lengths[b];
+    return keys < 0 ? 0 : keys < most ? keys : most;
+  }
+};
+
 // The query rows of an op and the keys they are multiplied with. Query head h reads key head
 // h / group(). Each op says itself how many query rows there are and how far apart they lie.
 struct QueryKey {
@@ -50,6 +73,10 @@ struct QueryKey {
   int64_t key_stride_b, key_stride_g, key_stride_n;
   float scale;
   int64_t workers;  // CPU: threads available, each with its own part of the workspace
+
+  // With pages `key` is [pages, kv_heads, tokens of a page, dim], key_stride_b leads from page to
+  // page, and `total` is the most keys that a prompt may have.
+  Pages pages{};
 
   // In 32 bits: a 64-bit division takes a GPU hundreds of cycles.
   CLAA_HOST_DEVICE int64_t group() const { return int32_t(heads) / int32_t(kv_heads); }
@@ -125,6 +152,15 @@ struct ScoreLayerParams {
             .scores_stride_g = context,
             .out_stride_b = running_stride_b};
   }
+};
+
+// The keys lie in pages. The columns of a prompt's context are updated, no other is touched.
+struct ScoreLayerPagedParams {
+  WindowAttention attention;
+  float* running;  // [batch, context]
+  int64_t running_stride_b;
+  int64_t kernel_size;
+  PoolMode pool_mode;
 };
 
 // What is kept of a row of `context` tokens with a score and `window` more: four tiers, best first:
@@ -213,6 +249,13 @@ struct PeakAttentionParams : QueryKey {
   const float* running = nullptr;  // [batch, queries, total], may be nullptr
   int64_t running_stride_b = 0, running_stride_t = 0;
   float* out = nullptr;  // [batch, queries, total]
+};
+
+// The keys lie in pages. The columns of a prompt's keys are updated, no other is touched.
+struct PeakAttentionPagedParams : QueryKey {
+  int64_t queries = 0, query_stride_t = 0;
+  float* running = nullptr;  // [batch, queries, total]
+  int64_t running_stride_b = 0, running_stride_t = 0;
 };
 
 struct RankVarianceParams {
@@ -415,23 +458,25 @@ struct CompactPagesParams {
   void* workspace;  // scratch memory, as much as the device asks for
 };
 
-#define CLAA_FOR_EACH_OP(DECLARE) \
-  DECLARE(ScoreWindowParams)      \
-  DECLARE(PoolHeadsParams)        \
-  DECLARE(ScoreTokensParams)      \
-  DECLARE(AggregateScoresParams)  \
-  DECLARE(ScoreLayerParams)       \
-  DECLARE(SelectTopkParams)       \
-  DECLARE(GatherKvParams)         \
-  DECLARE(GatherTokensParams)     \
-  DECLARE(PeakAttentionParams)    \
-  DECLARE(RankVarianceParams)     \
-  DECLARE(HopTokensParams)        \
-  DECLARE(SelectTopkPackedParams) \
-  DECLARE(GatherRowsParams)       \
-  DECLARE(StorePagesParams)       \
-  DECLARE(GatherPagesParams)      \
-  DECLARE(KeptMetadataParams)     \
+#define CLAA_FOR_EACH_OP(DECLARE)   \
+  DECLARE(ScoreWindowParams)        \
+  DECLARE(PoolHeadsParams)          \
+  DECLARE(ScoreTokensParams)        \
+  DECLARE(AggregateScoresParams)    \
+  DECLARE(ScoreLayerParams)         \
+  DECLARE(ScoreLayerPagedParams)    \
+  DECLARE(SelectTopkParams)         \
+  DECLARE(GatherKvParams)           \
+  DECLARE(GatherTokensParams)       \
+  DECLARE(PeakAttentionParams)      \
+  DECLARE(PeakAttentionPagedParams) \
+  DECLARE(RankVarianceParams)       \
+  DECLARE(HopTokensParams)          \
+  DECLARE(SelectTopkPackedParams)   \
+  DECLARE(GatherRowsParams)         \
+  DECLARE(StorePagesParams)         \
+  DECLARE(GatherPagesParams)        \
+  DECLARE(KeptMetadataParams)       \
   DECLARE(CompactPagesParams)
 
 namespace cpu {

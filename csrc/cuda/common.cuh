@@ -4,6 +4,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 
@@ -36,6 +37,19 @@ __device__ inline float max_or_nan(float a, float b) {
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(__nv_fp8_e4m3 x) { return float(x); }
+
+// The two e4m3 numbers of the lower 16 bits, as a pair of T, which has them all.
+__device__ inline uint32_t widen_pair(uint32_t two, __half) {
+  const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t(two), __NV_E4M3);
+  return uint32_t(pair.y) << 16 | pair.x;
+}
+__device__ inline uint32_t widen_pair(uint32_t two, __nv_bfloat16) {
+  const __half2 pair(__nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t(two), __NV_E4M3));
+  const float2 floats = __half22float2(pair);
+  // Nothing is lost: the lower halves are zero.
+  return (__float_as_uint(floats.y) & 0xffff0000) | __float_as_uint(floats.x) >> 16;
+}
 
 // 2^x, about 2 units in the last place; 0 for -infinity.
 __device__ inline float exp2_approx(float x) {

@@ -24,10 +24,9 @@ struct PeakParams {
 
 // Writes what a lane has of n_tiles tiles of queries, merged with `running`.
 template <int kTiles, int kKeyTiles>
-__device__ __forceinline__ void write(const PeakSecondPass& p,
+__device__ __forceinline__ void write(const PeakSecondPass& p, const WindowAttention& a,
                                       const float (&peak)[kTiles][kKeyTiles][2][4], int64_t b,
                                       int first_query, int64_t first_key, int n_tiles) {
-  const WindowAttention& a = p.attention;
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
@@ -40,7 +39,7 @@ __device__ __forceinline__ void write(const PeakSecondPass& p,
       if (p.running)
         value =
             max_or_nan(value, p.running[b * p.running_stride_b + query * p.running_stride_t + at]);
-      p.out[(b * a.window + query) * a.total + at] = value;
+      p.out[b * p.out_stride_b + query * p.out_stride_t + at] = value;
     }
   }
 }
@@ -52,13 +51,16 @@ __global__ __launch_bounds__(kAttentionThreads, Product::kBlocksPerSm) void peak
   using Math = typename Product::Math;
   constexpr int kTiles = kMaxTiles / kKeyTiles;
   constexpr int kStep = kKeyTiles * kTileKeys;
+  constexpr bool kPaged = Product::Keys::kPaged;
   extern __shared__ uint4 shared[];
-  const WindowAttention& a = p.pass.attention;
   const unsigned block = blockIdx.x / unsigned(p.query_blocks);
   const int64_t b = block / unsigned(p.key_blocks);
+  const auto& a = attention_of_prompt<kPaged>(p.pass.attention, b);
+  const int64_t first_key = int64_t(block % unsigned(p.key_blocks)) * kAttentionWarps * kStep;
+  if (kPaged && first_key >= a.total) return;  // of a prompt shorter than the longest may be
   const int first_query = int(blockIdx.x % unsigned(p.query_blocks)) * p.block_tiles * kTileQueries;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t key = (int64_t(block % unsigned(p.key_blocks)) * kAttentionWarps + warp) * kStep;
+  const int64_t key = first_key + warp * kStep;
 
   const int dim = int(a.dim), group = int(a.group());
   const int n_tiles = min(p.block_tiles, int(ceil_div(a.window - first_query, kTileQueries)));
@@ -76,7 +78,7 @@ __global__ __launch_bounds__(kAttentionThreads, Product::kBlocksPerSm) void peak
   for (int64_t g = 0; g < a.kv_heads; ++g) {
     Product keys[kKeyTiles];
     if (is_needed) {
-      const Rows<T> rows = key_rows<T>(a, b, g, key);
+      const auto rows = key_rows<typename Product::Keys>(a, b, g, key);
 #pragma unroll
       for (int i = 0; i < kKeyTiles; ++i)
         keys[i].template load_keys<false>(rows, i * kTileKeys, visible.end);
@@ -126,7 +128,7 @@ __global__ __launch_bounds__(kAttentionThreads, Product::kBlocksPerSm) void peak
     }
   }
 
-  write<kTiles, kKeyTiles>(p.pass, peak, b, first_query, key, n_tiles);
+  write<kTiles, kKeyTiles>(p.pass, a, peak, b, first_query, key, n_tiles);
 }
 
 template <class Product, int kKeyTiles, bool kQueriesAligned>
@@ -147,40 +149,47 @@ cudaError_t launch_peak(PeakParams p, cudaStream_t stream) {
                           a.batch * p.key_blocks * p.query_blocks, shared_bytes, stream, p);
 }
 
-// The softmax of both ops is one: here the window is the block of queries.
-WindowAttention attention_of(const PeakAttentionParams& p) {
-  WindowAttention attention{static_cast<const QueryKey&>(p)};
-  attention.window = p.queries;
-  attention.query_stride_w = p.query_stride_t;
-  return attention;
-}
-
-}  // namespace
-
-int64_t workspace_bytes(const PeakAttentionParams& p) { return softmax_bytes(attention_of(p)); }
-
-cudaError_t run(const PeakAttentionParams& params, cudaStream_t stream) {
-  const WindowAttention a = attention_of(params);
-  const cudaError_t status = run_softmax(a, false, stream);
-  if (status != cudaSuccess) return status;
-  const PeakSecondPass pass{.attention = a,
-                            .running = params.running,
-                            .out = params.out,
-                            .running_stride_b = params.running_stride_b,
-                            .running_stride_t = params.running_stride_t,
-                            .normalizers = softmax_normalizers(a)};
-  if (hopper::takes(pass)) return hopper::run(pass, stream);
+template <bool kPaged>
+cudaError_t run_portable(const PeakSecondPass& pass, cudaStream_t stream) {
+  const WindowAttention& a = pass.attention;
   const PeakParams p{
       .pass = pass, .key_blocks = 0, .query_blocks = 0, .block_tiles = 0, .batch_heads = 0};
-  return with_product(a.dtype, a.dim, keys_are_aligned(a), [&](auto product) {
+  return with_product_of<kPaged>(a, [&](auto product) {
     using Product = decltype(product);
-    if constexpr (Product::kIsFast) {
+    if constexpr (Product::kIsFast && !kPaged) {
       if (queries_are_aligned(a))
         return a.window > kTileQueries ? launch_peak<Product, 2, true>(p, stream)
                                        : launch_peak<Product, 1, true>(p, stream);
     }
     return launch_peak<Product, 1, false>(p, stream);
   });
+}
+
+}  // namespace
+
+cudaError_t run_peaks(PeakSecondPass pass, cudaStream_t stream) {
+  const WindowAttention& a = pass.attention;
+  const cudaError_t status = run_softmax(a, false, stream);
+  if (status != cudaSuccess) return status;
+  pass.normalizers = softmax_normalizers(a);
+  if (hopper::takes(pass)) return hopper::run(pass, stream);
+  return a.pages.table ? run_portable<true>(pass, stream) : run_portable<false>(pass, stream);
+}
+
+int64_t workspace_bytes(const PeakAttentionParams& p) {
+  return softmax_bytes(attention_of_queries(p, p.queries, p.query_stride_t));
+}
+
+cudaError_t run(const PeakAttentionParams& p, cudaStream_t stream) {
+  return run_peaks({.attention = attention_of_queries(p, p.queries, p.query_stride_t),
+                    .running = p.running,
+                    .out = p.out,
+                    .running_stride_b = p.running_stride_b,
+                    .running_stride_t = p.running_stride_t,
+                    .out_stride_b = p.queries * p.total,
+                    .out_stride_t = p.total,
+                    .normalizers = nullptr},
+                   stream);
 }
 
 }  // namespace claa::cuda

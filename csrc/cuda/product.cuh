@@ -40,9 +40,29 @@ struct ExactExp {
 // Rows of one head, of queries or of keys: row n starts at first + n * stride.
 template <class T>
 struct Rows {
+  using Item = T;
+  static constexpr bool kPaged = false;
   const T* first;
   int64_t stride;
   int dim;
+
+  __device__ const T* at(int64_t n) const { return first + n * stride; }
+};
+
+// Keys of one head of a prompt that lie in pages: row n is that of token base + n.
+template <class Item_>
+struct RowsInPages {
+  using Item = Item_;
+  static constexpr bool kPaged = true;
+  const Item* first;     // of page 0
+  const int32_t* table;  // the prompt's pages
+  int64_t page_stride, stride;
+  int base, log2_size, dim;
+
+  __device__ const Item* at(int n) const {
+    const int token = base + n, page = table[token >> log2_size];
+    return first + page * page_stride + (token & ((1 << log2_size) - 1)) * stride;
+  }
 };
 
 __device__ inline void mma(float (&sum)[4], const uint4& a, uint32_t b0, uint32_t b1,
@@ -66,11 +86,28 @@ __device__ void clear(float (&sum)[kKeyTiles][2][4]) {
   for (int i = 0; i < kKeyTiles * 8; ++i) sum[i / 8][i / 4 % 2][i % 4] = 0.f;
 }
 
+// Items [d, d + 8) of a key, of which one load may take all.
+template <bool kReadOnce, class T>
+__device__ uint4 load_eight(const T* items, T) {
+  return kReadOnce ? load_streaming(items) : __ldg(reinterpret_cast<const uint4*>(items));
+}
+template <bool kReadOnce, class T>
+__device__ uint4 load_eight(const __nv_fp8_e4m3* items, T) {
+  const uint2 narrow = __ldg(reinterpret_cast<const uint2*>(items));
+  uint4 value;
+  uint32_t* const pair = &value.x;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    pair[i] = widen_pair((i < 2 ? narrow.x : narrow.y) >> i % 2 * 16, T{});
+  return value;
+}
+
 // T is __half or __nv_bfloat16; the head dimension is filled up to kDim with zeros. kAligned: every
-// 8 items of a key are 16 bytes that one load may take.
-template <class T, int kDim, bool kAligned>
+// 8 items of a key are 16 bytes that one load may take, or 8 bytes of e4m3 items.
+template <class T, int kDim, bool kAligned, class Keys_ = Rows<T>>
 struct TensorCoreProduct {
   using Type = T;
+  using Keys = Keys_;
   using Math = FastExp;
   static constexpr int kBlocksPerSm = kDim > 128 ? 1 : 2;  // as registers allow
   static constexpr bool kIsFast = kAligned;                // worth a kernel of its own
@@ -118,11 +155,11 @@ struct TensorCoreProduct {
 
   // Keys from n on; beyond the end the last key stands in, and the caller drops its products.
   template <bool kReadOnce>
-  __device__ void load_keys(const Rows<T>& rows, int n, int end) {
+  __device__ void load_keys(const Keys& rows, int n, int end) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const T* row = rows.first + int64_t(min(n + lane / 4 + half * 8, end - 1)) * rows.stride;
+      const auto* row = rows.at(min(n + lane / 4 + half * 8, end - 1));
 #pragma unroll
       for (int slice = 0; slice < kSlices; ++slice) {
         const int d = slice * 32 + lane % 4 * 8;
@@ -130,9 +167,7 @@ struct TensorCoreProduct {
           key[half][slice] = gather_eight(row, d, rows.dim);
         } else {
           key[half][slice] = {};
-          if (d < rows.dim)
-            key[half][slice] = kReadOnce ? load_streaming(row + d)
-                                         : __ldg(reinterpret_cast<const uint4*>(row + d));
+          if (d < rows.dim) key[half][slice] = load_eight<kReadOnce>(row + d, T{});
         }
       }
     }
@@ -162,15 +197,16 @@ struct TensorCoreProduct {
 };
 
 // Any dtype, any head dimension: ordinary multiplications. Keys come through the L1 cache.
-template <class T>
+template <class T, class Keys_ = Rows<T>>
 struct PlainProduct {
   using Type = T;
+  using Keys = Keys_;
   using Math = ExactExp;
   static constexpr bool kIsFast = false;
   static constexpr int kBlocksPerSm = 2;
   static constexpr int kSumBlock = 32;  // products summed on their own: the error grows less
 
-  const T* key[4];  // lane 4r + c: keys 2c, 2c + 1, 2c + 8 and 2c + 9
+  const typename Keys::Item* key[4];  // lane 4r + c: keys 2c, 2c + 1, 2c + 8 and 2c + 9
 
   // An odd number of floats to a query row keeps the rows of a warp on different banks.
   __host__ __device__ static int padded(int64_t dim) { return int(dim | 1); }
@@ -189,12 +225,10 @@ struct PlainProduct {
   }
 
   template <bool kReadOnce>
-  __device__ void load_keys(const Rows<T>& rows, int n, int end) {
+  __device__ void load_keys(const Keys& rows, int n, int end) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int at = min(n + int(threadIdx.x) % 4 * 2 + i % 2 + i / 2 * 8, end - 1);
-      key[i] = rows.first + at * rows.stride;
-    }
+    for (int i = 0; i < 4; ++i)
+      key[i] = rows.at(min(n + int(threadIdx.x) % 4 * 2 + i % 2 + i / 2 * 8, end - 1));
   }
 
   template <int kKeyTiles>
@@ -242,6 +276,26 @@ cudaError_t with_product(DType dtype, int64_t dim, bool keys_aligned, Fn fn) {
       }
     }
     return fn(PlainProduct<T>{});
+  });
+}
+
+// The same for keys in pages, of which Item is the dtype.
+template <class T, class Item, class Fn>
+cudaError_t with_paged_product_of(int64_t dim, bool keys_aligned, Fn fn) {
+  using Keys = RowsInPages<Item>;
+  if constexpr (sizeof(T) == 2) {
+    if (keys_aligned && dim <= 64) return fn(TensorCoreProduct<T, 64, true, Keys>{});
+    if (keys_aligned && dim <= 128) return fn(TensorCoreProduct<T, 128, true, Keys>{});
+    if (keys_aligned && dim <= 256) return fn(TensorCoreProduct<T, 256, true, Keys>{});
+  }
+  return fn(PlainProduct<T, Keys>{});
+}
+template <class Fn>
+cudaError_t with_paged_product(DType dtype, bool is_e4m3, int64_t dim, bool keys_aligned, Fn fn) {
+  return with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    return is_e4m3 ? with_paged_product_of<T, __nv_fp8_e4m3>(dim, keys_aligned, fn)
+                   : with_paged_product_of<T, T>(dim, keys_aligned, fn);
   });
 }
 

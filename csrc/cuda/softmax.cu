@@ -17,25 +17,41 @@ namespace {
 constexpr int kWarpTiles = 4;
 constexpr int kJoinRows = 8;  // few, so that many threads share the chunks of a query row
 
+constexpr int kChunkKeys = 256, kLeastChunkKeys = 2 * kTileKeys;
+
+// Keys of a chunk: few where there are few chunks.
+template <class Int>
+__host__ __device__ Int chunk_keys(Int total) {
+  return min(Int(kChunkKeys), Int(round_up(ceil_div(total, 256), kLeastChunkKeys)));
+}
+
 struct Plan {
   bool is_hopper;
-  int64_t chunk, chunks;  // keys of a chunk; chunks of a key head
-  int64_t normalizers;    // first in the workspace; after them the partials
+  int64_t chunk, chunks;  // keys of a chunk; chunks of a key head, with pages the most there may be
+  int64_t normalizers;    // first in the workspace; after them the partials, and with pages `parts`
+  int64_t partials;
   int64_t bytes;
 
   explicit Plan(const WindowAttention& a) {
+    const bool is_paged = a.pages.table;
     is_hopper = hopper::takes_softmax(a);
-    chunk = min(int64_t(256), round_up(ceil_div(a.total, 256), 2 * kTileKeys));
-    chunks = is_hopper ? hopper::softmax_parts(a) : ceil_div(a.total, chunk);
+    chunk = chunk_keys(a.total);
+    chunks = is_hopper  ? hopper::softmax_parts(a)
+             : is_paged ? max(ceil_div(a.total, kChunkKeys),
+                              min(ceil_div(a.total, kLeastChunkKeys), int64_t(256)))
+                        : ceil_div(a.total, chunk);
     normalizers = a.batch * a.kv_heads * group_rows(a);
-    bytes = normalizers * int64_t(sizeof(float2) + chunks * sizeof(SoftmaxPartial));
+    partials = normalizers * chunks;
+    bytes = normalizers * int64_t(sizeof(float2)) + partials * int64_t(sizeof(SoftmaxPartial)) +
+            (is_paged ? a.batch * int64_t(sizeof(int)) : 0);
   }
 };
 
 struct PartialsParams {
   WindowAttention attention;
   SoftmaxPartial* partials;  // [batch * kv_heads, chunks, group_rows]
-  int chunk;                 // keys
+  int* parts;                // [batch], with pages: how many chunks of a prompt there are
+  int chunk;                 // keys; with pages each prompt has its own
   int chunks, chunk_blocks;
   int warp_tiles;   // tiles of query rows of a warp
   int chunk_warps;  // warps of a block that share a chunk, a power of 2
@@ -101,13 +117,21 @@ __global__ __launch_bounds__(kAttentionThreads, Product::kBlocksPerSm) void part
   constexpr int kStep = kKeyTiles * kTileKeys;
   // With one tile of keys the next one is on its way during this product; two leave no registers.
   constexpr bool kPrefetch = kKeyTiles == 1 && Product::kIsFast;
+  constexpr bool kPaged = Product::Keys::kPaged;
   extern __shared__ uint4 queries[];
-  const WindowAttention& a = p.attention;
   const int span = int(blockIdx.x % unsigned(p.spans));
   const int chunk_block = int(blockIdx.x / unsigned(p.spans) % unsigned(p.chunk_blocks));
   const unsigned bg = blockIdx.x / unsigned(p.spans) / unsigned(p.chunk_blocks);
-  const int64_t b = bg / unsigned(a.kv_heads), g = bg % unsigned(a.kv_heads);
+  const int64_t b = bg / unsigned(p.attention.kv_heads), g = bg % unsigned(p.attention.kv_heads);
+  const auto& a = attention_of_prompt<kPaged>(p.attention, b);
   const int warp = threadIdx.x / kWarp;
+  int chunk_length = p.chunk, chunks = p.chunks;
+  if constexpr (kPaged) {
+    chunk_length = chunk_keys(int(a.total));
+    chunks = a.total > 0 ? int(ceil_div(int(a.total), chunk_length)) : 0;
+    if (g == 0 && span == 0 && chunk_block == 0 && threadIdx.x == 0) p.parts[b] = chunks;
+    if (chunk_block * (kAttentionWarps / p.chunk_warps) >= chunks) return;
+  }
 
   const int rows = group_rows(a), tiles = rows / kTileQueries;
   const int first_tile = span * p.chunk_warps * p.warp_tiles;
@@ -115,10 +139,10 @@ __global__ __launch_bounds__(kAttentionThreads, Product::kBlocksPerSm) void part
   const int n_tiles = min(p.warp_tiles, tiles - warp_tile);  // may be negative
   const int chunk = chunk_block * (kAttentionWarps / p.chunk_warps) + warp / p.chunk_warps;
 
-  const int64_t base = int64_t(chunk) * p.chunk;  // keys count from here
+  const int64_t base = int64_t(chunk) * chunk_length;  // keys count from here
   const Visibility visible(a, b, base, p.is_causal);
-  const Rows<T> keys = key_rows<T>(a, b, g, base);
-  const int end = min(p.chunk, visible.end);
+  const auto keys = key_rows<typename Product::Keys>(a, b, g, base);
+  const int end = min(chunk_length, visible.end);
   const auto load = [&](Product(&to)[kKeyTiles], int k) {
 #pragma unroll
     for (int i = 0; i < kKeyTiles; ++i)
@@ -132,7 +156,7 @@ __global__ __launch_bounds__(kAttentionThreads, Product::kBlocksPerSm) void part
       queries, min(p.chunk_warps * p.warp_tiles, tiles - first_tile), query_rows<T>(a, b, g),
       [&](int row) { return QueryRow(a, first_tile * kTileQueries + row).offset(a); });
   __syncthreads();
-  if (chunk >= p.chunks || n_tiles <= 0) return;
+  if (chunk >= chunks || n_tiles <= 0) return;
 
   ThreadPartials partials;
   partials.clear();
@@ -166,7 +190,8 @@ __global__ __launch_bounds__(kAttentionThreads, Product::kBlocksPerSm) void part
 template <class Math>
 __global__ __launch_bounds__(kAttentionThreads) void join_kernel(const WindowAttention a,
                                                                  const SoftmaxPartial* partials,
-                                                                 int64_t chunks, float2* out) {
+                                                                 int64_t most_chunks,
+                                                                 const int* parts, float2* out) {
   __shared__ SoftmaxPartial of_warp[kAttentionWarps][kJoinRows];
   constexpr int kSegments = kAttentionThreads / kJoinRows;
   const int rows = group_rows(a), blocks = rows / kJoinRows;
@@ -175,7 +200,8 @@ __global__ __launch_bounds__(kAttentionThreads) void join_kernel(const WindowAtt
   const int in_block = threadIdx.x % kJoinRows;
   const int row = int(blockIdx.x % blocks) * kJoinRows + in_block;
 
-  partials += bg * chunks * rows + row;
+  const int64_t chunks = parts ? parts[bg / a.kv_heads] : most_chunks;
+  partials += bg * most_chunks * rows + row;
   SoftmaxPartial partial{kLowest, 0.f};
 #pragma unroll 4
   for (int64_t chunk = threadIdx.x / kJoinRows; chunk < chunks; chunk += kSegments)
@@ -216,12 +242,17 @@ const float2* softmax_normalizers(const WindowAttention& a) {
   return static_cast<const float2*>(a.workspace);
 }
 
-cudaError_t run_softmax(const WindowAttention& a, bool is_causal, cudaStream_t stream) {
+namespace {
+
+template <bool kPaged>
+cudaError_t run_softmax_of(const WindowAttention& a, bool is_causal, cudaStream_t stream) {
   const Plan plan(a);
   float2* normalizers = static_cast<float2*>(a.workspace);
   SoftmaxPartial* partials = reinterpret_cast<SoftmaxPartial*>(normalizers + plan.normalizers);
+  int* parts = kPaged ? reinterpret_cast<int*>(partials + plan.partials) : nullptr;
   const PartialsParams p{.attention = a,
                          .partials = partials,
+                         .parts = parts,
                          .chunk = int(plan.chunk),
                          .chunks = int(plan.chunks),
                          .chunk_blocks = 0,
@@ -229,12 +260,13 @@ cudaError_t run_softmax(const WindowAttention& a, bool is_causal, cudaStream_t s
                          .chunk_warps = 0,
                          .spans = 0,
                          .is_causal = is_causal};
-  return with_product(a.dtype, a.dim, keys_are_aligned(a), [&](auto product) {
+  return with_product_of<kPaged>(a, [&](auto product) {
     using Product = decltype(product);
     const int rows = group_rows(a);
     const auto run_partials = [&] {
-      if (plan.is_hopper) return hopper::run_softmax_partials(a, is_causal, partials, stream);
-      if constexpr (Product::kIsFast) {
+      if (plan.is_hopper)
+        return hopper::run_softmax_partials(a, is_causal, partials, parts, stream);
+      if constexpr (Product::kIsFast && !kPaged) {
         if (a.softcap == 0.f && queries_are_aligned(a))
           return rows > kWarpTiles * kTileQueries ? launch_partials<Product, 2, true>(p, stream)
                                                   : launch_partials<Product, 1, true>(p, stream);
@@ -245,9 +277,16 @@ cudaError_t run_softmax(const WindowAttention& a, bool is_causal, cudaStream_t s
     if (status != cudaSuccess) return status;
     join_kernel<typename Product::Math>
         <<<unsigned(a.batch * a.kv_heads * rows / kJoinRows), kAttentionThreads, 0, stream>>>(
-            a, partials, plan.chunks, normalizers);
+            a, partials, plan.chunks, parts, normalizers);
     return launched();
   });
+}
+
+}  // namespace
+
+cudaError_t run_softmax(const WindowAttention& a, bool is_causal, cudaStream_t stream) {
+  return a.pages.table ? run_softmax_of<true>(a, is_causal, stream)
+                       : run_softmax_of<false>(a, is_causal, stream);
 }
 
 }  // namespace claa::cuda

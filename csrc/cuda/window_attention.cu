@@ -50,7 +50,7 @@ __device__ __forceinline__ void load_tiles(const ScoresParams& p, const Shared& 
                                            int64_t g, int first_tile, int n_tiles) {
   using T = typename Product::Type;
   using Math = typename Product::Math;
-  const WindowAttention& a = p.scores.attention;
+  const WindowAttention& a = p.scores.attention;  // its total is not asked for
   Product::template load_queries<kPlain>(
       shared.queries, n_tiles, query_rows<T>(a, b, g),
       [&](int row) { return QueryRow(a, first_tile * kTileQueries + row).offset(a); });
@@ -127,11 +127,13 @@ __device__ __forceinline__ void add_tiles(const ScoresParams& p, float* sums, in
 
 // Pools the sums of a key range, which has n_keys from `halo_begin` on, and writes the scores. What
 // the kernel knew of the range is computed anew: kept until here, it would spill.
+template <bool kPaged>
 __device__ __forceinline__ void pool_and_write(const ScoresParams& p, const float* sums,
                                                unsigned range, int slots, int64_t halo_begin,
                                                int n_keys) {
   const unsigned bg = range / unsigned(p.ranges);
-  const int64_t context = p.scores.attention.context();
+  const unsigned b = bg / unsigned(p.scores.attention.kv_heads);
+  const int64_t context = attention_of_prompt<kPaged>(p.scores.attention, b).context();
   const int64_t begin = int64_t(range % unsigned(p.ranges)) * p.range;
   const int64_t to = min(begin + p.range, context) - halo_begin;
   for (int at = int(begin - halo_begin) + threadIdx.x; at < to; at += kAttentionThreads) {
@@ -146,8 +148,8 @@ __device__ __forceinline__ void pool_and_write(const ScoresParams& p, const floa
     for (int slot = 0; slot < slots; ++slot)
       score += pool_token(sums + slot * p.sums_stride, at, 0, n_keys, int(p.scores.kernel_size),
                           p.scores.pool_mode);
-    p.scores.out[bg * context + j] = score;
-    join_running(p.scores, range / unsigned(p.ranges * p.scores.attention.kv_heads), j, score);
+    if constexpr (!kPaged) p.scores.out[bg * context + j] = score;
+    join_running(p.scores, b, j, score);
   }
 }
 
@@ -155,21 +157,23 @@ __device__ __forceinline__ void pool_and_write(const ScoresParams& p, const floa
 template <class Product, int kKeyTiles, bool kPlain>
 __global__ __launch_bounds__(kAttentionThreads, Product::kBlocksPerSm) void scores_kernel(
     const ScoresParams p) {
-  using T = typename Product::Type;
   using Math = typename Product::Math;
   constexpr bool kIsExact = Math::kUnit == 1.f;
   constexpr int kStep = kKeyTiles * kTileKeys;
   constexpr int kStride = kAttentionWarps * kStep;
   // A pair of key tiles leaves no registers for the next pair; the products last longer there.
   constexpr bool kPrefetch = kKeyTiles == 1 && Product::kIsFast;
+  constexpr bool kPaged = Product::Keys::kPaged;
   extern __shared__ uint4 dynamic[];
-  const WindowAttention& a = p.scores.attention;
 
   // ---- setup: the block's key range, from the last to the first, and its shared memory
   const unsigned range = gridDim.x - 1 - blockIdx.x, bg = range / unsigned(p.ranges);
-  const int64_t b = bg / unsigned(a.kv_heads), g = bg % unsigned(a.kv_heads);
+  const unsigned kv_heads = unsigned(p.scores.attention.kv_heads);
+  const int64_t b = bg / kv_heads, g = bg % kv_heads;
+  const auto& a = attention_of_prompt<kPaged>(p.scores.attention, b);
   const int64_t context = a.context();
   const int64_t begin = int64_t(range % unsigned(p.ranges)) * p.range;
+  if (kPaged && begin >= context) return;  // of a prompt shorter than the longest may be
   const int64_t end = min(begin + p.range, context);
   const int64_t halo_begin = max(begin - p.scores.halo(), int64_t(0));
   const int64_t halo_end = min(end + p.scores.halo(), context);
@@ -184,7 +188,7 @@ __global__ __launch_bounds__(kAttentionThreads, Product::kBlocksPerSm) void scor
   shared.queries = shared.factors + (kIsExact ? p.block_tiles * 8 : 0);
 
   const Visibility visible(a, b, halo_begin, true);  // from here on keys count from halo_begin
-  const Rows<T> keys = key_rows<T>(a, b, g, halo_begin);
+  const auto keys = key_rows<typename Product::Keys>(a, b, g, halo_begin);
 
   // Whole steps of keys that no query sees.
   const int unseen = kPlain ? 0 : min(max(visible.first(), 0), n_keys) / kStep * kStep;
@@ -241,7 +245,7 @@ __global__ __launch_bounds__(kAttentionThreads, Product::kBlocksPerSm) void scor
   __syncthreads();
 
   // ---- pool and write
-  pool_and_write(p, shared.sums, range, slots, halo_begin, n_keys);
+  pool_and_write<kPaged>(p, shared.sums, range, slots, halo_begin, n_keys);
 }
 
 template <class Product, int kKeyTiles, bool kPlain>
@@ -282,8 +286,10 @@ int64_t workspace_bytes(const WindowScores& p) {
   return p.attention.lse ? 0 : softmax_bytes(p.attention);
 }
 
-cudaError_t run(const WindowScores& s, cudaStream_t stream) {
-  if (hopper::takes(s)) return hopper::run(s, stream);
+namespace {
+
+template <bool kPaged>
+cudaError_t run_portable(const WindowScores& s, cudaStream_t stream) {
   const WindowAttention& a = s.attention;
   if (!a.lse) {
     const cudaError_t status = run_softmax(a, true, stream);
@@ -295,15 +301,22 @@ cudaError_t run(const WindowScores& s, cudaStream_t stream) {
                        .ranges = 0,
                        .sums_stride = 0,
                        .block_tiles = 0};
-  return with_product(a.dtype, a.dim, keys_are_aligned(a), [&](auto product) {
+  return with_product_of<kPaged>(a, [&](auto product) {
     using Product = decltype(product);
-    if constexpr (Product::kIsFast) {
+    if constexpr (Product::kIsFast && !kPaged) {
       if (a.softcap == 0.f && !a.start.data && !a.sliding_window && queries_are_aligned(a))
         return group_rows(a) > 64 ? launch_scores<Product, 2, true>(p, stream)
                                   : launch_scores<Product, 1, true>(p, stream);
     }
     return launch_scores<Product, 1, false>(p, stream);
   });
+}
+
+}  // namespace
+
+cudaError_t run(const WindowScores& s, cudaStream_t stream) {
+  if (hopper::takes(s)) return hopper::run(s, stream);
+  return s.attention.pages.table ? run_portable<true>(s, stream) : run_portable<false>(s, stream);
 }
 
 }  // namespace claa::cuda

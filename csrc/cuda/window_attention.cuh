@@ -9,7 +9,7 @@ namespace claa::cuda {
 
 struct WindowScores {
   WindowAttention attention;
-  float* out;  // pooled: [batch, kv_heads, context]; else [batch, heads, context]
+  float* out;  // pooled: [batch, kv_heads, context], or nullptr; else [batch, heads, context]
   bool pooled;
   int64_t kernel_size;
   PoolMode pool_mode;

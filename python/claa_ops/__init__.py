@@ -23,9 +23,11 @@ from claa_ops.ops.gather_tokens import gather_tokens
 from claa_ops.ops.hop_tokens import hop_tokens
 from claa_ops.ops.kept_metadata import kept_metadata
 from claa_ops.ops.peak_attention import peak_attention
+from claa_ops.ops.peak_attention_paged import peak_attention_paged
 from claa_ops.ops.pool_heads import pool_heads
 from claa_ops.ops.rank_variance import rank_variance
 from claa_ops.ops.score_layer import score_layer
+from claa_ops.ops.score_layer_paged import score_layer_paged
 from claa_ops.ops.score_tokens import score_tokens
 from claa_ops.ops.score_window import score_window
 from claa_ops.ops.select_topk import select_topk
@@ -47,9 +49,11 @@ __all__ = [
     "hop_tokens",
     "kept_metadata",
     "peak_attention",
+    "peak_attention_paged",
     "pool_heads",
     "rank_variance",
     "score_layer",
+    "score_layer_paged",
     "score_tokens",
     "score_window",
     "select_topk",

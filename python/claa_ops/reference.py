@@ -10,6 +10,7 @@ tokens, D channels of a head.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -107,6 +108,30 @@ def score_layer(
     return scores
 
 
+def score_layer_paged(
+    running: Tensor,  # [R, M], updated in place
+    query: Tensor,  # [R, W, H, D]
+    key_pages: Tensor,  # [P, L, G, D]
+    block_table: Tensor,  # [requests, blocks]
+    lengths: Tensor,  # [R]
+    *,
+    rows: Tensor | None = None,  # [R]
+    k_scale: Tensor | None = None,  # one number
+    scale: float | None = None,
+    **options: Any,  # other keyword arguments of score_tokens
+) -> None:
+    """``score_layer`` of each prompt alone, on the keys of its pages.
+
+    Columns of ``running`` at and beyond a prompt's context, N - W, stay as they are.
+    """
+    scale = _key_scale(query, scale, k_scale)
+    for r, key in enumerate(_keys_in_pages(query, key_pages, block_table, lengths, rows)):
+        context = key.shape[2] - query.shape[1]
+        if context > 0:
+            row = running[r : r + 1, :context]
+            score_layer(row, query[r : r + 1].transpose(1, 2), key, scale=scale, **options)
+
+
 def select_topk(
     scores: Tensor,  # [..., M]
     k: int,
@@ -187,6 +212,30 @@ def peak_attention(
     probability = probability.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
     peak = probability.amax(dim=1)
     return peak if running is None else torch.maximum(running, peak)
+
+
+def peak_attention_paged(
+    running: Tensor,  # [R, T, M], updated in place
+    query: Tensor,  # [R, T, H, D]
+    key_pages: Tensor,  # [P, L, G, D]
+    block_table: Tensor,  # [requests, blocks]
+    lengths: Tensor,  # [R]
+    *,
+    rows: Tensor | None = None,  # [R]
+    k_scale: Tensor | None = None,  # one number
+    scale: float | None = None,
+) -> None:
+    """``peak_attention`` of each prompt alone, on the keys of its pages, joined into ``running``.
+
+    Columns of ``running`` at and beyond a prompt's length stay as they are.
+    """
+    scale = _key_scale(query, scale, k_scale)
+    for r, key in enumerate(_keys_in_pages(query, key_pages, block_table, lengths, rows)):
+        if key.shape[2] > 0:
+            row = running[r : r + 1, :, : key.shape[2]]
+            row.copy_(
+                peak_attention(query[r : r + 1].transpose(1, 2), key, scale=scale, running=row)
+            )
 
 
 def rank_variance(
@@ -365,6 +414,26 @@ def _logits(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
     logits = query @ key.transpose(-1, -2)
     logits = logits * (query.shape[-1] ** -0.5 if scale is None else scale)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))  # [B, H, W, N]
+
+
+def _keys_in_pages(
+    query: Tensor, key_pages: Tensor, block_table: Tensor, lengths: Tensor, rows: Tensor | None
+) -> Iterator[Tensor]:
+    """The keys of each prompt in the dtype of query: [1, G, N, D]."""
+    for r, length in enumerate(lengths.tolist()):
+        row = 0 if length <= 0 else r if rows is None else int(rows[r])
+        length = max(length, 0)
+        pages = block_table[row, : -(-length // key_pages.shape[1])]
+        # As bytes: not every torch can index float8.
+        bytes_of = key_pages.view(torch.uint8) if key_pages.dtype.itemsize == 1 else key_pages
+        keys = bytes_of[pages.long()].view(key_pages.dtype)
+        yield keys.flatten(0, 1)[:length].transpose(0, 1)[None].to(query.dtype)
+
+
+def _key_scale(query: Tensor, scale: float | None, k_scale: Tensor | None) -> float | None:
+    if k_scale is None:
+        return scale
+    return (query.shape[-1] ** -0.5 if scale is None else scale) * float(k_scale)
 
 
 def _valid_keys(start: Tensor | None, position: Tensor) -> Tensor:

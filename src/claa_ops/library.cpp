@@ -23,10 +23,12 @@ STABLE_TORCH_LIBRARY_IMPL(claa, CLAA_DEVICE, m) {
   m.impl("score_tokens", TORCH_BOX(&claa::score_tokens));
   m.impl("aggregate_scores", TORCH_BOX(&claa::aggregate_scores));
   m.impl("score_layer", TORCH_BOX(&claa::score_layer));
+  m.impl("score_layer_paged", TORCH_BOX(&claa::score_layer_paged));
   m.impl("select_topk", TORCH_BOX(&claa::select_topk));
   m.impl("gather_kv", TORCH_BOX(&claa::gather_kv));
   m.impl("gather_tokens", TORCH_BOX(&claa::gather_tokens));
   m.impl("peak_attention", TORCH_BOX(&claa::peak_attention));
+  m.impl("peak_attention_paged", TORCH_BOX(&claa::peak_attention_paged));
   m.impl("rank_variance", TORCH_BOX(&claa::rank_variance));
   m.impl("hop_tokens", TORCH_BOX(&claa::hop_tokens));
   m.impl("select_topk_packed", TORCH_BOX(&claa::select_topk_packed));
@@ -57,6 +59,11 @@ STABLE_TORCH_LIBRARY(claa, m) {
       "int pool_mode=0, float? scale=None, Tensor? lse=None, Tensor? start=None, "
       "SymInt sliding_window=0, float softcap=0.0, Tensor? sink_logits=None) -> Tensor");
   m.def(
+      "score_layer_paged(Tensor(a!) running, Tensor query, Tensor key_pages, Tensor block_table, "
+      "Tensor lengths, *, Tensor? rows=None, SymInt kernel_size=7, int pool_mode=0, "
+      "float? scale=None, float softcap=0.0, Tensor? sink_logits=None, Tensor? k_scale=None) -> "
+      "()");
+  m.def(
       "select_topk(Tensor scores, SymInt k, *, SymInt window=0, SymInt num_sinks=0, "
       "Tensor? start=None, Tensor? counts=None, bool int32=False) -> Tensor");
   m.def("gather_kv(Tensor key, Tensor value, Tensor index) -> (Tensor, Tensor)");
@@ -64,6 +71,10 @@ STABLE_TORCH_LIBRARY(claa, m) {
   m.def(
       "peak_attention(Tensor query, Tensor key, *, float? scale=None, Tensor? running=None, "
       "Tensor? start=None) -> Tensor");
+  m.def(
+      "peak_attention_paged(Tensor(a!) running, Tensor query, Tensor key_pages, "
+      "Tensor block_table, Tensor lengths, *, Tensor? rows=None, float? scale=None, "
+      "Tensor? k_scale=None) -> ()");
   m.def("rank_variance(Tensor scores, SymInt k) -> Tensor");
   m.def(
       "hop_tokens(Tensor scores, Tensor states, *, SymInt hops=4, SymInt num_seeds=64, "

@@ -33,6 +33,13 @@ Tensor score_layer(const Tensor& running, const Tensor& query, const Tensor& key
                    int64_t sliding_window, double softcap,
                    const std::optional<Tensor>& sink_logits);
 
+void score_layer_paged(const Tensor& running, const Tensor& query, const Tensor& key_pages,
+                       const Tensor& block_table, const Tensor& lengths,
+                       const std::optional<Tensor>& rows, int64_t kernel_size, int64_t pool_mode,
+                       std::optional<double> scale, double softcap,
+                       const std::optional<Tensor>& sink_logits,
+                       const std::optional<Tensor>& k_scale);
+
 Tensor select_topk(const Tensor& scores, int64_t k, int64_t window, int64_t num_sinks,
                    const std::optional<Tensor>& start, const std::optional<Tensor>& counts,
                    bool int32);
@@ -43,6 +50,11 @@ Tensor gather_tokens(const Tensor& x, const Tensor& index);
 
 Tensor peak_attention(const Tensor& query, const Tensor& key, std::optional<double> scale,
                       const std::optional<Tensor>& running, const std::optional<Tensor>& start);
+
+void peak_attention_paged(const Tensor& running, const Tensor& query, const Tensor& key_pages,
+                          const Tensor& block_table, const Tensor& lengths,
+                          const std::optional<Tensor>& rows, std::optional<double> scale,
+                          const std::optional<Tensor>& k_scale);
 
 Tensor rank_variance(const Tensor& scores, int64_t k);
 

@@ -54,6 +54,22 @@ inline QueryKey query_key(const char* op, const Tensor& query, const Tensor& key
   };
 }
 
+// The sink logits of an attention whose query has passed its checks.
+inline void set_sink_logits(const char* op, const std::optional<Tensor>& sink_logits,
+                            const Tensor& query, int64_t heads, WindowAttention& attention) {
+  if (!sink_logits) return;
+  check_rank(op, "sink_logits", *sink_logits, 1, "[H]");
+  check_size(op, "sink_logits", *sink_logits, 0, "H", heads, "query");
+  check(sink_logits->scalar_type() == ScalarType::Float ||
+            sink_logits->scalar_type() == query.scalar_type(),
+        op, "sink_logits must have dtype float32 or that of query (", name_of(query.scalar_type()),
+        "), got ", name_of(sink_logits->scalar_type()));
+  attention.sinks_dtype = float_dtype(op, "sink_logits", *sink_logits);
+  check_device_like(op, "sink_logits", *sink_logits, query, "query");
+  check_last_dim_contiguous(op, "sink_logits", *sink_logits);
+  attention.sink_logits = sink_logits->const_data_ptr();
+}
+
 inline WindowAttention window_attention(const char* op, const Tensor& query, const Tensor& key,
                                         std::optional<double> scale,
                                         const std::optional<Tensor>& lse,
@@ -82,18 +98,7 @@ inline WindowAttention window_attention(const char* op, const Tensor& query, con
     attention.lse_stride_b = lse->stride(0);
     attention.lse_stride_h = lse->stride(1);
   }
-  if (sink_logits) {
-    check_rank(op, "sink_logits", *sink_logits, 1, "[H]");
-    check_size(op, "sink_logits", *sink_logits, 0, "H", heads, "query");
-    check(sink_logits->scalar_type() == ScalarType::Float ||
-              sink_logits->scalar_type() == query.scalar_type(),
-          op, "sink_logits must have dtype float32 or that of query (",
-          name_of(query.scalar_type()), "), got ", name_of(sink_logits->scalar_type()));
-    attention.sinks_dtype = float_dtype(op, "sink_logits", *sink_logits);
-    check_device_like(op, "sink_logits", *sink_logits, query, "query");
-    check_last_dim_contiguous(op, "sink_logits", *sink_logits);
-    attention.sink_logits = sink_logits->const_data_ptr();
-  }
+  set_sink_logits(op, sink_logits, query, heads, attention);
   attention.start = row_integers(op, "start", start, batch, query, "query");
   return attention;
 }

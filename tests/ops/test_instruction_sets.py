@@ -23,6 +23,7 @@ from support.inputs import (
     queries_and_keys,
 )
 from support.model_calls import MAKERS, PACKED, UPDATED
+from support.pages import in_pages
 
 ISAS = ["plain", "avx2", "avx512", "avx512_bf16"]
 BEST = torch.ops.claa._cpu_isa(-1)
@@ -114,6 +115,23 @@ def test_ops_on_packed_prompts_agree_with_the_reference(make):
     expected = tuple(x.clone() for x in call.args[:count])
     getattr(reference, call.op)(*expected, *call.args[count:], **call.options)
     assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_keys_in_pages(dtype):
+    """As the ops for keys in rows, and e4m3 keys as the numbers that they are."""
+    numbers = torch.arange(256, dtype=torch.uint8)
+    numbers = numbers[(numbers & 0x7F) != 0x7F].repeat(10)[: 30 * 2 * 40].view(30, 2, 40)
+    narrow = numbers.view(torch.float8_e4m3fn)
+    query = normal(1, 8, 4, 40, device="cpu", dtype=dtype) / 100
+    key = narrow.to(dtype).transpose(0, 1)[None]
+    window = query.transpose(1, 2)
+    expected, scores, peaks = (torch.zeros(1, 22), torch.zeros(1, 22), torch.zeros(1, 8, 30))
+    claa_ops.score_layer(expected, window, key)
+    claa_ops.score_layer_paged(scores, query, *in_pages([narrow], 16))
+    claa_ops.peak_attention_paged(peaks, query, *in_pages([narrow], 16))
+    assert_same_bits(scores, expected)
+    assert_same_bits(peaks, claa_ops.peak_attention(window, key))
 
 
 def test_nan_stays():

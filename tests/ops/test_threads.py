@@ -16,6 +16,7 @@ from torch import Tensor
 
 import claa_ops
 from support.inputs import normal, queries_and_keys, threads
+from support.pages import in_pages
 
 TIMEOUT_S = 120
 ROOT = Path(__file__).parents[2]
@@ -27,6 +28,13 @@ def calls() -> dict[str, Callable[[], Tensor]]:
     lse = normal(2, 6, 8, device="cpu") + 8
     scores = normal(5, 2, 3000, device="cpu")
     states = normal(2, 2, 3000, 24, device="cpu")
+    paged = in_pages([x.transpose(0, 1) for x in (key[0], key[1, :, :900])], 16)
+    windows = query.transpose(1, 2)
+
+    def written(op: Callable[..., None], *shape: int) -> Tensor:
+        highest = torch.zeros(shape)
+        op(highest, windows, *paged)
+        return highest
 
     def running(call: Callable[[Tensor], Tensor]) -> Tensor:
         highest = torch.zeros(2, 2100 - 8)
@@ -37,6 +45,8 @@ def calls() -> dict[str, Callable[[], Tensor]]:
         "score_tokens": lambda: claa_ops.score_tokens(query, key),
         "score_tokens, lse given": lambda: claa_ops.score_tokens(query, key, lse=lse),
         "score_layer": lambda: running(lambda x: claa_ops.score_layer(x, query, key)),
+        "score_layer_paged": lambda: written(claa_ops.score_layer_paged, 2, 2092),
+        "peak_attention_paged": lambda: written(claa_ops.peak_attention_paged, 2, 8, 2100),
         "peak_attention": lambda: claa_ops.peak_attention(query, key),
         "rank_variance": lambda: claa_ops.rank_variance(scores, 300),
         "hop_tokens": lambda: claa_ops.hop_tokens(scores[0], states),

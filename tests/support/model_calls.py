@@ -18,6 +18,8 @@ HEADS, KV_HEADS = 8, 2
 # How many of its first arguments an op writes to.
 UPDATED = {
     "score_layer": 1,
+    "score_layer_paged": 1,
+    "peak_attention_paged": 1,
     "select_topk_packed": 1,
     "gather_rows": 1,
     "store_pages": 1,
@@ -111,6 +113,36 @@ def _peak(window: int, *given: str) -> Maker:
             running = normal(batch, window, context, device=device, seed=seed)
             options["running"] = running.sigmoid() / 100
         return Call("peak_attention", (query, key), options)
+
+    return make
+
+
+def _paged(op: str, window: int, dim: int, dtype: torch.dtype, *given: str, **options) -> Maker:
+    """Prompts of several lengths in pages of 16 tokens, keys and values of a token side by side."""
+
+    def make(batch: int, context: int, device: str, seed: int) -> Call:
+        room = context if op == "score_layer_paged" else context + window
+        rows = (batch, room) if op == "score_layer_paged" else (batch, window, room)
+        running = torch.full(rows, -1.0, device=device)  # below every score
+        query = normal(batch, window, HEADS, dim, device=device, dtype=dtype, seed=2 * seed)
+        blocks = -(-(context + window) // 16)
+        memory = normal(
+            batch * blocks, 16, KV_HEADS, 2 * dim, device=device, dtype=dtype, seed=seed + 1
+        )
+        key_pages = memory[..., :dim]
+        order = torch.randperm(batch * blocks, generator=torch.Generator().manual_seed(seed))
+        table = order.int().view(batch, blocks).to(device)
+        shares = (torch.arange(batch) + seed) % batch  # one is left out, one has all
+        lengths = (context + window) * shares // max(1, batch - 1)
+        tensors = {}
+        if "e4m3" in given:
+            key_pages = key_pages.to(torch.float8_e4m3fn)
+            tensors["k_scale"] = torch.full((1,), 0.5, device=device)
+        if "sink_logits" in given:
+            tensors["sink_logits"] = normal(HEADS, device=device, seed=seed)
+        return Call(
+            op, (running, query, key_pages, table, lengths.int().to(device)), options | tensors
+        )
 
     return make
 
@@ -297,8 +329,17 @@ _MAKERS: dict[str, Maker] = {
     "score_layer": _layer(_BF16),
     "score_layer-lse": _layer(_BF16, "lse"),
     "score_layer-float32": _layer(_F32, "start"),
+    "score_layer_paged": _paged("score_layer_paged", 8, 128, _BF16),
+    "score_layer_paged-w64": _paged("score_layer_paged", 64, 128, _BF16),
+    "score_layer_paged-e4m3": _paged("score_layer_paged", 8, 64, torch.float16, "e4m3"),
+    "score_layer_paged-options": _paged(
+        "score_layer_paged", 8, 128, _F32, "sink_logits", softcap=20.0, pool_mode="max"
+    ),
     "peak_attention": _peak(128),
     "peak_attention-running": _peak(8, "running"),
+    "peak_attention_paged": _paged("peak_attention_paged", 128, 128, _BF16),
+    "peak_attention_paged-e4m3": _paged("peak_attention_paged", 8, 128, _BF16, "e4m3"),
+    "peak_attention_paged-float32": _paged("peak_attention_paged", 8, 40, _F32, scale=0.2),
     "pool_heads": _pool("avg"),
     "pool_heads-max": _pool("max"),
     "aggregate_scores": _aggregate,

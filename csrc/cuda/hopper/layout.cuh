@@ -6,6 +6,7 @@
 // | partials   | of the softmax, before they are joined                      |
 // | minus_lse  | the negative logsumexp of every query row, in FastExp's unit |
 // | sums       | over the query rows, of every key of a range                |
+// | prompts    | how the keys of each are divided, where they lie in pages   |
 // | barriers   | of the queries, then of the stages                          |
 
 #pragma once
@@ -17,13 +18,14 @@ namespace claa::cuda::hopper {
 // Where each of these begins, in bytes. The host plans with it, and hands it to the kernel.
 struct Layout {
   int stages;  // their number; the first tile is at 0
-  int kept, queries, partials, minus_lse, sums, barriers;
+  int kept, queries, partials, minus_lse, sums, prompts, barriers;
   int bytes;
 
   struct Sizes {
     int64_t tile_bytes, kept_bytes;
     int64_t query_rows, row_bytes;
     int64_t partials, sums;
+    int64_t prompt_bytes = 0;
   };
 
   static Layout of(const Sizes& n, int64_t stages) {
@@ -41,6 +43,7 @@ struct Layout {
     layout.partials = place(n.partials * int64_t(sizeof(SoftmaxPartial)));
     layout.minus_lse = place(n.query_rows * int64_t(sizeof(float)));
     layout.sums = place(n.sums * int64_t(sizeof(float)));
+    layout.prompts = place(round_up(n.prompt_bytes, 8));
     layout.barriers = place(int64_t(sizeof(Barrier)) + stages * Ring<1>::kBarrierBytes);
     layout.bytes = int(end);
     return layout;
@@ -52,6 +55,7 @@ struct SharedMemory {
   char *stages, *kept, *queries;
   SoftmaxPartial* partials;
   float *minus_lse, *sums;
+  char* prompts;
   Barrier *queries_full, *of_stages;
 
   __device__ __forceinline__ SharedMemory(char* base, const Layout& layout)
@@ -61,6 +65,7 @@ struct SharedMemory {
         partials(reinterpret_cast<SoftmaxPartial*>(base + layout.partials)),
         minus_lse(reinterpret_cast<float*>(base + layout.minus_lse)),
         sums(reinterpret_cast<float*>(base + layout.sums)),
+        prompts(base + layout.prompts),
         queries_full(reinterpret_cast<Barrier*>(base + layout.barriers)),
         of_stages(queries_full + 1) {}
 };

@@ -4,13 +4,14 @@
 // key head one producer thread brings the keys, and for every query head its queries with their
 // logsumexp; two warpgroups multiply them, keys as rows, and keep in registers the largest exponent
 // that a query and a key have had: one exponential is left at the end, where `running` is merged
-// in.
+// in. Keys may lie in pages.
 //
 // Compute bound: 2 * heads * queries * keys * dim operations.
 
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "csrc/cuda/hopper/launch.cuh"
+#include "csrc/cuda/hopper/prompts.cuh"
 #include "csrc/cuda/hopper/tma.cuh"
 #include "csrc/cuda/peak_attention.cuh"
 
@@ -22,9 +23,10 @@ constexpr int kConsumers = kWarpgroups * kWarpgroup;
 constexpr int kThreads = kConsumers + kWarpgroup;  // whole warpgroups: they change their registers
 constexpr int kMostStages = 6;
 
-template <class T_, int kDim_, bool kLarge>
+template <class T_, int kDim_, bool kLarge, bool kPaged_>
 struct Shape {
   using T = T_;
+  static constexpr bool kPaged = kPaged_;
   static constexpr int kDim = kDim_;
   static constexpr int kTiles = kLarge ? 2 : 1;  // of keys, of a warpgroup
   static constexpr int kQueries = kLarge ? 128 : 64;
@@ -43,15 +45,47 @@ struct Params {
   int query_stages;
 };
 
-// The index-th output tile.
+// An output tile: its first key and query.
 struct OutputTile {
   int b, key, query;
+  int total;  // keys of the prompt
+};
 
-  template <class Shape>
-  __device__ __forceinline__ static OutputTile of(const Params& p, int index) {
-    return {index / p.query_blocks / p.key_blocks,
-            index / p.query_blocks % p.key_blocks * Shape::kKeys,
-            index % p.query_blocks * Shape::kQueries};
+struct PromptKeys {
+  int total;
+};
+
+// The output tiles of all prompts. A block takes each gridDim.x-th of them.
+template <class Shape>
+struct OutputTiles {
+  const Params& p;
+  PromptTable<PromptKeys> prompts;  // with pages
+
+  __device__ __forceinline__ OutputTiles(const Params& p, char* memory)
+      : p(p), prompts(memory, p.pass.attention) {
+    if constexpr (Shape::kPaged) {
+      const WindowAttention& a = p.pass.attention;
+      prompts.template make<kThreads>([&](int b, int& tiles, int&) {
+        const int total = int(a.pages.length(b, a.total));
+        tiles = (total + Shape::kKeys - 1) / Shape::kKeys * p.query_blocks;
+        return PromptKeys{total};
+      });
+    }
+  }
+
+  // Asked for anew each time: the threads that multiply have no register to keep it in.
+  __device__ __forceinline__ int count() const { return Shape::kPaged ? prompts.units() : p.tiles; }
+
+  __device__ __forceinline__ OutputTile operator[](int index) const {
+    if constexpr (Shape::kPaged) {
+      const int b = prompts.prompt_of(index), of_prompt = index - prompts[b].first;
+      return {b, of_prompt / p.query_blocks * Shape::kKeys,
+              of_prompt % p.query_blocks * Shape::kQueries, prompts[b].plan.total};
+    } else {
+      return {index / p.query_blocks / p.key_blocks,
+              index / p.query_blocks % p.key_blocks * Shape::kKeys,
+              index % p.query_blocks * Shape::kQueries, int(p.pass.attention.total)};
+    }
   }
 };
 
@@ -70,19 +104,22 @@ struct Pipelines {
 // By one thread.
 template <class Shape>
 __device__ __forceinline__ void produce(const Params& p, const Maps& maps,
-                                        Pipelines<Shape>& pipes) {
+                                        const OutputTiles<Shape>& tiles, Pipelines<Shape>& pipes) {
   constexpr int kDim = Shape::kDim;
   const WindowAttention& a = p.pass.attention;
   const int group = int(a.group()), kv_heads = int(a.kv_heads);
   auto& [keys, queries, key_state, query_state] = pipes;
   int f = 0, h = 0;  // key heads and query heads so far
-  for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
-    const auto [b, key, query] = OutputTile::of<Shape>(p, index);
+  for (int index = blockIdx.x; index < tiles.count(); index += gridDim.x) {
+    const auto [b, key, query, total] = tiles[index];
     const int normalizer_bytes = min(Shape::kQueries, head_rows(a) - query) * int(sizeof(float2));
     for (int g = 0; g < kv_heads; ++g, ++f, keys.advance(key_state)) {
-      load_keys<kDim, Shape::kKeys>(a, maps.keys, keys.tile(key_state),
-                                    keys.begin_load(key_state, f < keys.stages, Shape::kKeyBytes),
-                                    b, g, key);
+      Barrier& keys_full = keys.begin_load(key_state, f < keys.stages, Shape::kKeyBytes);
+      if constexpr (Shape::kPaged)
+        load_paged_keys<kDim, Shape::kKeys, 1>(a.pages, maps.keys, keys.tile(key_state), keys_full,
+                                               a.pages.of(b), total, g, key);
+      else
+        load_keys<kDim, Shape::kKeys>(a, maps.keys, keys.tile(key_state), keys_full, b, g, key);
       for (int i = 0; i < group; ++i, ++h, queries.advance(query_state)) {
         Barrier& full = queries.begin_load(query_state, h < queries.stages,
                                            Shape::kQueryBytes + normalizer_bytes);
@@ -146,8 +183,8 @@ __device__ __forceinline__ void write(const PeakSecondPass& p, const Peaks<Shape
   for (int t = 0; t < kTiles * 2; ++t) {
     const int row = (warp / 4 * kTiles + t / 2) * kTileRows + warp % 4 * 16 + t % 2 * 8;
     const int64_t key = tile.key + row + lane / 4;
-    if (key >= a.total) continue;
-    float* out = p.out + (b * a.window + query) * a.total + key;
+    if (key >= tile.total) continue;
+    float* out = p.out + b * p.out_stride_b + query * p.out_stride_t + key;
     const float* running = p.running + b * p.running_stride_b + query * p.running_stride_t + key;
 #pragma unroll
     for (int i = 0; i < Shape::kQueries / 4; ++i) {
@@ -156,20 +193,21 @@ __device__ __forceinline__ void write(const PeakSecondPass& p, const Peaks<Shape
         if (p.running) value = max_or_nan(value, *running);
         *out = value;
       }
-      out += (i % 2 ? 7 : 1) * a.total;
+      out += (i % 2 ? 7 : 1) * p.out_stride_t;
       running += (i % 2 ? 7 : 1) * p.running_stride_t;
     }
   }
 }
 
 template <class Shape>
-__device__ __forceinline__ void consume(const Params& p, Pipelines<Shape>& pipes, int warp) {
+__device__ __forceinline__ void consume(const Params& p, const OutputTiles<Shape>& tiles,
+                                        Pipelines<Shape>& pipes, int warp) {
   const WindowAttention& a = p.pass.attention;
   const int group = int(a.group()), kv_heads = int(a.kv_heads);
   const int lane = threadIdx.x % kWarp;
   const float scale_log2 = a.scale * FastExp::kUnit;
   auto& [keys, queries, key_state, query_state] = pipes;
-  for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+  for (int index = blockIdx.x; index < tiles.count(); index += gridDim.x) {
     Peaks<Shape> peak;
 #pragma unroll
     for (int i = 0; i < Shape::kTiles * Shape::kQueries / 2; ++i)
@@ -187,7 +225,7 @@ __device__ __forceinline__ void consume(const Params& p, Pipelines<Shape>& pipes
       }
       keys.free(key_state);
     }
-    write<Shape>(p.pass, peak, OutputTile::of<Shape>(p, index));
+    write<Shape>(p.pass, peak, tiles[index]);
   }
 }
 
@@ -195,10 +233,11 @@ template <class Shape>
 __global__ __launch_bounds__(kThreads, 1) void peak_kernel(const __grid_constant__ Maps maps,
                                                            const __grid_constant__ Params p) {
   extern __shared__ __align__(kAlignment) char shared[];
-  Pipelines<Shape> pipes(shared,
-                         reinterpret_cast<Barrier*>(shared + Shape::kKeyStages * Shape::kKeyBytes +
-                                                    p.query_stages * Shape::kQueryStageBytes),
-                         p.query_stages);
+  Barrier* barriers = reinterpret_cast<Barrier*>(shared + Shape::kKeyStages * Shape::kKeyBytes +
+                                                 p.query_stages * Shape::kQueryStageBytes);
+  Pipelines<Shape> pipes(shared, barriers, p.query_stages);
+  const OutputTiles<Shape> tiles(
+      p, reinterpret_cast<char*>(barriers + 2 * (Shape::kKeyStages + p.query_stages)));
   const int warp = warp_index();
   const bool is_producer = warp >= kConsumers / kWarp;
   if (threadIdx.x == kConsumers) {
@@ -207,11 +246,11 @@ __global__ __launch_bounds__(kThreads, 1) void peak_kernel(const __grid_constant
   }
   finish_setup<kThreads>(is_producer);
   if (is_producer) {
-    cutlass::arch::warpgroup_reg_dealloc<24>();
-    if (threadIdx.x == kConsumers) produce(p, maps, pipes);
+    cutlass::arch::warpgroup_reg_dealloc<Shape::kPaged ? 40 : 24>();
+    if (threadIdx.x == kConsumers) produce(p, maps, tiles, pipes);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<240>();
-    consume(p, pipes, warp);
+    cutlass::arch::warpgroup_reg_alloc<Shape::kPaged ? 232 : 240>();
+    consume(p, tiles, pipes, warp);
   }
 }
 
@@ -229,13 +268,30 @@ cudaError_t launch(const PeakSecondPass& pass, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   const int64_t key_bytes = Shape::kKeyStages * (Shape::kKeyBytes + Ring<1>::kBarrierBytes);
   const int64_t stage_bytes = Shape::kQueryStageBytes + Ring<1>::kBarrierBytes;
-  const int64_t room = most_shared_bytes() - key_bytes;
+  const int64_t prompt_bytes = Shape::kPaged ? PromptTable<PromptKeys>::bytes(a) : 0;
+  const int64_t room = most_shared_bytes() - key_bytes - prompt_bytes;
   p.query_stages = int(min(room / stage_bytes, int64_t(kMostStages)));
   return launch_kernel(peak_kernel<Shape>,
                        {.blocks = min(p.tiles, multiprocessors()),
                         .threads = kThreads,
-                        .shared_bytes = key_bytes + p.query_stages * stage_bytes},
+                        .shared_bytes = key_bytes + p.query_stages * stage_bytes + prompt_bytes},
                        stream, maps, p);
+}
+
+template <bool kPaged>
+cudaError_t run_of(const PeakSecondPass& p, cudaStream_t stream) {
+  const WindowAttention& a = p.attention;
+  return with_shape(a, [&](auto type, auto dim) {
+    using T = decltype(type);
+    // Large tiles load less for a product; small ones keep all multiprocessors busy. The batch does
+    // not count: it must not show in a row.
+    if constexpr (dim <= 128) {
+      using Large = Shape<T, dim, true, kPaged>;
+      const int64_t tiles = ceil_div(a.total, Large::kKeys) * ceil_div(a.window, Large::kQueries);
+      if (a.window > 64 && tiles >= multiprocessors() * 3 / 4) return launch<Large>(p, stream);
+    }
+    return launch<Shape<T, dim, false, kPaged>>(p, stream);
+  });
 }
 
 }  // namespace
@@ -246,18 +302,15 @@ bool takes(const PeakSecondPass& p) {
 }
 
 cudaError_t run(const PeakSecondPass& p, cudaStream_t stream) {
-  const WindowAttention& a = p.attention;
-  return with_shape(a, [&](auto type, auto dim) {
-    using T = decltype(type);
-    // Large tiles load less for a product; small ones keep all multiprocessors busy. The batch does
-    // not count: it must not show in a row.
-    if constexpr (dim <= 128) {
-      const int64_t large = ceil_div(a.total, Shape<T, dim, true>::kKeys) *
-                            ceil_div(a.window, Shape<T, dim, true>::kQueries);
-      if (a.window > 64 && large >= multiprocessors() * 3 / 4)
-        return launch<Shape<T, dim, true>>(p, stream);
-    }
-    return launch<Shape<T, dim, false>>(p, stream);
+  if (!p.attention.pages.table) return run_of<false>(p, stream);
+  const int64_t prompt_rows = p.attention.kv_heads * group_rows(p.attention);
+  return for_some_prompts(p.attention, [&](const WindowAttention& part, int64_t first) {
+    PeakSecondPass pass = p;
+    pass.attention = part;
+    pass.running += first * p.running_stride_b;
+    pass.out += first * p.out_stride_b;
+    pass.normalizers += first * prompt_rows;
+    return run_of<true>(pass, stream);
   });
 }
 

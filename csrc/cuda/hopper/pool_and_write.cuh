@@ -24,13 +24,13 @@ __device__ __forceinline__ void store_sums(float* sums, float upper, float lower
 }
 
 // Pools the sums of a range and writes its scores, by all threads that multiply. sums_of(slot)[i]
-// is the sum of key halo_begin + i. kIsAverage: pooled averages alone are compiled.
+// is the sum of key halo_begin + i; `context` is the prompt's. kIsAverage: pooled averages alone
+// are compiled.
 template <bool kIsAverage, class SumsOf>
 __device__ __forceinline__ void pool_and_write(const ScoreParams& p, const KeyRange& range,
-                                               int slots, int thread, SumsOf sums_of) {
+                                               int context, int slots, int thread, SumsOf sums_of) {
   constexpr int kBatch = 2;  // of a thread's keys at a time
   const WindowScores& s = p.scores;
-  const int context = p.schedule.context;
   const bool is_pooled = kIsAverage || s.pooled;
   const PoolMode pool_mode = kIsAverage ? PoolMode::avg : s.pool_mode;
   const int known = min(range.halo_end, context) - range.halo_begin;
@@ -43,7 +43,7 @@ __device__ __forceinline__ void pool_and_write(const ScoreParams& p, const KeyRa
 #pragma unroll 1
     for (int slot = 0; slot < slots; ++slot) {
       float pooled[kBatch];
-      pool_tokens<kScoreConsumers>(pooled, sums_of(slot), first, known, p.schedule.halo, pool_mode);
+      pool_tokens<kScoreConsumers>(pooled, sums_of(slot), first, known, p.pool_halo, pool_mode);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int at = first + i * kScoreConsumers;
@@ -57,7 +57,7 @@ __device__ __forceinline__ void pool_and_write(const ScoreParams& p, const KeyRa
       const int at = first + i * kScoreConsumers;
       if (at >= end) break;
       if (pool_mode == PoolMode::avg) score[i] *= p.pool_scale;
-      out[at] = score[i];
+      if (s.out) out[at] = score[i];
       join_running(s, range.b, range.halo_begin + at, score[i]);
     }
   }

@@ -15,18 +15,34 @@
 
 namespace claa::cuda::hopper {
 
-struct Schedule {
+template <class Divmod>
+struct ScheduleOf {
   int block_ranges, shorter_blocks;  // the blocks after these have one range more
   int range_keys, head_ranges;
   int long_ranges;  // of all heads; after them come the heads' last ranges, which may be short
-  cutlass::FastDivmod head_long_ranges, kv_heads;
-  int keys, context, halo;
+  Divmod head_long_ranges;
+  cutlass::FastDivmod kv_heads;
+  int keys, context;
+  int halo;  // at least that of the pooling kernel
 };
+using Schedule = ScheduleOf<cutlass::FastDivmod>;
+
+// For a schedule that the device makes: preparing a FastDivmod takes a 64-bit division.
+struct PlainDivmod {
+  int divisor;
+
+  __device__ void operator()(int& quotient, int& remainder, int dividend) const {
+    quotient = dividend / divisor;
+    remainder = dividend - quotient * divisor;
+  }
+};
+using PromptSchedule = ScheduleOf<PlainDivmod>;
 
 // The key ranges of this block: [first, end).
 struct Run {
   int first, end;
 
+  __device__ __forceinline__ Run(int first, int end) : first(first), end(end) {}
   __device__ __forceinline__ explicit Run(const Schedule& s) {
     const int block = int(blockIdx.x);
     first = block * s.block_ranges + max(block - s.shorter_blocks, 0);
@@ -42,7 +58,8 @@ struct KeyRange {
   int halo_begin, halo_end;  // the same with the halo
 
   // Which keys these are either kernel says for itself.
-  __device__ __forceinline__ KeyRange(const Schedule& s, int index) {
+  template <class Divmod>
+  __device__ __forceinline__ KeyRange(const ScheduleOf<Divmod>& s, int index) {
     is_last = index >= s.long_ranges;
     s.head_long_ranges(bg, in_head, index);
     if (is_last) {
@@ -62,22 +79,33 @@ constexpr int64_t kPlannedHeads = 8;
 // The cost of the most loaded block. Blocks take runs of ranges, of which those from `long_ranges`
 // on may be short; where they do not come out even, the later blocks have one range more.
 // cost_of(n, n_last) is the cost of n ranges of which n_last are the last of their heads.
-template <class Cost>
-int64_t most_loaded_block(int64_t long_ranges, int64_t ranges, int64_t most_blocks, Cost cost_of) {
-  const int64_t blocks = min(ranges, most_blocks), n = ranges / blocks, longer = ranges % blocks;
-  const auto cost_from = [&](int64_t first, int64_t n) {
-    return cost_of(n, min(max(first + n - long_ranges, int64_t(0)), n));
+template <class Int, class Cost>
+__host__ __device__ Int most_loaded_block(Int long_ranges, Int ranges, Int most_blocks,
+                                          Cost cost_of) {
+  const Int blocks = min(ranges, most_blocks), n = ranges / blocks, longer = ranges % blocks;
+  const auto cost_from = [&](Int first, Int n) {
+    return cost_of(n, min(max(first + n - long_ranges, Int(0)), n));
   };
-  const int64_t cost = cost_from(0, n);
-  return longer ? max(cost, cost_from((blocks - longer) * n, n + 1)) : cost;
+  const Int cost = cost_from(0, n);
+  return longer ? max(cost, cost_from((blocks - longer) * n, Int(n + 1))) : cost;
 }
 
 // How the keys of a head are divided.
-struct Division {
-  int64_t tiles;  // of a range, with its halo
-  int64_t head_ranges;
-  int64_t last_tiles;  // of the last range
+template <class Int>
+struct DivisionOf {
+  Int tiles;  // of a range, with its halo
+  Int head_ranges;
+  Int last_tiles;  // of the last range
 };
+using Division = DivisionOf<int64_t>;  // on the host; the device counts in 32 bits
+
+// The cost of the most loaded block of a division; cost_of(n, n_last) as above.
+template <class Int, class Cost>
+__host__ __device__ Int cost_of_division(const DivisionOf<Int>& d, Int heads, Int most_blocks,
+                                         Cost cost_of) {
+  return most_loaded_block(Int(heads * (d.head_ranges - 1)), Int(heads * d.head_ranges),
+                           most_blocks, cost_of);
+}
 
 // The division that costs the least, of those with `longest` to `shortest` tiles to a range.
 // divide(tiles) gives a division, cost_of(division, n, n_last) the cost of a block.
@@ -88,9 +116,8 @@ Division best_division(int64_t longest, int64_t shortest, int64_t heads, int64_t
   int64_t least_cost = INT64_MAX;
   for (int64_t tiles = longest; tiles >= shortest; --tiles) {
     const Division d = divide(tiles);
-    const int64_t cost =
-        most_loaded_block(heads * (d.head_ranges - 1), heads * d.head_ranges, most_blocks,
-                          [&](int64_t n, int64_t n_last) { return cost_of(d, n, n_last); });
+    const int64_t cost = cost_of_division(
+        d, heads, most_blocks, [&](int64_t n, int64_t n_last) { return cost_of(d, n, n_last); });
     if (cost >= least_cost) continue;
     least_cost = cost;
     best = d;
@@ -98,20 +125,20 @@ Division best_division(int64_t longest, int64_t shortest, int64_t heads, int64_t
   return best;
 }
 
-inline Schedule schedule_of(const WindowScores& s, const Division& d, int64_t keys,
-                            int64_t blocks) {
+inline Schedule schedule_of(const WindowScores& s, const Division& d, int64_t keys, int64_t blocks,
+                            int64_t halo) {
   const WindowAttention& a = s.attention;
   const int64_t heads = a.batch * a.kv_heads, ranges = heads * d.head_ranges;
   return {.block_ranges = int(ranges / blocks),
           .shorter_blocks = int(blocks - ranges % blocks),
-          .range_keys = int(d.tiles * kTileRows - 2 * s.halo()),
+          .range_keys = int(d.tiles * kTileRows - 2 * halo),
           .head_ranges = int(d.head_ranges),
           .long_ranges = int(ranges - heads),
           .head_long_ranges = cutlass::FastDivmod(int(max(d.head_ranges - 1, int64_t(1)))),
           .kv_heads = cutlass::FastDivmod(int(a.kv_heads)),
           .keys = int(keys),
           .context = int(a.context()),
-          .halo = int(s.halo())};
+          .halo = int(halo)};
 }
 
 }  // namespace claa::cuda::hopper

@@ -23,6 +23,9 @@ struct ScoreParams {
   int group, head_rows;      // heads of a group; query rows of a head
   int slots, sums_stride;    // sums of a key; keys of a slot
   bool has_padding_rows;
+  int pool_halo;
+  // With pages: of a range, and what every prompt's ranges are planned for.
+  int most_tiles, planned_blocks;
   float scale_log2;  // from products to logits, in FastExp's unit
   float pool_scale;  // from sums to averages
 
@@ -44,6 +47,9 @@ inline ScoreParams score_params(const WindowScores& s, const Schedule& schedule,
           .slots = int(s.slots()),
           .sums_stride = int(sums_stride),
           .has_padding_rows = a.group() * a.window != query_rows,
+          .pool_halo = int(s.halo()),
+          .most_tiles = 0,
+          .planned_blocks = 0,
           .scale_log2 = a.scale * FastExp::kUnit,
           .pool_scale = 1.f / float(2 * s.halo() + 1)};
 }

@@ -20,6 +20,10 @@
 // longer to fetch than to execute. With `lse` the first keys are asked for while the kernel ahead
 // still runs.
 //
+// Keys may lie in pages. Each block then plans the ranges of every prompt by itself, as the host
+// does for keys in rows: those of a prompt are the same either way. Tiles begin at multiples of the
+// rows that TMA brings at a time.
+//
 // Reads every key once, or up to twice without `lse`; writes every score once. Ranges do not depend
 // on the batch where partials do, and sums go over query rows in order: the same bits in any batch.
 
@@ -27,6 +31,7 @@
 
 #include "csrc/cuda/hopper/launch.cuh"
 #include "csrc/cuda/hopper/pool_and_write.cuh"
+#include "csrc/cuda/hopper/prompts.cuh"
 #include "csrc/cuda/hopper/queries.cuh"
 #include "csrc/cuda/hopper/scores.cuh"
 #include "csrc/cuda/hopper/softmax_partials.cuh"
@@ -48,9 +53,15 @@ constexpr int kMostBytesAhead = 128 << 10, kLeastBytesAhead = 64 << 10;
 // Of these, what is asked for while the kernels ahead end.
 constexpr int kBytesPrefetched = 32 << 10;
 
-template <class T_, int kDim_, int kRows_>
+// Without `lse` tiles begin at multiples of 16 keys, as keys in pages want it.
+constexpr int64_t kHaloAlign = 8;
+// In eighths of a tile. Without `lse` a block whose ranges are of two heads waits twice.
+constexpr int kRangeCost = 16, kHeadCost = 40;
+
+template <class T_, int kDim_, int kRows_, bool kPaged_>
 struct Shape {
   using T = T_;
+  static constexpr bool kPaged = kPaged_;
   static constexpr int kDim = kDim_;
   static constexpr int kRows = kRows_;                         // query rows, with padding rows
   static constexpr int kTile = kTileBytes<kDim>;               // of keys
@@ -63,8 +74,11 @@ struct NarrowRange : KeyRange {
   int partial_end;  // of the keys from halo_begin on, those whose partials it takes
   int key_tiles;    // tiles that have keys
   int tiles;        // and empty ones, so that each warpgroup has as many
+  int context;      // of the prompt
 
-  __device__ __forceinline__ NarrowRange(const Schedule& s, int index) : KeyRange(s, index) {
+  template <class Divmod>
+  __device__ __forceinline__ NarrowRange(const ScheduleOf<Divmod>& s, int index)
+      : KeyRange(s, index) {
     halo_begin = in_head * s.range_keys;
     halo_end = is_last ? s.keys : halo_begin + s.range_keys + 2 * s.halo;
     begin = in_head ? halo_begin + s.halo : 0;
@@ -72,6 +86,7 @@ struct NarrowRange : KeyRange {
     partial_end = is_last ? s.keys : halo_begin + s.range_keys;
     key_tiles = (halo_end - halo_begin + kTileRows - 1) / kTileRows;
     tiles = tiles_of(halo_end - halo_begin);
+    context = s.context;
   }
 
   __device__ __forceinline__ static int tiles_of(int keys) {
@@ -110,6 +125,7 @@ struct Block {
   const ScoreParams& p;
   const Maps& maps;
   SharedMemory memory;
+  PromptTable<PromptSchedule> prompts;  // with pages
   Tiles ring;
   Queries<Shape::kDim, Shape::kRows> queries;
   Run run;
@@ -120,15 +136,58 @@ struct Block {
       : p(p),
         maps(maps),
         memory(shared, p.layout),
+        prompts(memory.prompts, p.attention()),
         ring(memory.stages, memory.of_stages, p.layout.stages),
         queries{memory.queries, memory.queries_full},
-        run(p.schedule),
+        run(run_of(p, prompts)),
         two_pass(p.partials) {
-    const Schedule& s = p.schedule;
-    const int last_ranges = max(run.end - max(run.first, s.long_ranges), 0);
-    n_tiles =
-        (run.end - run.first - last_ranges) * NarrowRange::tiles_of(s.range_keys + 2 * s.halo) +
-        last_ranges * NarrowRange::tiles_of(s.keys - (s.head_ranges - 1) * s.range_keys);
+    if constexpr (Shape::kPaged) {
+      n_tiles = 0;
+      for (int i = run.first + int(threadIdx.x) % kWarp; i < run.end; i += kWarp)
+        n_tiles += range_at(i).tiles;
+      n_tiles = __reduce_add_sync(kFullMask, n_tiles);
+    } else {
+      const Schedule& s = p.schedule;
+      const int last_ranges = max(run.end - max(run.first, s.long_ranges), 0);
+      n_tiles =
+          (run.end - run.first - last_ranges) * NarrowRange::tiles_of(s.range_keys + 2 * s.halo) +
+          last_ranges * NarrowRange::tiles_of(s.keys - (s.head_ranges - 1) * s.range_keys);
+    }
+  }
+
+  __device__ __forceinline__ static Run run_of(const ScoreParams& p,
+                                               const PromptTable<PromptSchedule>& prompts) {
+    if constexpr (Shape::kPaged)
+      return {prompts.first_unit_of(int(blockIdx.x)), prompts.first_unit_of(int(blockIdx.x) + 1)};
+    else
+      return Run(p.schedule);
+  }
+
+  __device__ __forceinline__ NarrowRange range_at(int index) const {
+    if constexpr (Shape::kPaged) {
+      const int b = prompts.prompt_of(index);
+      NarrowRange range(prompts[b].plan, index - prompts[b].first);
+      range.b = b;
+      range.bg += b * int(p.attention().kv_heads);
+      return range;
+    } else {
+      return NarrowRange(p.schedule, index);
+    }
+  }
+
+  // Where the partials of a range's head begin: those of its ranges but the last, and of the last.
+  struct HeadPartials {
+    int long_ranges, last_range, ranges;
+  };
+  __device__ __forceinline__ HeadPartials partials_of_head(const NarrowRange& range) const {
+    const auto from = [&](const auto& s, int first, int head) {
+      return HeadPartials{first + head * (s.head_ranges - 1), first + s.long_ranges + head,
+                          s.head_ranges};
+    };
+    if constexpr (Shape::kPaged)
+      return from(prompts[range.b].plan, prompts[range.b].first, range.g);
+    else
+      return from(p.schedule, 0, range.bg);
   }
 };
 
@@ -164,9 +223,15 @@ struct Producer {
   __device__ __forceinline__ void load_tile(bool is_first_phase) {
     const bool has_keys = in_range < range.key_tiles;
     Barrier& full = block.ring.begin_load(state, is_first_phase, has_keys ? Shape::kTile : 0);
-    if (has_keys)
-      load_keys<kDim, kTileRows>(block.p.attention(), block.maps.keys, block.ring.tile(state), full,
-                                 range.b, range.g, range.halo_begin + in_range * kTileRows);
+    if (!has_keys) return;
+    const WindowAttention& a = block.p.attention();
+    const int first = range.halo_begin + in_range * kTileRows;
+    if constexpr (Shape::kPaged)
+      load_paged_keys<kDim, kTileRows, 4>(a.pages, block.maps.keys, block.ring.tile(state), full,
+                                          a.pages.of(range.b), range.halo_end, range.g, first);
+    else
+      load_keys<kDim, kTileRows>(a, block.maps.keys, block.ring.tile(state), full, range.b, range.g,
+                                 first);
   }
 
   // Loads tiles up to the end-th of the run.
@@ -176,7 +241,7 @@ struct Producer {
       load_tile(loaded < block.ring.stages);
       if (++in_range < range.tiles) continue;
       in_range = 0;
-      range = NarrowRange(block.p.schedule, ++index);
+      range = block.range_at(++index);
     }
   }
 
@@ -186,7 +251,7 @@ struct Producer {
 #pragma unroll 1
     while (loaded > block.p.kept_tiles) {
       if (--in_range < 0) {
-        range = NarrowRange(block.p.schedule, --index);
+        range = block.range_at(--index);
         in_range = range.tiles - 1;
       }
       block.ring.retreat(state);
@@ -298,7 +363,7 @@ struct Consumer {
       for (int z = 0; z < kRows / 2; ++z)
         if (!(z % 4 < 2 ? has_upper : has_lower)) x[z] = -INFINITY;
     }
-    if (key + kTileRows > p.schedule.context) {
+    if (key + kTileRows > range.context) {
       int query = lane % 4 * 2;
       // Opaque, so that the compiler cannot hoist the arithmetic of heads out of this rare branch.
       asm("" : "+r"(query));
@@ -306,7 +371,7 @@ struct Consumer {
       for (int e = 0; e < kRows / 8; ++e) {
 #pragma unroll
         for (int z = 0; z < 4; ++z)
-          if (key + row + z / 2 * 8 > p.schedule.context + query + z % 2) x[e * 4 + z] = -INFINITY;
+          if (key + row + z / 2 * 8 > range.context + query + z % 2) x[e * 4 + z] = -INFINITY;
         query += 8;
         if (query >= p.head_rows) query -= p.head_rows;
       }
@@ -336,7 +401,7 @@ struct Consumer {
     f = warpgroup;
 #pragma unroll 1
     for (int index = block.run.first; index < block.run.end; ++index) {
-      const NarrowRange range(p.schedule, index);
+      const NarrowRange range = block.range_at(index);
       if (range.bg != block.queries.bg) {
         sync_consumers<kConsumers>();
         begin_queries(range);
@@ -371,14 +436,12 @@ struct Consumer {
   // The logsumexp of a head, when the partials of all its ranges are there. A warp joins some query
   // rows, each lane an eighth of the ranges.
   __device__ __forceinline__ void join_partials(const NarrowRange& range) {
-    const Schedule& s = p.schedule;
-    const int ranges = s.head_ranges;
+    const auto [long_ranges, last_range, ranges] = block.partials_of_head(range);
 #pragma unroll 1
     for (int row = warp * 4 + lane % 4; row < kRows; row += kWarps * 4) {
       float* minus_lse = block.memory.minus_lse + place_of(row);
       const auto from = [&](int in_head) {
-        const int index =
-            in_head + 1 < ranges ? range.bg * (ranges - 1) + in_head : s.long_ranges + range.bg;
+        const int index = in_head + 1 < ranges ? long_ranges + in_head : last_range;
         return p.partials + int64_t(index) * kRows + row;
       };
       SoftmaxPartial partial{kLowest, 0.f};
@@ -533,25 +596,91 @@ struct Consumer {
     f = block.n_tiles;  // tiles from here on are done; only needed to go back
 #pragma unroll 1
     for (int j = block.run.first; j < block.run.end; ++j) {
-      const NarrowRange range(p.schedule,
-                              block.two_pass ? block.run.first + block.run.end - 1 - j : j);
+      const NarrowRange range =
+          block.range_at(block.two_pass ? block.run.first + block.run.end - 1 - j : j);
       prepare(range);
       add_range(range);
       sync_consumers<kConsumers>();
-      pool_and_write<false>(p, range, p.slots, thread,
+      pool_and_write<false>(p, range, range.context, p.slots, thread,
                             [&](int slot) { return block.memory.sums + slot * p.sums_stride; });
       if (j + 1 < block.run.end) sync_consumers<kConsumers>();
     }
   }
 };
 
+// How the keys of a head are divided into ranges of so many tiles.
+template <class Int>
+__host__ __device__ DivisionOf<Int> divide_keys(Int tiles, Int keys, Int halo) {
+  const Int rows = tiles * kTileRows, range_keys = rows - 2 * halo;
+  const Int head_ranges = 1 + (max(keys - rows, Int(0)) + range_keys - 1) / range_keys;
+  return {tiles, head_ranges,
+          Int((keys - (head_ranges - 1) * range_keys + kTileRows - 1) / kTileRows)};
+}
+
+// The cost of a block's n ranges, of which n_last are the last of their heads.
+template <class Int>
+__host__ __device__ Int cost_of_ranges(const DivisionOf<Int>& d, Int n, Int n_last, Int head_cost) {
+  const bool has_heads = n_last ? n > 1 : (d.head_ranges - 1) % n != 0;
+  return n * kRangeCost + 8 * ((n - n_last) * d.tiles + n_last * d.last_tiles) +
+         (has_heads ? head_cost : 0);
+}
+
+// The shortest range of two passes: no block has more than a few of a single prompt. So there is a
+// limit to their number that is not far from it.
+template <class Int>
+__host__ __device__ Int least_tiles(Int keys, Int halo, Int blocks, Int most_tiles) {
+  const Int share = (keys + blocks * kTileRows - 1) / (blocks * kTileRows);
+  return max(min(share, most_tiles), Int(2 * halo / kTileRows + 1));
+}
+
+// The schedule of one prompt, by a warp: the division that the host would find, each lane tries
+// some. Prompts without a context have no ranges.
+__device__ inline PromptSchedule plan_prompt(const ScoreParams& p, int b, int& ranges, int& cost) {
+  const WindowAttention& a = p.attention();
+  const int keys = int(a.pages.length(b, a.total)), context = keys - int(a.window);
+  const int halo = p.schedule.halo, blocks = p.planned_blocks, kv_heads = int(a.kv_heads);
+  DivisionOf<int> division{};
+  if (context > 0) {
+    const int shortest = least_tiles(keys, halo, blocks, p.most_tiles);
+    unsigned best = ~0u;  // the cost, and of equal ones the longest range
+    for (int tiles = p.most_tiles - int(threadIdx.x) % kWarp; tiles >= shortest; tiles -= kWarp) {
+      const DivisionOf<int> d = divide_keys(tiles, keys, halo);
+      const int of_block = cost_of_division(d, int(kPlannedHeads), blocks, [&](int n, int n_last) {
+        return cost_of_ranges(d, n, n_last, kHeadCost);
+      });
+      best = min(best, unsigned(of_block) << 6 | unsigned(63 - tiles));
+    }
+    static_assert(kMostTiles < 64);
+    division = divide_keys(63 - int(__reduce_min_sync(kFullMask, best) & 63), keys, halo);
+    cost = kRangeCost + 8 * division.tiles;
+  }
+  ranges = kv_heads * division.head_ranges;
+  return {.block_ranges = 0,
+          .shorter_blocks = 0,
+          .range_keys = division.tiles * kTileRows - 2 * halo,
+          .head_ranges = division.head_ranges,
+          .long_ranges = ranges - kv_heads,
+          .head_long_ranges = {max(division.head_ranges - 1, 1)},
+          .kv_heads = p.schedule.kv_heads,
+          .keys = keys,
+          .context = context,
+          .halo = halo};
+}
+
 template <class Shape>
 __global__ __launch_bounds__(kThreads, 1) void narrow_kernel(
     const __grid_constant__ Maps maps, const __grid_constant__ ScoreParams p) {
   extern __shared__ __align__(kAlignment) char shared[];
+  if constexpr (Shape::kPaged) {
+    wait_for_kernels_ahead();  // one of them may write the lengths
+    PromptTable<PromptSchedule>(shared + p.layout.prompts, p.attention())
+        .template make<kThreads>(
+            [&](int b, int& ranges, int& cost) { return plan_prompt(p, b, ranges, cost); });
+  }
   Block<Shape> block(p, maps, shared);
   const bool is_producer = warp_index() == kWarps, is_loading = threadIdx.x == kConsumers;
-  const NarrowRange first(p.schedule, block.run.first);
+  const bool has_ranges = !Shape::kPaged || block.run.first < block.run.end;
+  const NarrowRange first = block.range_at(block.run.first);
   Producer<Shape> producer(block, first);
   Consumer<Shape> consumer(block);
 
@@ -570,7 +699,7 @@ __global__ __launch_bounds__(kThreads, 1) void narrow_kernel(
   const auto grid = cooperative_groups::this_grid();
   cooperative_groups::grid_group::arrival_token token{};
   if (block.two_pass) token = grid.barrier_arrive();
-  if (is_loading) {
+  if (is_loading && has_ranges) {
     block.queries.load(p, maps.queries, first);
     producer.load_until(
         min(min(kLeastBytesAhead / Shape::kTile, block.ring.stages), block.n_tiles));
@@ -581,6 +710,7 @@ __global__ __launch_bounds__(kThreads, 1) void narrow_kernel(
   } else {
     __syncthreads();
   }
+  if (!has_ranges) return;
 
   if (is_producer) {
     if (!is_loading) return;
@@ -604,26 +734,38 @@ struct Plan {
   explicit Plan(const WindowScores& s);
 };
 
+// On each side of a range.
+int64_t range_halo(const WindowScores& s) {
+  return s.attention.lse ? s.halo() : round_up(s.halo(), kHaloAlign);
+}
+
+int64_t most_tiles(const WindowScores& s) {
+  return max(int64_t(kWarpgroups), kMostTiles / s.slots());
+}
+
 Division divide(const WindowScores& s, int64_t keys) {
   const WindowAttention& a = s.attention;
   const int64_t heads = a.lse ? a.batch * a.kv_heads : kPlannedHeads;
-  // In eighths of a tile. Without `lse` a block whose ranges are of two heads waits twice.
-  constexpr int64_t kRangeCost = 16;
-  const int64_t head_cost = a.lse ? 0 : 40;
+  const int64_t head_cost = a.lse ? 0 : kHeadCost, halo = range_halo(s);
+  const int64_t blocks = multiprocessors(), longest = most_tiles(s);
   return best_division(
-      max(int64_t(kWarpgroups), kMostTiles / s.slots()), 2 * s.halo() / kTileRows + 1, heads,
-      multiprocessors(),
-      [&](int64_t tiles) {
-        const int64_t rows = tiles * kTileRows, range_keys = rows - 2 * s.halo();
-        const int64_t head_ranges = 1 + ceil_div(max(keys - rows, int64_t(0)), range_keys);
-        return Division{tiles, head_ranges,
-                        ceil_div(keys - (head_ranges - 1) * range_keys, kTileRows)};
-      },
+      longest, a.lse ? 2 * halo / kTileRows + 1 : least_tiles(keys, halo, blocks, longest), heads,
+      blocks, [&](int64_t tiles) { return divide_keys(tiles, keys, halo); },
       [&](const Division& d, int64_t n, int64_t n_last) {
-        const bool has_heads = n_last ? n > 1 : (d.head_ranges - 1) % n != 0;
-        return n * kRangeCost + 8 * ((n - n_last) * d.tiles + n_last * d.last_tiles) +
-               (has_heads ? head_cost : 0);
+        return cost_of_ranges(d, n, n_last, head_cost);
       });
+}
+
+// The most ranges that a head may have whose prompt has up to so many keys. Where the shortest one
+// is a block's share: four times as many as blocks, because three quarters of it may be halo.
+// Beyond that: as the longest range divides the keys.
+int64_t most_head_ranges(const WindowScores& s, int64_t keys) {
+  const int64_t halo = range_halo(s), shortest = 2 * halo / kTileRows + 1;
+  const auto ranges_of = [&](int64_t tiles) {
+    return 1 + ceil_div(keys, tiles * kTileRows - 2 * halo);
+  };
+  return min(ranges_of(shortest),
+             max(int64_t(4 * multiprocessors() + 2), ranges_of(most_tiles(s))));
 }
 
 Plan::Plan(const WindowScores& s) {
@@ -631,11 +773,14 @@ Plan::Plan(const WindowScores& s) {
   query_rows = a.group() * head_rows(a) <= 32 ? 32 : kMostRows;
   const int64_t keys = a.lse ? a.context() : a.total;
   const Division division = divide(s, keys);
+  // With pages the prompts are planned on the device: here for the longest that they may be.
+  const bool is_paged = a.pages.table;
   const int64_t ranges = a.batch * a.kv_heads * division.head_ranges;
-  blocks = min(ranges, int64_t(multiprocessors()));
-  partial_bytes = a.lse ? 0 : ranges * query_rows * int64_t(sizeof(SoftmaxPartial));
+  const int64_t most_ranges = is_paged ? a.batch * a.kv_heads * most_head_ranges(s, keys) : ranges;
+  blocks = min(most_ranges, int64_t(multiprocessors()));
+  partial_bytes = a.lse ? 0 : most_ranges * query_rows * int64_t(sizeof(SoftmaxPartial));
 
-  const int64_t range_tiles = round_up(division.tiles, kWarpgroups);
+  const int64_t range_tiles = round_up(is_paged ? most_tiles(s) : division.tiles, kWarpgroups);
   const int64_t row_bytes = padded_dim(a) * 2, tile_bytes = kTileRows * row_bytes;
   const int64_t product_bytes = kTileRows * query_rows * int64_t(sizeof(float));
   const int64_t sums_stride = range_tiles * kTileRows;
@@ -644,7 +789,8 @@ Plan::Plan(const WindowScores& s) {
                       .query_rows = query_rows,
                       .row_bytes = row_bytes,
                       .partials = a.lse ? 0 : 2 * kWarps * query_rows,
-                      .sums = s.slots() * sums_stride};
+                      .sums = s.slots() * sums_stride,
+                      .prompt_bytes = is_paged ? PromptTable<PromptSchedule>::bytes(a) : 0};
   const int64_t room = most_shared_bytes() - Layout::of(sizes, 0).bytes;
   const int64_t stage_bytes = tile_bytes + Ring<1>::kBarrierBytes;
   const auto stages_of = [&](int64_t bytes) {
@@ -653,7 +799,7 @@ Plan::Plan(const WindowScores& s) {
   };
   int64_t stages = stages_of(kMostBytesAhead), kept_tiles = 0;
   if (!a.lse && product_bytes < tile_bytes) {
-    const int64_t block_tiles = ceil_div(ranges, blocks) * range_tiles;
+    const int64_t block_tiles = ceil_div(ranges, blocks) * round_up(division.tiles, kWarpgroups);
     const int64_t beside =
         (room - block_tiles * product_bytes) / stage_bytes / kWarpgroups * kWarpgroups;
     stages = min(stages, max(stages_of(kLeastBytesAhead), beside));
@@ -662,8 +808,10 @@ Plan::Plan(const WindowScores& s) {
     stages = stages_of(room);  // the last keys stay in them
   }
   sizes.kept_bytes = kept_tiles * product_bytes;
-  params = score_params(s, schedule_of(s, division, keys, blocks), Layout::of(sizes, stages),
-                        query_rows, sums_stride, kept_tiles);
+  params = score_params(s, schedule_of(s, division, keys, blocks, range_halo(s)),
+                        Layout::of(sizes, stages), query_rows, sums_stride, kept_tiles);
+  params.most_tiles = int(most_tiles(s));
+  params.planned_blocks = multiprocessors();
 }
 
 template <class Shape>
@@ -678,14 +826,33 @@ bool takes(const WindowScores& s) {
   return a.group() * head_rows(a) <= kMostRows && s.halo() <= kMostHalo;
 }
 
-int64_t workspace_bytes(const WindowScores& s) { return Plan(s).partial_bytes; }
+namespace {
 
-cudaError_t run(const WindowScores& s, cudaStream_t stream) {
+template <bool kPaged>
+cudaError_t run_of(const WindowScores& s, cudaStream_t stream) {
   const Plan plan(s);
   return with_shape(s.attention, [&](auto type, auto dim) {
     using T = decltype(type);
-    return plan.query_rows == 32 ? launch<Shape<T, dim, 32>>(plan, stream)
-                                 : launch<Shape<T, dim, 64>>(plan, stream);
+    return plan.query_rows == 32 ? launch<Shape<T, dim, 32, kPaged>>(plan, stream)
+                                 : launch<Shape<T, dim, 64, kPaged>>(plan, stream);
+  });
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const WindowScores& s) {
+  WindowScores launched = s;
+  if (s.attention.pages.table) launched.attention.batch = min(s.attention.batch, kMostPrompts);
+  return Plan(launched).partial_bytes;
+}
+
+cudaError_t run(const WindowScores& s, cudaStream_t stream) {
+  if (!s.attention.pages.table) return run_of<false>(s, stream);
+  return for_some_prompts(s.attention, [&](const WindowAttention& part, int64_t first) {
+    WindowScores scores = s;
+    scores.attention = part;
+    scores.running += first * s.running_stride_b;
+    return run_of<true>(scores, stream);
   });
 }
 

@@ -406,9 +406,10 @@ struct Consumer {
         add_range<false>(range);
       }
       sync_consumers<kConsumers>();
-      pool_and_write<Shape::kPlain>(p, range, block.slots, thread, [&](int slot) {
-        return SplitSums{block.memory.sums + slot * p.sums_stride, block.slots * p.sums_stride};
-      });
+      pool_and_write<Shape::kPlain>(
+          p, range, p.schedule.context, block.slots, thread, [&](int slot) {
+            return SplitSums{block.memory.sums + slot * p.sums_stride, block.slots * p.sums_stride};
+          });
       sync_consumers<kConsumers>();
     }
   }
@@ -500,8 +501,8 @@ Plan::Plan(const WindowScores& s) {
                             .sums = kWarpgroups * s.slots() * sums_stride};
   const int64_t room = most_shared_bytes() - Layout::of(sizes, 0).bytes;
   const int64_t stages = min(room / (tile_bytes + Ring<1>::kBarrierBytes), int64_t(kMostStages));
-  params = score_params(s, schedule_of(s, division, keys, blocks), Layout::of(sizes, stages),
-                        all_rows, sums_stride, 0);
+  params = score_params(s, schedule_of(s, division, keys, blocks, s.halo()),
+                        Layout::of(sizes, stages), all_rows, sums_stride, 0);
 }
 
 template <class Shape>
@@ -513,7 +514,7 @@ cudaError_t launch(const Plan& plan, cudaStream_t stream) {
 
 bool takes(const WindowScores& s) {
   const WindowAttention& a = s.attention;
-  return a.group() * head_rows(a) <= kMostRows && s.halo() <= kMostHalo &&
+  return !a.pages.table && a.group() * head_rows(a) <= kMostRows && s.halo() <= kMostHalo &&
          Plan(s).params.layout.stages > 1;
 }
 

@@ -21,8 +21,12 @@ __host__ __device__ inline int coordinate(int64_t index, int64_t stride) {
   return stride == 0 ? 0 : int(index);
 }
 inline bool keys_fit(const WindowAttention& a) {
-  return keys_are_aligned(a) && a.dim <= 256 && a.total <= kMaxTotal &&
-         (a.key_stride_b == 0 || map_fits(a.batch, a.key_stride_b)) &&
+  if (!keys_are_aligned(a) || a.dim > 256 || a.total > kMaxTotal) return false;
+  if (a.pages.table)
+    return !a.pages.is_e4m3 && a.kv_heads * a.total <= kMaxTotal / 64 &&  // costs are 32-bit too
+           map_fits(a.pages.count, a.key_stride_b) && map_fits(a.kv_heads, a.key_stride_g) &&
+           map_fits(2, a.key_stride_n);
+  return (a.key_stride_b == 0 || map_fits(a.batch, a.key_stride_b)) &&
          (a.key_stride_g == 0 || map_fits(a.kv_heads, a.key_stride_g)) &&
          map_fits(a.total, a.key_stride_n);
 }
@@ -69,8 +73,16 @@ struct Maps {
   CUtensorMap keys, queries;
 };
 
+// Keys in pages come by so many at a time: tiles begin at a multiple of it, and pages are no
+// smaller.
+constexpr int kPageRows = 16;
+
 // Of n_keys keys at a time, and of n_rows queries of n_heads heads.
 inline cudaError_t map_keys(const WindowAttention& a, int n_keys, CUtensorMap* map) {
+  if (a.pages.table)
+    return map_rows(a.dtype, a.key, a.dim,
+                    {a.pages.count, a.kv_heads, int64_t(1) << a.pages.log2_size},
+                    {a.key_stride_b, a.key_stride_g, a.key_stride_n}, 1, kPageRows, map);
   return map_rows(a.dtype, a.key, a.dim, {a.batch, a.kv_heads, a.total},
                   {a.key_stride_b, a.key_stride_g, a.key_stride_n}, 1, n_keys, map);
 }
@@ -100,6 +112,34 @@ __device__ void load_keys(const WindowAttention& a, const CUtensorMap& map, char
                           Barrier& full, int64_t b, int64_t g, int n) {
   load_rows<kDim, kRows>(map, tile, full, coordinate(b, a.key_stride_b),
                          coordinate(g, a.key_stride_g), n);
+}
+// The same out of the pages of a prompt that has `keys` keys. Rows from there on are zero, or what
+// the last page holds: `n` is a multiple of kPageRows. kInFlight: entries of the table read at a
+// time.
+template <int kDim, int kRows, int kInFlight>
+__device__ void load_paged_keys(const Pages& pages, const CUtensorMap& map, char* tile,
+                                Barrier& full, const int32_t* table, int keys, int g, int n) {
+  constexpr int kMissing = -1;  // a page that is not there, for which TMA writes zeros
+  const int in_page = (1 << pages.log2_size) - 1;
+#pragma unroll 1
+  for (int first = 0; first < kRows; first += kInFlight * kPageRows) {
+    int page[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int key = n + first + i * kPageRows;
+      page[i] = key < keys ? table[key >> pages.log2_size] : kMissing;
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int row = first + i * kPageRows;
+#pragma unroll
+      for (int panel = 0; panel < kDim / kPanelItems; ++panel)
+        cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&full),
+                                     uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+                                     tile + (panel * kRows + row) * kRowBytes, panel * kPanelItems,
+                                     n + row & in_page, g, page[i]);
+    }
+  }
 }
 template <int kDim, int kRows>
 __device__ void load_queries(const WindowAttention& a, const CUtensorMap& map, char* tile,

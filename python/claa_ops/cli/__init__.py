@@ -13,6 +13,7 @@ from claa_ops.cli.generate import demo, generate
 from claa_ops.cli.info import info
 from claa_ops.cli.options import Commands
 from claa_ops.cli.oracle import oracle
+from claa_ops.cli.serve import serve
 from claa_ops.cli.tune import tune
 from claa_ops.info import print_version
 
@@ -47,3 +48,5 @@ def options(
 
 for command in (generate, demo, tune, evaluate, oracle, info):
     app.command()(command)
+# What it does not know is vLLM's.
+app.command(context_settings={"allow_extra_args": True})(serve)

@@ -175,6 +175,23 @@ def check_query_key(op: str, query: Tensor, key: Tensor, query_shape: str) -> No
     check_last_dim_contiguous(op, "key", key)
 
 
+def check_sink_logits(op: str, sink_logits: Tensor | None, query: Tensor, heads: int) -> None:
+    if sink_logits is None:
+        return
+    check_rank(op, "sink_logits", sink_logits, 1, "[H]")
+    check_size(op, "sink_logits", sink_logits, 0, "H", heads, "query")
+    check(
+        op,
+        sink_logits.dtype in (torch.float32, query.dtype),
+        lambda: (
+            f"sink_logits must have dtype float32 or that of query ({name_of(query.dtype)}), "
+            f"got {name_of(sink_logits.dtype)}"
+        ),
+    )
+    check_device_like(op, "sink_logits", sink_logits, query, "query")
+    check_last_dim_contiguous(op, "sink_logits", sink_logits)
+
+
 def check_window_attention(
     op: str,
     query: Tensor,
@@ -206,17 +223,80 @@ def check_window_attention(
         check_dtype(op, "lse", lse, torch.float32)
         check_device_like(op, "lse", lse, query, "query")
         check_last_dim_contiguous(op, "lse", lse)
-    if sink_logits is not None:
-        check_rank(op, "sink_logits", sink_logits, 1, "[H]")
-        check_size(op, "sink_logits", sink_logits, 0, "H", heads, "query")
+    check_sink_logits(op, sink_logits, query, heads)
+    check_row_integers(op, "start", start, batch, query, "query")
+
+
+# The checks of src/claa_ops/paged_attention.h.
+
+PAGE_SIZES = (16, 32, 64, 128, 256)
+
+
+def check_int32(op: str, name: str, t: Tensor, query: Tensor) -> None:
+    check_dtype(op, name, t, torch.int32)
+    check_device_like(op, name, t, query, "query")
+    check_last_dim_contiguous(op, name, t)
+
+
+def check_pages(
+    op: str,
+    query: Tensor,
+    key_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    k_scale: Tensor | None,
+    query_shape: str,
+) -> None:
+    check_rank(op, "query", query, 4, query_shape)
+    check_rank(op, "key_pages", key_pages, 4, "[P, L, G, D]")
+    check_float_dtype(op, "query", query)
+    check(
+        op,
+        key_pages.dtype in (query.dtype, torch.float8_e4m3fn),
+        lambda: (
+            f"key_pages must have dtype {name_of(query.dtype)} like query or float8_e4m3fn, "
+            f"got {name_of(key_pages.dtype)}"
+        ),
+    )
+    check_device_like(op, "key_pages", key_pages, query, "query")
+    check_size(op, "key_pages", key_pages, 3, "D", query.shape[3], "query")
+    prompts, queries, heads, dim = query.shape
+    check(
+        op,
+        (queries > 0) & (heads > 0) & (dim > 0),
+        lambda: f"query must have at least one query, head and channel, got {shape_of(query)}",
+    )
+    check_divides(op, "G", heads, key_pages.shape[2])
+    check(
+        op,
+        hint_of(key_pages.shape[1]) in PAGE_SIZES,
+        lambda: f"L must be 16, 32, 64, 128 or 256, got {hint_of(key_pages.shape[1])}",
+    )
+    check_last_dim_contiguous(op, "query", query)
+    check_last_dim_contiguous(op, "key_pages", key_pages)
+
+    check_rank(op, "block_table", block_table, 2, "[requests, blocks]")
+    check_int32(op, "block_table", block_table, query)
+    check_rank(op, "lengths", lengths, 1, "[R]")
+    check_size(op, "lengths", lengths, 0, "R", prompts, "query")
+    check_int32(op, "lengths", lengths, query)
+    if rows is None:
+        check_size(op, "block_table", block_table, 0, "R", prompts, "query")
+    else:
+        check_rank(op, "rows", rows, 1, "[R]")
+        check_size(op, "rows", rows, 0, "R", prompts, "query")
+        check_int32(op, "rows", rows, query)
+    if k_scale is not None:
         check(
             op,
-            sink_logits.dtype in (torch.float32, query.dtype),
+            key_pages.dtype == torch.float8_e4m3fn,
             lambda: (
-                f"sink_logits must have dtype float32 or that of query ({name_of(query.dtype)}), "
-                f"got {name_of(sink_logits.dtype)}"
+                f"k_scale must come with key_pages of float8_e4m3fn, got {name_of(key_pages.dtype)}"
             ),
         )
-        check_device_like(op, "sink_logits", sink_logits, query, "query")
-        check_last_dim_contiguous(op, "sink_logits", sink_logits)
-    check_row_integers(op, "start", start, batch, query, "query")
+        check(
+            op, k_scale.numel() == 1, lambda: f"k_scale must have one item, got {shape_of(k_scale)}"
+        )
+        check_dtype(op, "k_scale", k_scale, torch.float32)
+        check_device_like(op, "k_scale", k_scale, query, "query")

@@ -1,0 +1,124 @@
+"""What ``additional_config["claa"]`` says: a method, its settings, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from claa_ops.methods import CLAA, Peak, Pruning, find_method, make_method
+from claa_ops.selection import Budget, begin
+from claa_ops.selection.budget import is_count
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A method for a model of a known depth, and where it cuts the model in two.
+
+    Attributes:
+        method: the method.
+        num_layers: how many layers the model has.
+        layer: the selection layer, the last that sees whole prompts.
+        budget: how many tokens of a prompt go deeper.
+        observed: the layers whose queries and keys the method ranks by, ascending; ``layer`` is the
+            last of them.
+        min_prompt: shorter prompts are served whole.
+    """
+
+    method: Pruning
+    num_layers: int
+    layer: int
+    budget: Budget
+    observed: tuple[int, ...]
+    min_prompt: int = 0
+
+    @property
+    def merges_once(self) -> bool:
+        """Whether the scores of several devices may be merged at the selection layer alone.
+
+        They may where the ranking is a maximum over layers and heads.
+        """
+        method = self.method
+        if isinstance(method, CLAA):
+            return not method.zscore and method.over_heads == method.over_layers == "max"
+        return isinstance(method, Peak)
+
+    def kept(self, prompt: int) -> int:
+        """How many tokens of a prompt of this length go deeper, if its request asks for nothing."""
+        if prompt < self.min_prompt:
+            return prompt
+        return min(prompt, self.budget.tokens(prompt, self.method.window))
+
+
+def parse(given: Any, num_layers: int) -> Settings:
+    """The settings, checked for a model of ``num_layers`` layers.
+
+    Args:
+        given: a mapping of ``method``, its name, ``min_prompt``, the length below which prompts are
+            served whole, and of any of that method's settings.
+        num_layers: how many layers the model has.
+
+    Raises:
+        ValueError: a setting is unknown or out of its range, or vLLM cannot serve the method.
+
+    Example:
+        >>> parse({"method": "peak", "keep": 0.1}, num_layers=32).layer
+        8
+    """
+    if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
+        raise ValueError(
+            'claa: additional_config["claa"] must name a method, such as {"method": "peak"}, '
+            f"got {given!r}"
+        )
+    if not issubclass(find_method(given["method"]), Pruning):
+        raise ValueError(
+            "claa: method must drop tokens after a layer by what its last queries attend to, such "
+            f"as claa, peak, fastkv or hops, got {given['method']!r}"
+        )
+    values = {key: _plain(value) for key, value in given.items() if key != "method"}
+    min_prompt = values.pop("min_prompt", 0)
+    if not is_count(min_prompt, 0):
+        raise ValueError(
+            f"claa: min_prompt must be a number of tokens, at least 0, got {min_prompt!r}"
+        )
+    # The layers up to the selection keep whole caches, the others all that they see.
+    values.setdefault("keep_kv", 1.0)
+    method = make_method(given["method"], num_layers=num_layers, **values)
+    assert isinstance(method, Pruning)
+    _check(method)
+    method.check(num_layers)
+    ((layer, budget),) = method.stages(num_layers).items()
+    state = begin(method, num_layers=num_layers, prompt_length=2**20)
+    observed = tuple(index for index in range(layer + 1) if method.informs(state, index))
+    if not observed or observed[-1] != layer:
+        raise ValueError(
+            f"claa: method must rank by its selection layer {layer}, got one that ranks by layers "
+            f"{list(observed)}"
+        )
+    return Settings(method, num_layers, layer, budget, observed, min_prompt)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has lists where the settings of a method are tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check(method: Pruning) -> None:
+    """Refuse what the plan of a step, made before it runs, cannot know or serve."""
+    layers = method.layer if isinstance(method.layer, tuple) else (method.layer,)
+    method.require(len(layers) == 1, "layer", "a single layer in vLLM")
+    method.require(method.keep_kv == 1.0, "keep_kv", "1.0 in vLLM")
+    method.require(method.mass is None, "mass", "None in vLLM")
+    method.require(not method.second_look, "second_look", "False in vLLM")
+    method.require(not method.in_layer, "in_layer", "False in vLLM")
+    method.require(method.attention_share == 1, "attention_share", "1 in vLLM")
+    kind, name = type(method), type(method).__name__
+    own = kind.select not in (Pruning.select, Peak.select) or kind.stages is not Pruning.stages
+    if own or kind.take_up is not Pruning.take_up or method.may_park:
+        raise ValueError(
+            f"claa: method must select once, after a layer that is known at the start, got {name}"
+        )
+    if method.two_pass or method.needs_ranking or method.reads_hidden:
+        raise ValueError(
+            f"claa: method must rank in one pass by queries, keys and values, got {name}"
+        )

@@ -1,0 +1,190 @@
+"""Requests drawn at random, for as long as you like; every answer has to be its answer alone.
+
+    python tests/vllm/soak.py --requests 10000
+
+Lengths, chunks, common beginnings, pruned and whole and protected prompts, aborts at any step, and
+preemption under a small cache. Whenever the engine is idle no block may be held, nothing parked.
+Ends with 1 at the first thing that is wrong; prints a line every minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.engines import Engine, engine, save_tiny_llama
+
+ASKS: list[dict[str, Any] | None] = [
+    None,
+    None,
+    {"claa_keep": 0.5},
+    {"claa_keep": "all"},
+    {"claa_keep": 40},
+    {"claa_protect": [0, 1]},
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt, what it asks of the selection, and how many tokens it wants."""
+
+    ids: tuple[int, ...]
+    asks: dict[str, Any] | None
+    new: int
+
+
+@dataclass
+class Counts:
+    """What has happened."""
+
+    finished: int = 0
+    aborted: int = 0
+    wrong: list[int] = field(default_factory=list)
+    idle: int = 0
+    preempted: int = 0
+    hit: int = 0
+
+
+def draw_cases(draw: random.Random, count: int, longest: int) -> list[Case]:
+    """Prompts of which half begin like others, short ones as often as long ones."""
+
+    def tokens(length: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(256) for _ in range(length))
+
+    def length(most: int) -> int:
+        return int(most ** draw.random())  # as many of 10 to 100 tokens as of 100 to 1000
+
+    starts = [tokens(length(longest // 2)) for _ in range(8)]
+    cases = []
+    for _ in range(count):
+        start = draw.choice([(), draw.choice(starts)])
+        ids = start + tokens(length(longest - len(start)))
+        cases.append(Case(ids, draw.choice(ASKS), draw.randint(1, 24)))
+    return cases
+
+
+def add(llm: Any, name: str, case: Case) -> None:
+    """Hand a request to the engine."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0, max_tokens=case.new, ignore_eos=True, extra_args=case.asks
+    )
+    llm.llm_engine.add_request(name, {"prompt_token_ids": list(case.ids)}, params)
+
+
+def run(started: Engine, cases: list[Case], expected: list[list[int]], options: Any) -> Counts:
+    """Have some requests under way at any time, and abort some of them."""
+    draw, counts, llm = random.Random(options.seed + 1), Counts(), started.llm
+    scheduler = started.scheduler
+    plain = scheduler._preempt_request
+
+    def preempt(*args: Any, **kwargs: Any) -> Any:
+        counts.preempted += 1
+        return plain(*args, **kwargs)
+
+    scheduler._preempt_request = preempt
+    under_way: dict[str, int] = {}
+
+    def step() -> None:
+        for output in llm.llm_engine.step():
+            if output.finished and output.request_id in under_way:
+                place = under_way.pop(output.request_id)
+                counts.finished += 1
+                counts.hit += (output.num_cached_tokens or 0) > 0
+                if list(output.outputs[0].token_ids) != expected[place]:
+                    counts.wrong.append(place)
+
+    asked, told = 0, time.monotonic()
+    burst = draw.randint(1, options.at_once)
+    while asked < options.requests or under_way:
+        while asked < options.requests and len(under_way) < burst:
+            place = draw.randrange(len(cases))
+            under_way[str(asked)] = place
+            add(llm, str(asked), cases[place])
+            asked += 1
+        step()
+        if under_way and draw.random() < options.aborts:
+            name = draw.choice(list(under_way))
+            llm.llm_engine.abort_request([name])
+            del under_way[name]
+            counts.aborted += 1
+        if not under_way or draw.random() < 0.01:  # now and then wait until all is over
+            burst = draw.randint(1, options.at_once)
+            while llm.llm_engine.has_unfinished_requests():
+                step()
+            check_idle(started)
+            counts.idle += 1
+        if time.monotonic() - told > 60 or asked == options.requests and not under_way:
+            told, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            print(
+                f"{asked} asked, {counts.finished} answered, {counts.aborted} aborted, "
+                f"{counts.preempted} preempted, {counts.hit} hits, {counts.idle} times idle, "
+                f"{len(counts.wrong)} wrong, {memory / 1024:.0f} MiB",
+                flush=True,
+            )
+    return counts
+
+
+def check_idle(started: Engine) -> None:
+    """Nothing is held by an engine without requests."""
+    held = started.held_blocks()
+    if any(held):
+        raise SystemExit(f"blocks are held by nobody: {held}")
+    runtime = started.runtime
+    if runtime.prompts:
+        raise SystemExit(f"parked prompts of nobody: {list(runtime.prompts)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--cases", type=int, default=200, help="Prompts to draw from.")
+    parser.add_argument("--longest", type=int, default=1200)
+    parser.add_argument("--at-once", type=int, default=12)
+    parser.add_argument("--aborts", type=float, default=0.02, help="Chance at each step.")
+    parser.add_argument("--blocks", type=int, default=260, help="Of the cache.")
+    parser.add_argument("--chunk", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tolerate", type=float, default=0.0, help="Share of wrong answers.")
+    parser.add_argument("--model", help="A folder; the tiny model if left out.")
+    parser.add_argument("--claa", type=json.loads, help="Settings; Peak after layer 3 if left out.")
+    options = parser.parse_args()
+    claa = options.claa or {"method": "peak", "layer": 3, "keep": 0.2, "min_prompt": 30}
+    with tempfile.TemporaryDirectory() as folder:
+        model = options.model or save_tiny_llama(Path(folder))
+        cases = draw_cases(random.Random(options.seed), options.cases, options.longest)
+        own = dict(max_model_len=options.longest + 32, dtype=options.dtype)
+        with engine(model, claa, **own) as started:
+            expected = [started.answers([c.ids], c.new, c.asks)[0].tokens for c in cases]
+        begun = time.monotonic()
+        with engine(
+            model,
+            claa,
+            max_num_batched_tokens=options.chunk,
+            max_num_seqs=options.at_once,
+            num_gpu_blocks_override=options.blocks,
+            block_size=32,
+            enable_prefix_caching=True,
+            **own,
+        ) as started:
+            counts = run(started, cases, expected, options)
+            check_idle(started)
+    print(f"{time.monotonic() - begun:.0f} s")
+    if len(counts.wrong) > options.tolerate * counts.finished:
+        raise SystemExit(f"wrong answers to the cases {sorted(set(counts.wrong))}")
+
+
+if __name__ == "__main__":
+    main()

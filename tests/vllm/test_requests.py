@@ -1,0 +1,84 @@
+"""What a request asks of the selection: how much is kept, and what is never dropped."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+
+from claa_ops.vllm.requests import resolve
+from claa_ops.vllm.settings import parse
+
+SETTINGS = parse({"method": "peak", "layer": 3, "keep": 0.2, "min_prompt": 50}, num_layers=8)
+WINDOW, SINKS = SETTINGS.method.window, SETTINGS.method.num_sinks
+
+
+@pytest.mark.parametrize(
+    ("asked", "prompt", "kept"),
+    [
+        (None, 1000, 200),
+        ({}, 49, 49),  # shorter than min_prompt
+        ({}, 50, WINDOW),
+        ({"claa_keep": 0.5}, 40, 20),  # asked for all the same
+        ({"claa_keep": 0.5}, 1000, 500),
+        ({"claa_keep": 0.1}, 100, WINDOW + SINKS),  # never less than these
+        ({"claa_keep": 1}, 1000, WINDOW + SINKS),
+        ({"claa_keep": 300}, 1000, 300),
+        ({"claa_keep": 300}, 200, 200),
+        ({"claa_keep": "all"}, 1000, 1000),
+        ({"claa_keep": 1.0}, 1000, 1000),
+        ({"claa_protect": [100, 300]}, 1000, 204 + 796 // 5),  # the first four are kept anyway
+        ({"claa_protect": [0, 300]}, 1000, 300 + 700 // 5),
+        ({"claa_protect": [0, 1000]}, 1000, 1000),
+        ({"claa_protect": []}, 1000, 200),
+        ({"claa_keep": 300, "claa_protect": [0, 300]}, 1000, 600),
+    ],
+)
+def test_how_many_are_kept(asked, prompt, kept):
+    assert resolve(asked, SETTINGS, prompt)["claa_kept"] == kept
+
+
+def test_spans_are_merged_and_what_others_ask_for_is_left():
+    given = {"claa_protect": [300, 400, 0, 120, 100, 200, 50, 50], "other": 1}
+    resolved = resolve(given, SETTINGS, 1000)
+    assert resolved["claa_protect"] == [0, 200, 300, 400] and resolved["other"] == 1
+    assert given == {"claa_protect": [300, 400, 0, 120, 100, 200, 50, 50], "other": 1}
+
+
+@given(
+    some.integers(1, 300),
+    some.lists(some.integers(0, 300), max_size=8),
+    some.one_of(some.floats(0.01, 1), some.integers(1, 400), some.just("all")),
+)
+def test_what_is_kept_has_room_for_window_sinks_and_protected(prompt, ends, keep):
+    ends = sorted(min(end, prompt) for end in ends[: len(ends) // 2 * 2])
+    kept = resolve({"claa_keep": keep, "claa_protect": ends}, SETTINGS, prompt)["claa_kept"]
+    sure = {*range(prompt - WINDOW, prompt)} & {*range(prompt)}
+    for begin, end in zip(ends[::2], ends[1::2], strict=True):
+        sure |= {*range(begin, end)}
+    if sure - {*range(prompt - WINDOW, prompt)}:
+        sure |= {*range(min(SINKS, prompt))}
+    assert len(sure) <= kept <= prompt
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"claa_keep": 0.0},
+        {"claa_keep": 0},
+        {"claa_keep": True},
+        {"claa_keep": "0.1"},
+        {"claa_keep": [0.1]},
+        {"claa_keep": None},
+        {"claa_protect": "system"},
+        {"claa_protect": 3},
+        {"claa_protect": [3, 2]},
+        {"claa_protect": [-1, 2]},
+        {"claa_protect": [0.0, 2.0]},
+        {"claa_protect": ["0", "2"]},
+        {"claa_protect": [0, True]},
+        {"claa_kept": 5},
+        {"claa_keeep": 0.1},
+    ],
+)
+def test_anything_else_is_refused(asked):
+    with pytest.raises(ValueError, match=r"^claa: .* got "):
+        resolve(asked, SETTINGS, 100)
