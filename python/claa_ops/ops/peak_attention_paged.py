@@ -47,6 +47,9 @@ def peak_attention_paged(
             prompt.
         scale: factor on the products; ``D ** -0.5`` if not given.
 
+    Returns:
+        None; ``running`` is updated.
+
     Raises:
         RuntimeError: a rank, size, dtype, device or stride is not as above. On the CPU also for a
             length or a page out of range; on CUDA lengths are cut to the room there is, and a

@@ -62,6 +62,9 @@ def score_layer_paged(
             ``kernel_size`` is at most 257.
         k_scale: one float32 number, the factor on keys of float8_e4m3fn; 1 if not given.
 
+    Returns:
+        None; ``running`` is updated.
+
     Raises:
         RuntimeError: a rank, size, dtype, device or stride is not as above, or ``kernel_size``
             is even. On the CPU also for a length or a page out of range; on CUDA lengths are cut

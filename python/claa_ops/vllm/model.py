@@ -23,146 +23,147 @@ from claa_ops.vllm.runtime import Runtime
 from claa_ops.vllm.settings import parse
 
 
-def claa_class(base: type) -> type:
-    """A subclass of one of vLLM's models, whose weights load as they do in the base."""
+class Selecting:
+    """What our architectures add to one of vLLM's models, which comes next among their bases.
 
-    class ClaaForCausalLM(base):  # type: ignore[misc,valid-type]
-        def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
-            given = vllm_config.additional_config.get("claa")
-            settings = parse(given, vllm_config.model_config.hf_text_config.num_hidden_layers)
-            super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
-            layers = list(self.model.layers)
-            cut = settings.layer + 1
-            parked = ParkedHidden(
-                _attention(layers[0], 0),
-                groups=Groups(cut, len(layers) - cut),
-                width=vllm_config.model_config.get_hidden_size(),
-                window=settings.method.window,
-                prefix=prefix,
+    Weights load as they do in that model.
+    """
+
+    model: Any
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
+        given = vllm_config.additional_config.get("claa")
+        settings = parse(given, vllm_config.model_config.hf_text_config.num_hidden_layers)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
+        layers = list(self.model.layers)
+        cut = settings.layer + 1
+        parked = ParkedHidden(
+            _attention(layers[0], 0),
+            groups=Groups(cut, len(layers) - cut),
+            width=vllm_config.model_config.get_hidden_size(),
+            window=settings.method.window,
+            prefix=prefix,
+            vllm_config=vllm_config,
+        )
+        caches = bool(vllm_config.cache_config.enable_prefix_caching)
+        reduce = reduction(settings, vllm_config.model_config)
+        self.claa = Runtime(settings, parked, caches=caches, reduce=reduce)
+        for index, layer in enumerate(layers):
+            attention = _attention(layer, index)
+            if index <= settings.layer:
+                watch(attention, index, self.claa)
+            else:
+                deepen(attention, self.claa)
+        with set_model_tag("claa_front"):
+            front = Front(
                 vllm_config=vllm_config,
+                prefix=f"{prefix}.claa_front",
+                model=self.model,
+                layers=layers[:cut],
             )
-            caches = bool(vllm_config.cache_config.enable_prefix_caching)
-            reduce = reduction(settings, vllm_config.model_config)
-            self.claa = Runtime(settings, parked, caches=caches, reduce=reduce)
-            for index, layer in enumerate(layers):
-                attention = _attention(layer, index)
-                if index <= settings.layer:
-                    watch(attention, index, self.claa)
-                else:
-                    deepen(attention, self.claa)
-            with set_model_tag("claa_front"):
-                front = Front(
-                    vllm_config=vllm_config,
-                    prefix=f"{prefix}.claa_front",
-                    model=self.model,
-                    layers=layers[:cut],
-                )
-            with set_model_tag("claa_back"):
-                back = Back(
-                    vllm_config=vllm_config,
-                    prefix=f"{prefix}.claa_back",
-                    model=self.model,
-                    layers=layers[cut:],
-                )
-            self.halves = front, back
-            self.claa_inputs = Inputs(vllm_config, self.model.config.hidden_size)
-            self.most = vllm_config.scheduler_config.max_num_batched_tokens
+        with set_model_tag("claa_back"):
+            back = Back(
+                vllm_config=vllm_config,
+                prefix=f"{prefix}.claa_back",
+                model=self.model,
+                layers=layers[cut:],
+            )
+        self.halves = front, back
+        self.claa_inputs = Inputs(vllm_config, self.model.config.hidden_size)
+        self.most = vllm_config.scheduler_config.max_num_batched_tokens
 
-        @staticmethod
-        def get_model_state_cls() -> type:
-            """Asked by the V2 runner."""
-            from claa_ops.vllm.runner_v2 import ClaaModelState
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """Asked by the V2 runner."""
+        from claa_ops.vllm.runner_v2 import ClaaModelState
 
-            return ClaaModelState
+        return ClaaModelState
 
-        def forward(
-            self,
-            input_ids: Tensor | None,
-            positions: Tensor,
-            intermediate_tensors: Any = None,
-            inputs_embeds: Tensor | None = None,
-            **kwargs: Any,
-        ) -> Tensor:
-            context = get_forward_context()
-            front, back = self.halves
-            hidden, residual = front(input_ids, positions, inputs_embeds)
-            planned = context.attn_metadata is not None
-            plan = self.claa.plan if planned else None
-            if plan is not None and plan.prefilling:
-                self.claa.park(hidden, residual)
-            if plan is not None and not plan.same:
-                return self._deeper(context, plan, positions, hidden, residual)
-            if planned:
-                self._enter(context, None, len(positions))
-            inputs = self.claa_inputs.hold(context, positions, hidden, residual)
-            return back(*inputs)
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Hidden states ``[tokens, C]`` of the batch, where anything is sampled from."""
+        context = get_forward_context()
+        front, back = self.halves
+        hidden, residual = front(input_ids, positions, inputs_embeds)
+        planned = context.attn_metadata is not None
+        plan = self.claa.plan if planned else None
+        if plan is not None and plan.prefilling:
+            self.claa.park(hidden, residual)
+        if plan is not None and not plan.same:
+            return self._deeper(context, plan, positions, hidden, residual)
+        if planned:
+            self._enter(context, None, len(positions))
+        inputs = self.claa_inputs.hold(context, positions, hidden, residual)
+        return back(*inputs)
 
-        def _enter(self, context: ForwardContext, some: Pass | None, size: int) -> None:
-            """The metadata and slots of what is about to go through the deeper layers."""
-            for group in self.claa.groups:
-                metadata, slots = group.metadata(some, size)
-                for name in group.layer_names:
-                    context.attn_metadata[name] = metadata
-                    context.slot_mapping[name] = slots
+    def _enter(self, context: ForwardContext, some: Pass | None, size: int) -> None:
+        """The metadata and slots of what is about to go through the deeper layers."""
+        for group in self.claa.groups:
+            metadata, slots = group.metadata(some, size)
+            for name in group.layer_names:
+                context.attn_metadata[name] = metadata
+                context.slot_mapping[name] = slots
 
-        def _deeper(
-            self,
-            context: ForwardContext,
-            plan: Plan,
-            positions: Tensor,
-            hidden: Tensor,
-            residual: Tensor,
-        ) -> Tensor:
-            """What is sampled from, where the batch has it; zeros elsewhere."""
-            inputs = self.claa_inputs
-            batch = hidden.shape[0]
-            whole = torch.zeros_like(hidden)
-            tokens = plan.whole.tokens
-            if not tokens:
-                return whole
-            size = inputs.padded(context, tokens, batch)
-            deeper = inputs.empty(size, tokens, hidden)
-            self._gather(plan, (positions, hidden, residual), deeper)
-            outputs, begin = [], 0
-            for some in plan.passes(self.most):
-                end = begin + some.tokens if size is None else size
-                self._enter(context, some, end - begin)
-                with inputs.running(context, size):
-                    outputs.append(self.halves[1](*(each[begin:end] for each in deeper)))
-                begin = end
-            output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-            last, place = (to_device(each, hidden.device) for each in plan.last_tokens())
-            whole[place] = output[last]
+    def _deeper(
+        self,
+        context: ForwardContext,
+        plan: Plan,
+        positions: Tensor,
+        hidden: Tensor,
+        residual: Tensor,
+    ) -> Tensor:
+        """What is sampled from, where the batch has it; zeros elsewhere."""
+        inputs = self.claa_inputs
+        batch = hidden.shape[0]
+        whole = torch.zeros_like(hidden)
+        tokens = plan.whole.tokens
+        if not tokens:
             return whole
+        size = inputs.padded(context, tokens, batch)
+        deeper = inputs.empty(size, tokens, hidden)
+        self._gather(plan, (positions, hidden, residual), deeper)
+        outputs, begin = [], 0
+        for some in plan.passes(self.most):
+            end = begin + some.tokens if size is None else size
+            self._enter(context, some, end - begin)
+            with inputs.running(context, size):
+                outputs.append(self.halves[1](*(each[begin:end] for each in deeper)))
+            begin = end
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        last, place = (to_device(each, hidden.device) for each in plan.last_tokens())
+        whole[place] = output[last]
+        return whole
 
-        def _gather(
-            self, plan: Plan, batch: tuple[Tensor, ...], deeper: tuple[Tensor, ...]
-        ) -> None:
-            """Fill in positions, hidden states and residual of the tokens that go deeper."""
-            device = batch[0].device
-            for begin, end, row in plan.runs():
-                into = [each[begin:end] for each in deeper]
-                if row is None:
-                    source = to_device(plan.source(begin, end), device)
-                    for mine, given in zip(into, batch, strict=True):
-                        torch.index_select(given, 0, source, out=mine)
-                    continue
-                kept = self.claa.select(row)
-                place, states, rest = (each[: row.kept] for each in into)
-                place.copy_(kept)  # a token's position is its place in the prompt
-                if row.computed:
-                    states.copy_(self.claa.take_parked(row, kept))
-                    rest.zero_()
-                else:
-                    chunk = slice(row.begin, row.end)
-                    torch.index_select(batch[1][chunk], 0, kept, out=states)
-                    torch.index_select(batch[2][chunk], 0, kept, out=rest)
-                # Tokens after the prompt: a preempted request's answer, computed anew.
-                answer = row.end - (row.after - row.prompt)
-                for each, given in zip(into, batch, strict=True):
-                    each[row.kept :].copy_(given[answer : row.end])
-
-    return ClaaForCausalLM
+    def _gather(self, plan: Plan, batch: tuple[Tensor, ...], deeper: tuple[Tensor, ...]) -> None:
+        """Fill in positions, hidden states and residual of the tokens that go deeper."""
+        device = batch[0].device
+        for begin, end, row in plan.runs():
+            into = [each[begin:end] for each in deeper]
+            if row is None:
+                source = to_device(plan.source(begin, end), device)
+                for mine, given in zip(into, batch, strict=True):
+                    torch.index_select(given, 0, source, out=mine)
+                continue
+            kept = self.claa.select(row)
+            place, states, rest = (each[: row.kept] for each in into)
+            place.copy_(kept)  # a token's position is its place in the prompt
+            if row.computed:
+                states.copy_(self.claa.take_parked(row, kept))
+                rest.zero_()
+            else:
+                chunk = slice(row.begin, row.end)
+                torch.index_select(batch[1][chunk], 0, kept, out=states)
+                torch.index_select(batch[2][chunk], 0, kept, out=rest)
+            # Tokens after the prompt: a preempted request's answer, computed anew.
+            answer = row.end - (row.after - row.prompt)
+            for each, given in zip(into, batch, strict=True):
+                each[row.kept :].copy_(given[answer : row.end])
 
 
 def _attention(layer: Any, index: int) -> Attention:
@@ -182,7 +183,6 @@ def __getattr__(name: str) -> type:
         raise AttributeError(name)
     module, base = ARCHITECTURES[name]
     found = importlib.import_module(f"vllm.model_executor.models.{module}")
-    made = claa_class(getattr(found, base))
-    made.__name__ = made.__qualname__ = name
+    made = type(name, (Selecting, getattr(found, base)), {"__module__": __name__})
     globals()[name] = made
     return made
