@@ -123,7 +123,7 @@ def test_matches_reference(shape, dtype, device):
     [(1, 1), (5, 1), (3, 5), (2, 8), (1, 24), (1, 40), (60, 32), (3, 96), (9, 128), (1, 1672)],
 )
 def test_any_length_of_a_state(pieces, dim, dtype, device):
-    """On a GPU about a thousand channels of the seeds are read once, more of them for every tile."""
+    """On a GPU about a thousand channels of the seeds are read once, more for every tile."""
     check_first_hop(*inputs(2, 333, 3, pieces, dim, device=device, dtype=dtype), num_seeds=20)
 
 
