@@ -69,7 +69,7 @@ def draw_cases(draw: random.Random, count: int, longest: int) -> list[Case]:
     for _ in range(count):
         start = draw.choice([(), draw.choice(starts)])
         ids = start + tokens(length(longest - len(start)))
-        cases.append(Case(ids, draw.choice(ASKS), draw.randint(1, 24)))
+        cases.append(Case(ids, draw.choice(ASKS), length(200)))
     return cases
 
 
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=1200)
     parser.add_argument("--at-once", type=int, default=12)
     parser.add_argument("--aborts", type=float, default=0.02, help="Chance at each step.")
-    parser.add_argument("--blocks", type=int, default=260, help="Of the cache.")
+    parser.add_argument("--blocks", type=int, default=110, help="Of the cache.")
     parser.add_argument("--chunk", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32")
@@ -165,7 +165,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or save_tiny_llama(Path(folder))
         cases = draw_cases(random.Random(options.seed), options.cases, options.longest)
-        own = dict(max_model_len=options.longest + 32, dtype=options.dtype)
+        own = dict(max_model_len=options.longest + 200, dtype=options.dtype)
         with engine(model, claa, **own) as started:
             expected = [started.answers([c.ids], c.new, c.asks)[0].tokens for c in cases]
         begun = time.monotonic()
