@@ -187,7 +187,17 @@ def paged_case(
     args = (running, query, key_pages.normal_(), table, number)
     note = f"W {window}, pages of {size}" + f", {prompts} prompts" * (prompts > 1)
     flops = 2 * model.heads * window * tokens * model.dim
-    return Case(op, shape, dtype, args, outputs, note=note, flops=flops)
+
+    def plain() -> None:
+        for r, length in enumerate(lengths):
+            key = key_pages[table[r, : blocks[r]].long()].flatten(0, 1)[:length]
+            own = query[r : r + 1].transpose(1, 2), key.transpose(0, 1)[None]
+            if op == "score_layer_paged":
+                reference.score_layer(running[r : r + 1, : length - window], *own)
+            else:
+                reference.peak_attention(*own, running=running[r : r + 1, :, :length])
+
+    return Case(op, shape, dtype, args, outputs, note=note, flops=flops, plain=plain)
 
 
 def pool_heads(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:

@@ -93,7 +93,10 @@ def assert_is_as_packed(op: str, arguments: dict) -> None:
         for name, x in arguments.items()
     }
     is_exact = True
-    if {"query", "key_pages"} <= arguments.keys():  # where any dimension is broadcast another kernel may take them
+    if {
+        "query",
+        "key_pages",
+    } <= arguments.keys():  # where any dimension is broadcast another kernel may take them
         is_exact = arguments["query"].device.type == "cpu"
     elif "query" in arguments:
         is_exact = takes_the_same_kernel(arguments["query"], arguments["key"])
