@@ -22,10 +22,12 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from bench import record
+from bench.machine import machine
 
 RESULT = Path(__file__).parent / "results" / "serving.json"
 NEW_TOKENS = 64  # after the first, with many prompts at once
@@ -241,7 +243,6 @@ def main() -> None:
     parser.add_argument("--devices", nargs="+", default=["0"], help="0 1, or 0,1 for both in one")
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--dummy", action="store_true", help="random weights")
-    parser.add_argument("--commit", help="the commit, for sources that are not a git checkout")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--child", choices=["plain", "claa"], help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -251,7 +252,8 @@ def main() -> None:
     found = measured(options.devices)
     rows = [{"requests": kind, **each} for kind, each in found.items()]
     settings = {k: v for k, v in vars(options).items() if k not in ("out", "child", "devices")}
-    record.write(options.out, {"settings": settings, "rows": rows})
+    described = machine("cuda") | {"vllm": version("vllm")}
+    record.write(options.out, {"machine": described, "settings": settings, "rows": rows})
     print("\n".join(table(found)))
 
 
