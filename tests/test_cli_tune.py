@@ -168,7 +168,7 @@ def test_the_time_limit_ends_it_with_what_there_is(checkpoint, records, monkeypa
     clock = iter(range(0, 10**6))  # a second passes between any two looks at it
     with monkeypatch.context() as patch:
         patch.setattr("claa_ops.evaluate.tune.run.time.monotonic", lambda: next(clock))
-        facts = facts_of(tune(checkpoint, *chosen, "--time-limit", "1", "--length", "400"))
+        facts = facts_of(tune(checkpoint, *chosen, "--time-limit", "0.07", "--length", "400"))
     assert facts["end"] == "time" and facts["chosen"]["prompts"] < 12
 
 
