@@ -116,14 +116,12 @@ class Hops(Peak):
         direct = 2 if self.question else 1
         return -self._entries(places[:, :direct], places[:, direct:] if self.hops else None)
 
-    def select(self, state: PrefillState, layer: int) -> Tensor | None:
-        """At a selection layer, the tokens that enter the budget first, and the window."""
-        index = super().select(state, layer)
-        last = max(self.stages(state.num_layers))
-        if index is not None and layer < last and "led" in state.notes:
+    def keep_notes(self, state: PrefillState, layer: int, index: Tensor) -> None:
+        """What the first selection found of the tokens that continue, for a later one."""
+        super().keep_notes(state, layer, index)
+        if layer < max(self.stages(state.num_layers)) and "led" in state.notes:
             context = index[:, : -self.window]
             state.notes["led"] = gather_kept(state.notes["led"], context)
-        return index
 
     def evidence(self, state: PrefillState) -> Tensor:
         """Peak's scores: the order of a budget has no mass."""

@@ -79,9 +79,6 @@ class Peak(Pruning):
         stages = self.stages(state.num_layers)
         return any(stage >= layer and self._drops(state, stage) for stage in stages)
 
-    def select(self, state: PrefillState, layer: int) -> Tensor | None:
-        """At a selection layer, the most important tokens, ``[B, k]``, and the window."""
-        index = super().select(state, layer)
-        if index is not None:  # the peaks of the tokens that continue
-            state.notes["peaks"] = gather_kept(state.notes["peaks"], index)
-        return index
+    def keep_notes(self, state: PrefillState, layer: int, index: Tensor) -> None:
+        """The peaks of the tokens that continue."""
+        state.notes["peaks"] = gather_kept(state.notes["peaks"], index)

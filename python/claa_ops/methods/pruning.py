@@ -191,6 +191,12 @@ class Pruning(Method):
         """Whether the ranking at some selection layer depends on this layer."""
         return layer in self.stages(state.num_layers)
 
+    def keep_notes(self, state: PrefillState, layer: int, index: Tensor) -> None:
+        """Keep what ``state.notes`` has of the tokens at ``index``, ``[B, k]``, which continue.
+
+        For rankings that go on from one selection layer to the next.
+        """
+
     def evidence(self, state: PrefillState) -> Tensor:
         """``[B, M]``, not negative: the scores whose ``mass`` says how many tokens continue."""
         assert state.importance is not None  # a layer that selects was ranked
@@ -274,7 +280,9 @@ class Pruning(Method):
         """At a selection layer, the most important tokens, ``[B, k]``, and the window."""
         if layer not in self.stages(state.num_layers) or not self._drops(state, layer):
             return None
-        return self._best_at(state, layer)
+        index = self._best_at(state, layer)
+        self.keep_notes(state, layer, index)
+        return index
 
     def selects_within(self, state: PrefillState, layer: int) -> bool:
         """At a selection layer that drops tokens, with ``in_layer``."""

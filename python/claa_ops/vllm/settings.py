@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from claa_ops.methods import CLAA, Hops, Peak, Pruning, find_method, make_method
+from claa_ops.methods import CLAA, Peak, Pruning, find_method, make_method
 from claa_ops.selection import Budget, begin
 from claa_ops.selection.budget import is_count
 
@@ -113,10 +113,7 @@ def _check(method: Pruning) -> None:
     method.require(not method.in_layer, "in_layer", "False in vLLM")
     method.require(method.attention_share == 1, "attention_share", "1 in vLLM")
     kind, name = type(method), type(method).__name__
-    own = (
-        kind.select not in (Pruning.select, Peak.select, Hops.select)
-        or kind.stages is not Pruning.stages
-    )
+    own = kind.select is not Pruning.select or kind.stages is not Pruning.stages
     if own or kind.take_up is not Pruning.take_up or method.may_park:
         raise ValueError(
             f"claa: method must select once, after a layer that is known at the start, got {name}"
