@@ -325,13 +325,9 @@ cudaError_t find_links(const HopTokensParams& p, const Buffers& w, cudaStream_t 
     if (w.on_tensor_cores) {
       const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
       const int64_t blocks = min(ceil_div(multiprocessors, rows), w.tiles);
-      const bool resident = fits(shared_bytes(w.slices, true, kManySteps));
-      const bool many = resident || fits(shared_bytes(w.slices, false, kManySteps));
-      const auto kernel = resident ? link_kernel<T, kFirstHop, true, kManySteps>
-                          : many   ? link_kernel<T, kFirstHop, false, kManySteps>
-                                   : link_kernel<T, kFirstHop, false, kFewSteps>;
-      const int64_t bytes = shared_bytes(w.slices, resident, many ? kManySteps : kFewSteps);
-      return launch(kernel, rows * blocks, bytes, stream, p, w, int(blocks));
+      const bool resident = fits(shared_bytes(w.slices, true));
+      return launch(resident ? link_kernel<T, kFirstHop, true> : link_kernel<T, kFirstHop, false>,
+                    rows * blocks, shared_bytes(w.slices, resident), stream, p, w, int(blocks));
     }
   }
   return launch(plain_link_kernel<T, kFirstHop>, rows * w.tiles, 0, stream, p, w);

@@ -13,12 +13,10 @@ constexpr int kWarpTokens = kTile / kWarps;  // of a warp in the tensor core ker
 constexpr int kGroup = 64;                   // seeds that a block multiplies
 constexpr int kSeedTiles = kGroup / 16;      // rows of one mma
 constexpr int kSlice = 32;                   // channels that a lane's 16 bytes and its quad hold
-constexpr int kSliceWords = kGroup * kSlice / 8;        // uint4 of a slice of the seeds
-constexpr int kStepSlices = 2;                          // of the tokens, copied together
-constexpr int kStepWords = kStepSlices * 2 * kThreads;  // uint4 of a step
-constexpr int kManySteps = 5, kFewSteps = 2;  // of the ring of them, as shared memory allows
-constexpr int kQuarters = 4;                  // chunks of seeds that fit in shared memory
-constexpr int kPanelChannels = 64;            // on Hopper: of a row of a tile of wgmma.cuh
+constexpr int kSliceWords = kGroup * kSlice / 8;  // uint4 of a slice of the seeds
+constexpr int kStepSlices = 2, kSteps = 4;  // loaded together, and how many such are in flight
+constexpr int kQuarters = 4;                // chunks of seeds that fit in shared memory
+constexpr int kPanelChannels = 64;          // on Hopper: of a row of a tile of wgmma.cuh
 constexpr int kPanelWords = kGroup * kPanelChannels / 8;  // uint4 of a panel of the seeds
 constexpr int kChunkSlices = 4, kRing = 3;  // of seeds that do not: slices of a chunk, and chunks
 
@@ -77,12 +75,10 @@ inline SelectTopkParams selection(const HopTokensParams& p, const Buffers& w) {
 
 inline int64_t slices_of_piece(const HopTokensParams& p) { return ceil_div(p.dim, kSlice); }
 
-// Shared memory of a block: steps of its tokens, the seeds, all of them or a ring of chunks, and
-// the mean.
-inline int64_t shared_bytes(int64_t slices, bool resident, int steps) {
+// Shared memory of a block: the seeds, all of them or a ring of chunks, and the mean.
+inline int64_t shared_bytes(int64_t slices, bool resident) {
   const int64_t kept = resident ? slices : kRing * kChunkSlices;
-  return (steps * kStepWords + kept * kSliceWords) * int64_t(sizeof(uint4)) +
-         slices * kSlice * int64_t(sizeof(float));
+  return kept * kSliceWords * int64_t(sizeof(uint4)) + slices * kSlice * int64_t(sizeof(float));
 }
 inline bool fits(int64_t bytes) {
   constexpr int64_t kStatic = 8 << 10;
@@ -112,10 +108,10 @@ inline Buffers::Buffers(const HopTokensParams& p) {
   width = tiles * kTile;
   groups = ceil_div(p.num_seeds, kGroup);
   seeds = groups * kGroup;
-  slices = round_up(p.pieces * slices_of_piece(p), kStepSlices * kQuarters);
+  slices = round_up(p.pieces * slices_of_piece(p), kStepSlices * kSteps);
   on_tensor_cores = rows_are_aligned(p.dtype, p.dim, p.states, p.states_stride_b, p.states_stride_g,
                                      p.states_stride_n) &&
-                    fits(shared_bytes(slices, false, kFewSteps));
+                    fits(shared_bytes(slices, false));
   on_hopper = on_tensor_cores && hopper::takes(p);
   panels = p.pieces * ceil_div(p.dim, kPanelChannels);
   char* next = static_cast<char*>(p.workspace);

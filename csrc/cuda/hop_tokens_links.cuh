@@ -69,11 +69,10 @@ __device__ void join_sums(const Buffers& w, const LinkRow& at, float* parts) {
   w.factors[at.row * kGroup + threadIdx.x] = total == 0.f ? 0.f : 1.f / total;
 }
 
-// 16 bytes from global to shared memory, or zeros where they do not exist.
-__device__ inline void copy_async(uint4* to, const void* from, bool exists = true) {
+__device__ inline void copy_async(uint4* to, const uint4* from) {
   asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
-      "l"(from), "r"(exists ? 16 : 0)
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
+      "l"(from)
       : "memory");
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -101,52 +100,64 @@ struct Panel {
 
   __device__ int chunk_slices() const { return kResident ? slices / kQuarters : kChunkSlices; }
 
-  // Begins to copy the next chunk, if there is one.
   __device__ void copy_chunk() {
-    if (next >= chunks) return;
-    const int words = chunk_slices() * kSliceWords;
-    uint4* to = shared + (kResident ? next : next % kRing) * words;
-    const uint4* from = seeds + source * kSliceWords;
-    for (int i = threadIdx.x; i < words; i += kThreads) copy_async(to + i, from + i);
+    if (next < chunks) {
+      const int words = chunk_slices() * kSliceWords;
+      uint4* to = shared + (kResident ? next : next % kRing) * words;
+      const uint4* from = seeds + source * kSliceWords;
+      for (int i = threadIdx.x; i < words; i += kThreads) copy_async(to + i, from + i);
+    }
+    commit_copies();
     ++next;
     source += chunk_slices();
     if (source == slices) source = 0;
   }
 
-  // The slices from `slice` on, kStepSlices of them; called for every step in turn, when the
-  // thread's own copies of them have come.
+  __device__ void begin() {
+    for (int i = 0; i < (kResident ? kQuarters : kRing - 1); ++i) copy_chunk();
+  }
+
+  // Waits for the next chunk, and until no warp reads the one before it.
+  __device__ void wait_for_chunk() {
+    if constexpr (!kResident)
+      wait_for_copies<kRing - 2>();
+    else if (chunk == 0)
+      wait_for_copies<kQuarters - 1>();
+    else if (chunk == 1)
+      wait_for_copies<kQuarters - 2>();
+    else if (chunk == 2)
+      wait_for_copies<kQuarters - 3>();
+    else
+      wait_for_copies<0>();
+    __syncthreads();
+    if constexpr (!kResident) copy_chunk();
+    ++chunk;
+  }
+
+  // The slices from `slice` on, kStepSlices of them; called for every step in turn.
   __device__ const uint4* step(int slice) {
-    if (chunk < chunks && slice % chunk_slices() == 0) {
-      __syncthreads();  // those of the others have too, and no warp reads the chunk before
-      if constexpr (!kResident) copy_chunk();
-      ++chunk;
-    }
+    if (chunk < chunks && slice % chunk_slices() == 0) wait_for_chunk();
     if constexpr (kResident) return shared + slice * kSliceWords;
     return shared + ((chunk - 1) % kRing * kChunkSlices + slice % kChunkSlices) * kSliceWords;
   }
 };
 
-// A lane's way through the states of its warp's tokens, tile after tile. Lane 4r + c copies the
+// A lane's way through the states of its warp's tokens, tile after tile. Lane 4r + c reads the
 // channels 8c to 8c + 7 of each slice of two tokens, so placed that it then has the products of
-// the tokens 4c to 4c + 3 of the warp. It reads what it has copied itself, so it waits for nobody.
-// (Loads into registers would be waited for in the order of a few counters: kSteps of them at
-// once.)
-template <class T, int kSteps>
+// the tokens 4c to 4c + 3 of the warp.
+template <class T>
 struct TokenReader {
   const HopTokensParams& p;
   const LinkRow& at;
   const T* states;  // of the row
-  uint4* ring;      // [kSteps][kStepWords], from this thread's first word on
   const T* rows[2];
-  int step = 0;  // next to be copied, in the ring
   int slices, slices_read, tile, slice = 0, d = 0;
   int64_t piece = 0;  // offset of the piece
 
-  __device__ TokenReader(const HopTokensParams& p, const LinkRow& at, int slices, uint4* ring)
+  __device__ TokenReader(const HopTokensParams& p, const LinkRow& at, int slices)
       : p(p),
         at(at),
         states(static_cast<const T*>(p.states) + at.b * p.states_stride_b),
-        ring(ring + threadIdx.x),
         slices(slices),
         slices_read(int(p.pieces) * int(ceil_div(p.dim, kSlice))),
         tile(at.block) {
@@ -163,17 +174,14 @@ struct TokenReader {
     }
   }
 
-  // Begins to copy the next step.
-  __device__ void copy_step() {
-    uint4* to = ring + step * kStepWords;
-    step = step + 1 == kSteps ? 0 : step + 1;
+  __device__ void load(uint4 (&to)[kStepSlices][2]) {
 #pragma unroll
     for (int i = 0; i < kStepSlices; ++i) {
       const bool exists =
           tile < at.tiles && slice + i < slices_read && d + int(threadIdx.x) % 4 * 8 < int(p.dim);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        copy_async(to + (i * 2 + half) * kThreads, rows[half] + piece + d, exists);
+        to[i][half] = load_streaming_if(exists, rows[half] + piece + d);
       d += kSlice;
       if (d >= int(p.dim)) {
         d = 0;
@@ -186,14 +194,6 @@ struct TokenReader {
     piece = 0;
     tile += at.blocks;
     if (tile < at.tiles) find_rows();
-  }
-
-  // The step that is next to be copied over, once its copies have come.
-  __device__ void load(uint4 (&tokens)[kStepSlices][2]) const {
-    const int oldest = step + 1 == kSteps ? 0 : step + 1;
-    const uint4* from = ring + oldest * kStepWords;
-#pragma unroll
-    for (int i = 0; i < kStepSlices * 2; ++i) tokens[i / 2][i % 2] = from[i * kThreads];
   }
 };
 
@@ -318,31 +318,25 @@ __device__ inline void write_links(const LinkRow& at, const Products& products,
 }
 
 // Blocks take the tiles of a row in turn. kFirstHop: measures the tokens too.
-template <class T, bool kFirstHop, bool kResident, int kSteps>
+template <class T, bool kFirstHop, bool kResident>
 __global__ __launch_bounds__(kThreads, 1) void link_kernel(const HopTokensParams p, const Buffers w,
                                                            int blocks) {
-  constexpr int kAhead = kSteps - 1;                         // steps in flight
-  constexpr int kFirst = kResident ? kQuarters : kRing - 1;  // chunks that are copied with them
-  static_assert(kResident ? kFirst <= kAhead : kAhead <= kFirst * kChunkSlices / kStepSlices);
   extern __shared__ __align__(16) char dynamic[];
   __shared__ __align__(16) float warp_sums[2][kWarps][kGroup];
   __shared__ Seed seeds[kGroup];
   wait_for_kernels_ahead();
   const LinkRow at(p, w, blocks);
   const int slices = int(w.slices), warp = threadIdx.x / kWarp;
-  auto* ring = reinterpret_cast<uint4*>(dynamic);
-  uint4* shared = ring + kSteps * kStepWords;
+  auto* shared = reinterpret_cast<uint4*>(dynamic);
   auto* mean =
       reinterpret_cast<float*>(shared + (kResident ? slices : kRing * kChunkSlices) * kSliceWords);
   const int my_tiles = at.block < at.tiles ? (at.tiles - at.block - 1) / blocks + 1 : 0;
   Panel<kResident> panel(shared, w.panel + at.row * slices * kSliceWords, slices, my_tiles);
-  TokenReader<T, kSteps> reader(p, at, slices, ring);
+  TokenReader<T> reader(p, at, slices);
+  uint4 tokens[kSteps][kStepSlices][2];
 #pragma unroll
-  for (int i = 0; i < max(kAhead, kFirst); ++i) {
-    if (i < kFirst) panel.copy_chunk();
-    if (i < kAhead) reader.copy_step();
-    if (i < kAhead) commit_copies();
-  }
+  for (int i = 0; i < kSteps - 1; ++i) reader.load(tokens[i]);
+  panel.begin();
   if (threadIdx.x < kGroup) seeds[threadIdx.x] = w.seed[at.row * kGroup + threadIdx.x];
   if constexpr (kFirstHop) {
     const int per_piece = int(ceil_div(p.dim, kSlice));
@@ -356,15 +350,14 @@ __global__ __launch_bounds__(kThreads, 1) void link_kernel(const HopTokensParams
   for (int tile = at.block, turn = 0; tile < at.tiles; tile += blocks, turn ^= 1) {
     Products products{};
     [[maybe_unused]] Lengths lengths;
-    for (int slice = 0; slice < slices; slice += kStepSlices) {
-      wait_for_copies<kAhead - 1>();
-      const uint4* of_seeds = panel.step(slice);
-      uint4 tokens[kStepSlices][2];
-      reader.load(tokens);
-      reader.copy_step();
-      commit_copies();
-      products.add<T>(of_seeds, tokens);
-      if constexpr (kFirstHop) lengths.add<T>(mean + slice * kSlice, tokens);
+    for (int slice = 0; slice < slices; slice += kSteps * kStepSlices) {
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        reader.load(tokens[(i + kSteps - 1) % kSteps]);
+        const int here = slice + i * kStepSlices;
+        products.add<T>(panel.step(here), tokens[i]);
+        if constexpr (kFirstHop) lengths.add<T>(mean + here * kSlice, tokens[i]);
+      }
     }
     const int column = int(w.width) - (tile + 1) * kTile + warp * kWarpTokens;
     const int64_t mine = at.b * w.width + column + threadIdx.x % 4 * 4;
