@@ -31,7 +31,7 @@ from bench.machine import machine
 
 RESULT = Path(__file__).parent / "results" / "serving.json"
 NEW_TOKENS = 64  # after the first, with many prompts at once
-QUESTION = 500  # tokens of a question about a text
+QUESTION, ANSWER = 500, 256  # tokens of a question about a text, and of an answer that is to fit
 CACHE_GIB = 90
 
 
@@ -106,21 +106,11 @@ def measure(client: Client, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def fitting(llm: Any, options: argparse.Namespace) -> float:
-    """How many prompts of ``many_tokens`` with 256 new tokens fit the caches at once."""
-    engine_core = llm.llm_engine.engine_core.engine_core
-    manager = engine_core.scheduler.kv_cache_manager
-    config = manager.kv_cache_config
-    total = options.many_tokens + 256
-    blocks = 0
-    for group in config.kv_cache_groups:
-        spec = group.kv_cache_spec
-        held = total
-        if hasattr(spec, "entries"):
-            held = spec.entries(total, options.many_tokens)
-        elif type(spec).__name__ == "HiddenSpec":
-            continue  # given back to the cache once the selection has run
-        blocks += -(-held // spec.block_size)
-    return (config.num_blocks - 1) / blocks
+    """How many prompts of ``many_tokens`` with their answers fit the caches at once."""
+    from claa_ops.vllm.capacity import Capacity
+
+    manager = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
+    return Capacity.of(manager.kv_cache_config, options.many_tokens, ANSWER).at_once
 
 
 def child(options: argparse.Namespace) -> None:

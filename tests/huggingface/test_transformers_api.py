@@ -13,6 +13,7 @@ from claa_ops.huggingface.transformers_api import cache_argument, cache_of
 SOURCES = Path(claa_ops.__file__).parent
 ALONE = Path(transformers_api.__file__)
 PUBLIC = {
+    "AutoConfig",
     "AutoModelForCausalLM",
     "AutoTokenizer",
     "DynamicCache",

@@ -10,11 +10,11 @@ from claa_ops.vllm.spec import HiddenSpec, KeptAttentionSpec
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a prompt of a certain length takes of the cache.
+    """What a prompt of a certain length, and maybe its answer, take of the cache.
 
     Attributes:
         prompt: its tokens.
-        blocks: it holds so many once the selection has run.
+        blocks: they hold so many once the selection has run.
         parked: and so many more until then, for hidden states.
         total: blocks that there are.
         padding: the share of the held pages that no layer writes.
@@ -29,8 +29,9 @@ class Capacity:
     plain: float
 
     @classmethod
-    def of(cls, config: Any, prompt: int) -> Capacity:
-        """Of a prompt of so many tokens, with vLLM's ``KVCacheConfig``."""
+    def of(cls, config: Any, prompt: int, new: int = 0) -> Capacity:
+        """Of a prompt of so many tokens and ``new`` of an answer, with vLLM's ``KVCacheConfig``."""
+        all_tokens = prompt + new
         blocks = parked = pages = layers = 0
         size = max(len(group.layer_names) for group in config.kv_cache_groups)
         for group in config.kv_cache_groups:
@@ -38,12 +39,13 @@ class Capacity:
             if isinstance(spec, HiddenSpec):
                 parked += -(-prompt // spec.block_size)
                 continue
-            tokens = spec.entries(prompt, prompt) if isinstance(spec, KeptAttentionSpec) else prompt
+            kept = isinstance(spec, KeptAttentionSpec)
+            tokens = spec.entries(all_tokens, prompt) if kept else all_tokens
             held = -(-tokens // spec.block_size)
             blocks += held
             pages += held * count
             layers += count
-            whole = -(-prompt // spec.block_size)
+            whole = -(-all_tokens // spec.block_size)
         return cls(
             prompt=prompt,
             blocks=blocks,

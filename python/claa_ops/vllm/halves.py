@@ -13,12 +13,7 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import ForwardContext
 
 
-@support_torch_compile(
-    dynamic_arg_dims={"input_ids": 0, "positions": 0, "inputs_embeds": 0},
-)
-class Front(nn.Module):
-    """The embedding and the layers that see the whole prompt."""
-
+class _Half(nn.Module):
     def __init__(
         self,
         *,
@@ -31,6 +26,13 @@ class Front(nn.Module):
         # In plain sequences: the model owns the weights, which would have two names otherwise.
         self.model: Any = (model,)
         self.layers = list(layers)
+
+
+@support_torch_compile(
+    dynamic_arg_dims={"input_ids": 0, "positions": 0, "inputs_embeds": 0},
+)
+class Front(_Half):
+    """The embedding and the layers that see the whole prompt."""
 
     def forward(
         self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None = None
@@ -48,20 +50,8 @@ class Front(nn.Module):
 @support_torch_compile(
     dynamic_arg_dims={"positions": 0, "hidden": 0, "residual": 0},
 )
-class Back(nn.Module):
+class Back(_Half):
     """The layers behind the selection, and the last norm."""
-
-    def __init__(
-        self,
-        *,
-        vllm_config: VllmConfig,
-        prefix: str = "",
-        model: nn.Module,
-        layers: Sequence[nn.Module],
-    ) -> None:
-        super().__init__()
-        self.model: Any = (model,)
-        self.layers = list(layers)
 
     def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor) -> Tensor:
         """The model's output, ``[tokens, C]``."""

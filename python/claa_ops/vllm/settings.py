@@ -45,9 +45,12 @@ class Settings:
 
     def kept(self, prompt: int) -> int:
         """How many tokens of a prompt of this length go deeper, if its request asks for nothing."""
-        if prompt < self.min_prompt:
-            return prompt
-        return min(prompt, self.budget.tokens(prompt, self.method.window))
+        return kept_tokens(prompt, self.budget, self.method.window, self.min_prompt)
+
+
+def kept_tokens(prompt: int, budget: Budget, window: int, min_prompt: int) -> int:
+    """How many tokens of a prompt go deeper: of one shorter than ``min_prompt`` all."""
+    return prompt if prompt < min_prompt else min(prompt, budget.tokens(prompt, window))
 
 
 def parse(given: Any, num_layers: int) -> Settings:

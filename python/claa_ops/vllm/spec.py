@@ -11,12 +11,20 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from claa_ops.selection import Budget
 from claa_ops.vllm.groups import HiddenPages
+from claa_ops.vllm.settings import kept_tokens
 
 
 # Not a FullAttentionSpec: its merge accepts any subclass, and the deeper layers would end up in
 # the group of the others; so would hidden states.
 @dataclass(frozen=True, kw_only=True)
-class KeptAttentionSpec(AttentionSpec):
+class _PromptSpec(AttentionSpec):
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """That of the longest request, of which nothing is saved: of its prompt, or its answer."""
+        return cdiv(vllm_config.model_config.max_model_len, self.block_size) * self.page_size_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptAttentionSpec(_PromptSpec):
     """Full attention over the kept tokens of the prompt and all tokens after it.
 
     Attributes:
@@ -39,22 +47,16 @@ class KeptAttentionSpec(AttentionSpec):
 
     def kept(self, prompt: int) -> int:
         """How many tokens of a prompt are kept, if its request asks for nothing."""
-        if prompt < self.min_prompt:
-            return prompt
-        return min(prompt, self.budget.tokens(prompt, self.window))
+        return kept_tokens(prompt, self.budget, self.window, self.min_prompt)
 
     def entries(self, tokens: int, prompt: int, kept: int | None = None) -> int:
         """Entries needed once ``tokens`` are computed: the kept ones' from the first chunk on."""
         kept = self.kept(prompt) if kept is None else kept
         return kept + max(0, tokens - prompt)
 
-    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        """That of a short prompt with a long answer, of which nothing is saved."""
-        return cdiv(vllm_config.model_config.max_model_len, self.block_size) * self.page_size_bytes
-
 
 @dataclass(frozen=True, kw_only=True)
-class HiddenSpec(AttentionSpec):
+class HiddenSpec(_PromptSpec):
     """A slice of the hidden states of a prompt, in a page of the size of the other layers'.
 
     To vLLM it is one head whose key and value are half a slice each.
@@ -88,10 +90,6 @@ class HiddenSpec(AttentionSpec):
                 f"all and nothing else, got {spec.page_size_bytes} bytes"
             )
         return made
-
-    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        """That of the longest prompt."""
-        return cdiv(vllm_config.model_config.max_model_len, self.block_size) * self.page_size_bytes
 
 
 def register() -> None:
