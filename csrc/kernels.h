@@ -301,6 +301,25 @@ struct HopTokensParams {
     const int64_t left = valid - hop * num_seeds;
     return left < 0 ? 0 : left < num_seeds ? left : num_seeds;
   }
+  // How a hop chooses its seeds: the first by `scores`, others by `rank`, [batch, context].
+  CLAA_HOST_DEVICE __attribute__((always_inline)) inline SelectTopkParams seeds(
+      const float* rank, const int32_t* counts, int32_t* best, void* scratch) const {
+    const bool is_first = part <= 0;
+    return {.scores = is_first ? scores : rank,
+            .start = start,
+            .counts = {counts, true},
+            .out = best,
+            .workspace = scratch,
+            .out_is_int32 = true,
+            .batch = batch,
+            .inner = 1,
+            .context = context,
+            .k = num_seeds,
+            .window = 0,
+            .num_sinks = 0,
+            .scores_stride_b = is_first ? scores_stride_b : context,
+            .scores_stride_inner = 0};
+  }
 };
 
 // ---- prompts of several lengths, packed, and an engine's pages

@@ -133,24 +133,9 @@ void find_mean(const HopPlan& plan, int64_t b) {
 template <class T>
 void find_seeds(const HopPlan& plan, int64_t b, float* scratch) {
   const HopTokensParams& p = plan.p;
-  const bool is_first = p.part == 0;
   plan.counts[b] = int32_t(p.seeds_of(p.part, p.context - p.first_valid(b)));
-  const SelectTopkParams best{.scores = is_first ? p.scores : plan.rank,
-                              .start = p.start,
-                              .counts = {plan.counts, true},
-                              .out = plan.seeds,
-                              .workspace = nullptr,
-                              .out_is_int32 = true,
-                              .batch = p.batch,
-                              .inner = 1,
-                              .context = p.context,
-                              .k = p.num_seeds,
-                              .window = 0,
-                              .num_sinks = 0,
-                              .scores_stride_b = is_first ? p.scores_stride_b : p.context,
-                              .scores_stride_inner = 0};
   Portion row{.worker = 0, .begin = b, .end = b + 1};
-  cpu::run(best, row);
+  cpu::run(p.seeds(plan.rank, plan.counts, plan.seeds, nullptr), row);
 
   const int32_t* seeds = plan.seeds + b * p.num_seeds;
   float* panel = plan.panel + b * plan.row_stride * plan.channels;

@@ -56,21 +56,7 @@ struct Buffers {
 
 // How the seeds of a hop are chosen.
 inline SelectTopkParams selection(const HopTokensParams& p, const Buffers& w) {
-  const bool is_first = p.part <= 0;
-  return {.scores = is_first ? p.scores : w.rank,
-          .start = p.start,
-          .counts = {w.counts + p.part * p.batch, true},
-          .out = w.best,
-          .workspace = w.select,
-          .out_is_int32 = true,
-          .batch = p.batch,
-          .inner = 1,
-          .context = p.context,
-          .k = p.num_seeds,
-          .window = 0,
-          .num_sinks = 0,
-          .scores_stride_b = is_first ? p.scores_stride_b : p.context,
-          .scores_stride_inner = 0};
+  return p.seeds(w.rank, w.counts + p.part * p.batch, w.best, w.select);
 }
 
 inline int64_t slices_of_piece(const HopTokensParams& p) { return ceil_div(p.dim, kSlice); }
