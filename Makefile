@@ -12,12 +12,13 @@
 # make release make wheel, then everything that is to hold before an upload
 # make cuda    compile the CUDA library alone, in build/cuda
 # make test-gpu      on a machine with a GPU: build for it with the torch that is there, run the tests
+# make test-gpu-vllm the tests of serving on a GPU, with vLLM in VLLM_SITE (python -m bench.vllm_site)
 # make sanitize-gpu  after test-gpu: the CUDA kernels under compute-sanitizer
 #
 # Settings: PYTHON, VENV, TORCH (a requirement), TORCH_ARGS (such as --index-url with PyTorch's
 # index of CPU wheels), CLAA_CUDA=AUTO|ON|OFF (unless set, OFF in VENV and AUTO in the wheel),
 # CLAA_CUTLASS_DIR (a source tree). For test-gpu: WHEELS (a folder of wheels of what PYTHON lacks),
-# ARCHITECTURES, PYTEST_ARGS (such as -n 14 --dist worksteal).
+# ARCHITECTURES, PYTEST_ARGS (such as -n 14 --dist worksteal), VLLM_SITE.
 PYTHON     ?= python3
 VENV       ?= .venv
 TORCH      ?= torch==2.13.0
@@ -36,7 +37,7 @@ SOURCES = $(shell find csrc src cmake -type f) CMakeLists.txt pyproject.toml
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 say     = @echo "==> $(1)"
 
-.PHONY: demo test test-oldest test-vllm test-vllm-oldest bench docs examples lint lock wheel release cuda test-gpu sanitize-gpu clean
+.PHONY: demo test test-oldest test-vllm test-vllm-oldest bench docs examples lint lock wheel release cuda test-gpu test-gpu-vllm sanitize-gpu clean
 .PHONY: sanitize-memcheck sanitize-synccheck sanitize-initcheck sanitize-racecheck
 demo: $(VENV)/.built $(VENV)/.model
 	$(call say,asking the model with full prefill and with CLAA: half a minute)
@@ -149,6 +150,7 @@ cuda: $(VENV)/.torch build/cutlass
 # Without a network: PYTHON has torch for CUDA, and with the wheels all else. Nothing is installed
 # into it; the package and the wheels go to build/gpu/site.
 WHEELS        ?=
+VLLM_SITE     ?=
 ARCHITECTURES ?= 90a-real
 PYTEST_ARGS   ?=
 SITE           = $(abspath build/gpu/site)
@@ -164,6 +166,11 @@ build/gpu/site/claa_ops: $(SOURCES) $(shell find python -name '*.py')
 # The wheel that the tests build is the CPU's: the CUDA library is tested where it is.
 test-gpu: build/gpu/site/claa_ops
 	CLAA_CUDA=OFF $(GPU_PYTHON) -m pytest -q $(PYTEST_ARGS)
+
+# An engine wants its GPU for itself while it starts.
+test-gpu-vllm: build/gpu/site/claa_ops
+	VLLM_USE_FLASHINFER_SAMPLER=0 PYTHONPATH=$(SITE):$(VLLM_SITE) $(PYTHON) -m pytest -q \
+	  $(PYTEST_ARGS) tests/vllm/test_gpu.py
 
 # Kernels of this library alone, but for initcheck, which has to see who wrote the inputs. torch's
 # pool of memory would hide a read beyond a tensor's end. racecheck is slow: of the long prompts it

@@ -175,6 +175,16 @@ def engine(
         gc.collect()
 
 
+def begin_log(model: Any) -> None:
+    """Have a worker log what it keeps."""
+    model.claa.log = {}
+
+
+def logged(model: Any) -> dict[str, list[int]]:
+    """What a worker has kept since then."""
+    return {name: positions.tolist() for name, positions in model.claa.log.items()}
+
+
 def alone(model: str, asked: Sequence[Prompt], method: Method, new: int = 12) -> list[Answer]:
     """Kept tokens and greedy answers of our adapter, one prompt at a time."""
     from transformers import AutoModelForCausalLM
