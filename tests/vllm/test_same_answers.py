@@ -6,6 +6,7 @@ changes a result.
 """
 
 import pytest
+import torch
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment: make test-vllm")
 
@@ -95,3 +96,18 @@ def test_preempted_requests_keep_what_they_kept_before(tiny_llama):
         assert count > 0
         assert_same(answers, alone(tiny_llama, asked, method, new=60))
         assert not served.runtime.prompts
+
+
+def test_a_prompt_of_embeddings_is_answered_as_its_tokens(tiny_llama):
+    from vllm import SamplingParams
+
+    asked = prompts([300, 57], seed=5)
+    settings, _ = METHODS["peak"]
+    with engine(tiny_llama, settings, enable_prompt_embeds=True) as served:
+        wanted = [answer.tokens for answer in served.answers(asked)]
+        embed = served.runner.get_model().model.embed_tokens
+        with torch.no_grad():
+            given = [{"prompt_embeds": embed(torch.tensor(ids))} for ids in asked]
+        params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+        outputs = served.llm.generate(given, params, use_tqdm=False)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == wanted

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import numpy as np
+from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from claa_ops.vllm.plan import Batch
@@ -26,7 +27,10 @@ class ClaaModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """A request is new, or begins anew after it was preempted; its prompt is the same."""
         super().add_request(req_index, new_req_data)
-        request, prompt = new_req_data.req_id, len(new_req_data.prompt_token_ids)
+        request = new_req_data.req_id
+        prompt = length_from_prompt_token_ids_or_embeds(
+            new_req_data.prompt_token_ids, new_req_data.prompt_embeds
+        )
         self.claa.forget(request)
         self.rows[request] = req_index
         self.prompts[req_index] = prompt
