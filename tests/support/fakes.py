@@ -34,6 +34,8 @@ class Symbols:
         self.mode = FakeTensorMode(shape_env=self.shapes)
 
     def __call__(self, x: Tensor) -> Tensor:
+        # No view: of a view its base is made as well, which takes most of the time.
+        x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * x.dim())
         return self.mode.from_tensor(x, symbolic_context=sizes)
 
