@@ -230,6 +230,7 @@ class ClaaCache(AttachedCache):
             ranking=self.ranking,
             keep_scores=self.keep_scores,
             first_pass=self.first_pass,
+            reduce=self.reduce,
         )
 
     def _check_turn(self, batch: int, new: int, attention_mask: Tensor | None) -> None:
