@@ -21,8 +21,10 @@ CASES = [f"{name}, {lengths}" for name in METHODS for lengths in BATCHES]
 def folder(tmp_path_factory):
     """The checkpoints that the processes load."""
     found = tmp_path_factory.mktemp("tensor_parallel")
-    build("llama").save_pretrained(found / "model")
-    build("llama", num_key_value_heads=1).save_pretrained(found / "uneven")
+    vocab_size = 100  # 5.17 divides it too
+    build("llama", vocab_size=vocab_size).save_pretrained(found / "model")
+    uneven = build("llama", vocab_size=vocab_size, num_key_value_heads=1)
+    uneven.save_pretrained(found / "uneven")
     return found
 
 
