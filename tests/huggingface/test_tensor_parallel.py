@@ -92,8 +92,14 @@ def test_generate_answers_as_in_one_process(results):
     compare(results, "generate")
 
 
+def test_each_process_knows_the_model_by_its_whole_weights(results):
+    alone, apart = results
+    for each in apart:
+        assert each["found"]["model"] == alone["model"]
+
+
 REFUSED = {
-    "uneven": "attach: LlamaForCausalLM must have as many key/value heads in each of 2 processes, "
+    "uneven": "attach: LlamaForCausalLM must have key/value heads that 2 processes share evenly, "
     "got 1",
     "base": "attach: LlamaModel must be the whole model that was loaded tensor parallel, "
     "got a part of it",

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import claa_ops
+from claa_ops.huggingface.tuned import model_identity
 from claa_ops.huggingface.turns import ask_again
 from claa_ops.methods import (
     ASL,
@@ -61,13 +62,15 @@ Found = dict[str, Any]
 
 @torch.no_grad()
 def find(model: PreTrainedModel) -> dict[str, Found]:
-    """What each case of METHODS and BATCHES gives, by the names of both; and a later turn."""
+    """What each case of METHODS and BATCHES gives, by the names of both, and some others."""
     found = {
         f"{name}, {lengths}": find_one(model, method, *prompt(*BATCHES[lengths]))
         for name, method in METHODS.items()
         for lengths in BATCHES
     }
-    return {**found, "second look": second_look(model), "generate": by_generate(model)}
+    identity = {"identity": model_identity(model)}
+    others = {"second look": second_look(model), "generate": by_generate(model), "model": identity}
+    return {**found, **others}
 
 
 def find_one(model: PreTrainedModel, method: Method, ids: Tensor, mask: Tensor) -> Found:

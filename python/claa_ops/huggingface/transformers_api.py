@@ -144,7 +144,7 @@ def placement(model: PreTrainedModel) -> str | None:
         return "be the whole model that was loaded tensor parallel, got a part of it"
     uneven = [number for number in heads if number % processes]
     if uneven:
-        return f"have as many key/value heads in each of {processes} processes, got {uneven[0]}"
+        return f"have key/value heads that {processes} processes share evenly, got {uneven[0]}"
     devices = {parameter.device.type for parameter in model.parameters()}
     if "meta" in devices:
         moved = any(hasattr(module, "_hf_hook") for module in model.modules())
@@ -170,7 +170,8 @@ def _processes(model: PreTrainedModel) -> int:
 
 def _is_split(weight: Tensor) -> bool:
     """Whether other processes have other parts of a weight that this one never gathers."""
-    return isinstance(weight, DTensor) and "fsdp" not in (weight.device_mesh.mesh_dim_names or ())
+    # The mesh has no names in 5.17; those of other kinds of parallelism always have.
+    return isinstance(weight, DTensor) and "tp" in (weight.device_mesh.mesh_dim_names or ["tp"])
 
 
 def _shared_heads(model: PreTrainedModel) -> list[int]:
