@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 import claa_ops
 from claa_ops.huggingface.tuned import model_identity
@@ -118,14 +119,19 @@ def refusal(action: Any, *arguments: Any) -> str:
     return "nothing"
 
 
+def load(folder: Path) -> PreTrainedModel:
+    """The model of a checkpoint, with the heads of this process."""
+    config = DistributedConfig(tp_plan="auto")
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+
+
 def main(folder: Path) -> None:
     """Run under torchrun, on the checkpoints ``model`` and ``uneven`` in a folder.
 
     Each process writes what it found to a file with its rank.
     """
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", tp_plan="auto")
-    uneven = AutoModelForCausalLM.from_pretrained(folder / "uneven", tp_plan="auto")
+    model, uneven = load(folder / "model"), load(folder / "uneven")
     values, (ids, mask) = Hops(keep=60, layer=1), prompt(200)
     refused = {
         "uneven": refusal(attach, uneven),
