@@ -105,6 +105,8 @@ REFUSED = {
     "got a part of it",
     "attached": "Hops: states must be 'hidden' where the heads are on several devices, got 'value'",
     "prefill": "Hops: states must be 'hidden' where the heads are on several devices, got 'value'",
+    "unmerged": "ClaaCache: Unmerged must select the same tokens in every process, by a ranking "
+    "that layer.reduce has merged, got different ones",
 }
 
 

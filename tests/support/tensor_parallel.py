@@ -1,6 +1,7 @@
 """What two processes with half of the heads each find, and one with all heads: see main."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from claa_ops.methods import (
     Method,
     Oracle,
     Peak,
+    Pruning,
     PyramidInfer,
     PyramidKV,
     SelectiveContext,
@@ -31,7 +33,18 @@ from claa_ops.methods import (
     UniPrefill,
 )
 from claa_ops.prefill import ClaaCache, attach, decode, prefill
+from claa_ops.selection import Layer
 from support.tiny_models import generate, prompt
+
+
+@dataclass(frozen=True)
+class Unmerged(Pruning):
+    """A ranking by the heads of one process."""
+
+    def rank(self, layer: Layer, before: Tensor | None) -> Tensor:
+        """The sum of the scores, and no more."""
+        return layer.scores.sum(dim=1)
+
 
 PROCESSES = 2
 STEPS = 5
@@ -132,12 +145,14 @@ def main(folder: Path) -> None:
     """
     torch.set_num_threads(1)
     model, uneven = load(folder / "model"), load(folder / "uneven")
-    values, (ids, mask) = Hops(keep=60, layer=1), prompt(200)
+    values, unmerged = Hops(keep=60, layer=1), Unmerged(keep=60, layer=1)
+    ids, mask = prompt(200)
     refused = {
         "uneven": refusal(attach, uneven),
         "base": refusal(attach, model.model),
         "attached": refusal(lambda: claa_ops.attached(model, values).__enter__()),
         "prefill": refusal(prefill, model, ids, values, mask),
+        "unmerged": refusal(prefill, model, ids, unmerged, mask),
     }
     rank = torch.distributed.get_rank()
     torch.save({"found": find(model), "refused": refused}, folder / f"{rank}.pt")
