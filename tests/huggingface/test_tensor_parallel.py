@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
 from support import tensor_parallel
@@ -18,19 +19,26 @@ CASES = [f"{name}, {lengths}" for name in METHODS for lengths in BATCHES]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The checkpoints that the processes load."""
-    found = tmp_path_factory.mktemp("tensor_parallel")
+def results(tmp_path_factory):
+    """What one process finds, and what each of two does."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # of all workers, one of which finds it for the others
+    folder = base / "tensor_parallel"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            find_all(folder)
+    names = ["alone", *range(PROCESSES)]
+    alone, *apart = (torch.load(folder / f"{name}.pt", weights_only=False) for name in names)
+    return alone, apart
+
+
+def find_all(folder: Path) -> None:
+    """Save what one process and two find, at the same time."""
     vocab_size = 100  # 5.17 divides it too
-    build("llama", vocab_size=vocab_size).save_pretrained(found / "model")
+    build("llama", vocab_size=vocab_size).save_pretrained(folder / "model")
     uneven = build("llama", vocab_size=vocab_size, num_key_value_heads=1)
-    uneven.save_pretrained(found / "uneven")
-    return found
-
-
-@pytest.fixture(scope="module")
-def results(folder):
-    """What one process finds, and what each of two does; they run at the same time."""
+    uneven.save_pretrained(folder / "uneven")
     script = Path(tensor_parallel.__file__)
     paths = [str(script.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {
@@ -50,9 +58,7 @@ def results(folder):
         finally:
             running.terminate()
     assert running.returncode == 0, output[-5000:]
-    return alone, [
-        torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)
-    ]
+    torch.save(alone, folder / "alone.pt")
 
 
 def compare(results, case):

@@ -39,8 +39,9 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
 
     Args:
         model: a decoder whose layers take a cache and ``position_embeddings``, with sdpa, eager
-            or flash attention, on one device or on several GPUs by layers (``device_map``); some
-            layers may be recurrent instead.
+            or flash attention, on one device, on several GPUs by layers (``device_map``), or tensor
+            parallel in several processes, which all attach it; some layers may be recurrent
+            instead.
             ``docs/architectures.md`` lists what was tested.
 
     Returns:

@@ -157,7 +157,11 @@ def placement(model: PreTrainedModel) -> str | None:
 
 
 def tensor_parallel_group(model: PreTrainedModel) -> ProcessGroup | None:
-    """The processes that have the model's heads among them; None if this one has all."""
+    """The processes that have the model's heads among them; None if there is only this one.
+
+    With the plan of some families each has all heads; merging their rankings is then not needed,
+    but changes no order.
+    """
     if _processes(model) == 1:
         return None
     mesh: Any = model._device_mesh
