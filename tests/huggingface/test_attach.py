@@ -245,13 +245,6 @@ def test_several_devices_without_a_map_are_refused(monkeypatch):
         attach(model)
 
 
-def test_tensor_parallel_models_are_refused(monkeypatch):
-    model = build("llama")
-    monkeypatch.setattr(type(model), "tp_size", 2)
-    with pytest.raises(ValueError, match="LlamaForCausalLM must not be tensor parallel, got 2"):
-        attach(model)
-
-
 def test_a_model_without_a_head_is_served():
     model, ids = attach(build("llama").model), prompt(20)[0]
     with torch.no_grad():

@@ -203,6 +203,30 @@ def test_devices_with_some_of_the_heads_select_what_one_with_all_does(name, rank
         assert torch.equal(together, expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    {
+        "claa": ["max"],
+        "claa, standardised": ["max"],
+        "claa, sums": ["sum", "sum", "sum", "max"],  # a sum over heads is standardised
+        "claa, mean": ["max", "max", "max"],
+        "claa, staged": ["max", "max"],
+        "fastkv": ["sum"],
+        "peak": ["max"],
+        "coarse": ["max"],
+    }.items(),
+)
+def test_devices_merge_no_more_often_than_the_ranking_needs(name, expected):
+    merged = []
+
+    def reduce(scores: Tensor, how: str) -> Tensor:
+        merged.append(how)
+        return scores
+
+    trace(SPLIT[name], layers(), reduce=reduce)
+    assert merged == expected
+
+
 # Budgets and layers that follow from what was seen of each prompt.
 
 

@@ -120,6 +120,7 @@ def record_answer(
         votes=votes,
         start=start,
         work=count_work(model, [length + forwards - 1] * len(cache.layers), logits=forwards),
+        reduce=cache.reduce,
     )
 
 

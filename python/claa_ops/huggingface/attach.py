@@ -18,9 +18,11 @@ from claa_ops.huggingface.transformers_api import (
     attention_name,
     decoder_of,
     set_attention,
+    tensor_parallel_group,
     untested,
 )
 from claa_ops.selection.method import Method
+from claa_ops.selection.parallel import reduce_over
 from claa_ops.selection.state import check_method
 
 # Attention functions are registered for the whole process, and all threads share a model's hooks.
@@ -37,8 +39,9 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
 
     Args:
         model: a decoder whose layers take a cache and ``position_embeddings``, with sdpa, eager
-            or flash attention, on one device or on several GPUs by layers (``device_map``); some
-            layers may be recurrent instead.
+            or flash attention, on one device, on several GPUs by layers (``device_map``), or tensor
+            parallel in several processes, which all attach it; some layers may be recurrent
+            instead.
             ``docs/architectures.md`` lists what was tested.
 
     Returns:
@@ -161,7 +164,9 @@ def attached(model: PreTrainedModel, method: Method) -> Iterator[PreTrainedModel
             "call claa_ops.prefill.generate(model, input_ids, method)"
         )
     new_cache = partial(ClaaCache, model.config, method)
-    new_cache()  # refuses what does not fit the model
+    cache = new_cache()  # refuses what does not fit the model
+    cache.reduce = reduce_over(tensor_parallel_group(model))
+    cache.new_state(1, None)  # refuses what cannot have its heads on several devices
     was_attached = hasattr(decoder_of(model), "claa_attached")
     before = vars(model).get("claa_new_cache")
     attach(model)

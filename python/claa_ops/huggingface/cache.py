@@ -27,6 +27,7 @@ from claa_ops.huggingface.transformers_api import (
 from claa_ops.ops.gather_kv import gather_kv
 from claa_ops.selection.budget import Budget
 from claa_ops.selection.method import Method
+from claa_ops.selection.parallel import Reduce
 from claa_ops.selection.state import PrefillState, Turn, begin, check_method
 from claa_ops.selection.taken import TakenUp
 
@@ -230,6 +231,7 @@ class ClaaCache(AttachedCache):
             ranking=self.ranking,
             keep_scores=self.keep_scores,
             first_pass=self.first_pass,
+            reduce=self.reduce,
         )
 
     def _check_turn(self, batch: int, new: int, attention_mask: Tensor | None) -> None:
@@ -316,7 +318,19 @@ class ClaaCache(AttachedCache):
         """
         count = self._selecting.get(layer)
         assert self.state is not None  # begin_forward made it
-        return None if count is None or layer in self.within else self.state.select(count)
+        index = None if count is None or layer in self.within else self.state.select(count)
+        if index is not None and self.reduce is not None and not torch.compiler.is_compiling():
+            self._check_agreement(index, self.reduce)
+        return index
+
+    def _check_agreement(self, index: Tensor, reduce: Reduce) -> None:
+        """Raise unless all processes select the same tokens, in all of them alike."""
+        highest, lowest = reduce(torch.stack([index, -index]), "max")
+        if not torch.equal(highest, -lowest):
+            raise ValueError(
+                f"ClaaCache: {type(self.method).__name__} must select the same tokens in every "
+                "process, by a ranking that layer.reduce has merged, got different ones"
+            )
 
     def selects_within(self, layer: int) -> bool:
         """Whether :meth:`select` may be asked before this layer's attention.

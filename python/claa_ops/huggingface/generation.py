@@ -17,12 +17,14 @@ from claa_ops.huggingface.transformers_api import (
     cache_argument,
     cache_of,
 )
+from claa_ops.selection.parallel import Reduce
 
 
 class AttachedCache(Cache):
     """A cache that only an attached model may fill."""
 
     in_forward = False
+    reduce: Reduce | None = None  # of the model whose forward it is, if that has not all heads
     kinds: tuple[LayerKind, ...]  # of each layer
     prefilling = False  # whether this forward is that of the prompt
 

@@ -26,8 +26,10 @@ from claa_ops.huggingface.transformers_api import (
     cache_layers,
     cache_of,
     parameters,
+    tensor_parallel_group,
 )
 from claa_ops.ops.gather_tokens import gather_tokens
+from claa_ops.selection.parallel import Reduce, reduce_over
 from claa_ops.selection.state import PrefillState, Turn
 from claa_ops.selection.taken import TakenUp
 
@@ -44,9 +46,11 @@ def install_hooks(
 ) -> list[RemovableHandle]:
     """Install all hooks, once: torch.compile does not see those that are installed after it."""
     outer = [module for module in model.modules() if _holds(module, decoder)]
+    kinds, reduce = tuple(cache_layers(model.config)), reduce_over(tensor_parallel_group(model))
+    begin = BeginForward(parameters(decoder), kinds, reduce)
     before: list[tuple[nn.Module, Callable[..., Any]]] = [
         *((module, NoteArguments(parameters(module), module is model)) for module in outer),
-        (decoder, BeginForward(parameters(decoder), tuple(cache_layers(model.config)))),
+        (decoder, begin),
         *(
             (layer, ContinueWithSelected(parameters(layer), index))
             for index, layer in enumerate(layers)
@@ -124,6 +128,7 @@ class BeginForward(_Hook):
     """Before the decoder: check that the cache fits, and tell it what comes."""
 
     kinds: tuple[LayerKind, ...]  # of each layer
+    reduce: Reduce | None  # merges the scores of heads in several processes
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
         """Act on a cache of an attached model."""
@@ -158,6 +163,7 @@ class BeginForward(_Hook):
         tokens = arguments.get("input_ids")
         if tokens is None:
             tokens = arguments["inputs_embeds"]
+        cache.reduce = self.reduce
         cache.begin_forward(tokens, arguments.get("attention_mask"), arguments.get("position_ids"))
 
 

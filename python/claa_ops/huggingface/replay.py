@@ -238,7 +238,7 @@ class RecordedPrefill:
             for handle in handles:
                 handle.remove()
         assert isinstance(recorder.state, _RecordingState)  # the forward made it
-        self._start = recorder.state.start
+        self._start, self._reduce = recorder.state.start, recorder.reduce
         self._attending, self._depth = recorder.attending, len(blocks)
         self._calls = dict(zip(recorder.attending, recorder.state.calls, strict=True))
         self._states = {
@@ -371,6 +371,7 @@ class RecordedPrefill:
             start=self._start,
             ranking=ranking,
             first_pass=method.two_pass,
+            reduce=self._reduce,
         )
         for count, index in enumerate(self._attending):
             if index <= layer:

@@ -10,13 +10,17 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import transformers
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Arguments = dict[str, Any]
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -135,8 +139,12 @@ def has_alibi(config: PreTrainedConfig, taken: Iterable[str]) -> bool:
 
 def placement(model: PreTrainedModel) -> str | None:
     """What is wrong with where the weights are; None if they are on devices that a forward uses."""
-    if (getattr(model, "tp_size", None) or 1) > 1:
-        return f"not be tensor parallel, got {model.tp_size} ranks"
+    processes, heads = _processes(model), _shared_heads(model)
+    if processes == 1 and any(map(_is_split, model.parameters())):
+        return "be the whole model that was loaded tensor parallel, got a part of it"
+    uneven = [number for number in heads if number % processes]
+    if uneven:
+        return f"have key/value heads that {processes} processes share evenly, got {uneven[0]}"
     devices = {parameter.device.type for parameter in model.parameters()}
     if "meta" in devices:
         moved = any(hasattr(module, "_hf_hook") for module in model.modules())
@@ -146,6 +154,41 @@ def placement(model: PreTrainedModel) -> str | None:
     if len(devices) > 1 and not hasattr(model, "hf_device_map"):
         return f"be on one device or spread by a device_map, got {', '.join(sorted(devices))}"
     return None
+
+
+def tensor_parallel_group(model: PreTrainedModel) -> ProcessGroup | None:
+    """The processes that have the model's heads among them; None if there is only this one.
+
+    With the plan of some families each has all heads; merging their rankings is then not needed,
+    but changes no order.
+    """
+    if _processes(model) == 1:
+        return None
+    mesh: Any = model._device_mesh
+    return (mesh["tp"] if mesh.ndim > 1 else mesh).get_group()
+
+
+def _processes(model: PreTrainedModel) -> int:
+    return getattr(model, "tp_size", None) or 1
+
+
+def _is_split(weight: Tensor) -> bool:
+    """Whether other processes have other parts of a weight that this one never gathers."""
+    # The mesh has no names in 5.17; those of other kinds of parallelism always have.
+    return isinstance(weight, DTensor) and "tp" in (weight.device_mesh.mesh_dim_names or ["tp"])
+
+
+def _shared_heads(model: PreTrainedModel) -> list[int]:
+    """For each layer the number of key/value heads that the processes have among them."""
+    keys = ("k_proj", "qkv_proj", "query_key_value")
+    plan = getattr(model, "tp_plan", None) or {}
+    if not any(name.endswith(keys) and style == "colwise" for name, style in plan.items()):
+        return []  # each has all
+    config = model.config.get_text_config(decoder=True)
+    layers = getattr(config, "per_layer_config", None) or [config]
+    return [
+        getattr(each, "num_key_value_heads", None) or each.num_attention_heads for each in layers
+    ]
 
 
 class LayerKind(NamedTuple):

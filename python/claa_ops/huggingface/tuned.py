@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from claa_ops.huggingface.models import InputError, cache_folder
 from claa_ops.methods import Method, make_method
@@ -143,6 +144,8 @@ def model_identity(model: PreTrainedModel) -> str:
 def _samples(weight: Tensor) -> bytes:
     if weight.is_meta or not weight.numel():  # of a model that is not wholly in memory
         return b""
+    if isinstance(weight, DTensor):  # other processes, which ask too, have other parts of it
+        weight = weight.full_tensor()
     step = -(-weight.numel() // _SAMPLES)
     few = weight.reshape(-1)[::step].to(torch.bfloat16)
     return few.view(torch.int16).cpu().numpy().tobytes()

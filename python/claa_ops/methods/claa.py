@@ -71,7 +71,7 @@ class CLAA(Pruning):
     def rank(self, layer: Layer, before: Tensor | None) -> Tensor:
         """The scores of the layers that are aggregated, up to this one."""
         if not self.zscore and self.over_heads == self.over_layers == "max":
-            return layer.reduce(layer.running_max(before), "max")
+            return self.merge_maxima(layer, layer.running_max(before))
         scores = layer.scores
         if self.over_heads == "sum":
             scores = layer.reduce(scores.sum(dim=1, keepdim=True), "sum")
@@ -82,7 +82,7 @@ class CLAA(Pruning):
             return scores if before is None else before + scores
         if before is None:
             before = scores.new_full((scores.shape[0], scores.shape[2]), -torch.inf)
-        return layer.reduce(aggregate_scores(before, scores), "max")
+        return self.merge_maxima(layer, aggregate_scores(before, scores))
 
     def informs(self, state: PrefillState, layer: int) -> bool:
         """The selection layer, and those before it that are aggregated."""

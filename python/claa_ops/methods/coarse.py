@@ -102,6 +102,10 @@ class Coarse(Peak):
         """At the selection layer, as long as a part runs ahead."""
         return "part" in state.notes
 
+    def reads_ranking(self, state: PrefillState, layer: int) -> bool:
+        """At the last layer of the part."""
+        return layer == self.last(state.num_layers)
+
     def observe(self, state: PrefillState, layer: Layer) -> None:
         """Rank every so many-th token first where the part is taken; then the part by its peaks."""
         if "part" in state.notes:

@@ -63,7 +63,7 @@ class Peak(Pruning):
             start=layer.start,
         )
         highest = peaks[..., : peaks.shape[2] - peaks.shape[1]].amax(dim=1)
-        return layer.reduce(highest, "max")
+        return self.merge_maxima(layer, highest)
 
     def informs(self, state: PrefillState, layer: int) -> bool:
         """Every layer up to the last selection."""

@@ -197,6 +197,18 @@ class Pruning(Method):
         For rankings that go on from one selection layer to the next.
         """
 
+    def reads_ranking(self, state: PrefillState, layer: int) -> bool:
+        """Whether :meth:`select` reads the ranking after this layer."""
+        return layer in self.stages(state.num_layers)
+
+    def merge_maxima(self, layer: Layer, maxima: Tensor) -> Tensor:
+        """Of maxima over layers and the heads of this device, those over the heads of all.
+
+        A maximum may be taken in any order, so one merge serves all layers up to a selection.
+        """
+        read = self.reads_ranking(layer.state, layer.index)
+        return layer.reduce(maxima, "max") if read else maxima
+
     def evidence(self, state: PrefillState) -> Tensor:
         """``[B, M]``, not negative: the scores whose ``mass`` says how many tokens continue."""
         assert state.importance is not None  # a layer that selects was ranked

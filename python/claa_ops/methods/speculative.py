@@ -122,5 +122,5 @@ class SpeculativePrefill(Drafted):
             attention = attention.view(batch, heads, queries, -1).transpose(1, 2)
             pooled = pool_heads(attention.flatten(0, 1), heads, kernel_size=self.kernel_size)
             running = aggregate_scores(running, pooled)
-        peak = running.view(batch, queries, -1)
+        peak = answer.over_devices(running).view(batch, queries, -1)
         return (answer.votes[:, None] @ peak)[:, 0] / answer.votes.sum(dim=1, keepdim=True)

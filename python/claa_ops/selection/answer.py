@@ -9,6 +9,7 @@ from torch import Tensor
 
 from claa_ops.ops.peak_attention import peak_attention
 from claa_ops.ops.pool_heads import pool_heads
+from claa_ops.selection.parallel import Reduce
 from claa_ops.selection.work import Work
 
 _ROWS = 128  # query rows reduced at a time: [B, T, N] is never in memory
@@ -27,6 +28,7 @@ class Answer:
         votes: ``[B, T]``, float32: 1 for the queries up to the end of the row's answer, else 0.
         start: ``[B]``: the first token of each row that is not padding; None without padding.
         work: the multiply-adds of the prompt and the answer.
+        reduce: merges what heads on several devices paid attention to; None if all are here.
     """
 
     tokens: Tensor
@@ -36,6 +38,7 @@ class Answer:
     votes: Tensor
     start: Tensor | None
     work: Work
+    reduce: Reduce | None = None
 
     def peak(self) -> Tensor:
         """``[B, N]``, float32: the maximum over layers and heads, averaged over the queries.
@@ -51,8 +54,12 @@ class Answer:
                     query[:, :, rows], key, scale=scale, running=running, start=self.start
                 )
             assert running is not None  # a model has layers
-            total = total + (self.votes[:, None, rows] @ running)[:, 0]
+            total = total + (self.votes[:, None, rows] @ self.over_devices(running))[:, 0]
         return total / self.votes.sum(dim=1, keepdim=True)
+
+    def over_devices(self, maxima: Tensor) -> Tensor:
+        """Of maxima over layers and the heads of this device, those over the heads of all."""
+        return maxima if self.reduce is None else self.reduce(maxima, "max")
 
 
 class Reader(Protocol):

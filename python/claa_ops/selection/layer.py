@@ -170,6 +170,7 @@ class Layer:
 
         A tensor-parallel model has its heads on several devices; :func:`begin` takes the function
         that reduces over them. Without one all heads are here, and the scores stay as they are.
+        All devices have to call this in the same layers.
         """
         reduce = self.state.reduce
         return scores if reduce is None else reduce(scores, how)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +14,10 @@ from claa_ops.ops.gather_kv import gather_kv
 from claa_ops.selection.budget import Sizes
 from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method
+from claa_ops.selection.parallel import Reduce
 from claa_ops.selection.taken import TakenUp
 
 _CALLS = ("observe", "compress", "take_up", "select")
-
-Reduce = Callable[[Tensor, Literal["max", "sum"]], Tensor]
 
 
 def begin(
@@ -305,7 +304,7 @@ class PrefillState:
         self._observed = layer
         self.method.observe(self, layer)
         if self._keep_scores and self.method.ranks(self, layer.index):
-            self.scores[layer.index] = layer.scores.amax(dim=1)
+            self.scores[layer.index] = layer.reduce(layer.scores.amax(dim=1), "max")
 
     def release(self) -> None:
         """Drop what the layer saw, if :meth:`compress` is not called; select may follow."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
-import torch.distributed as dist
-from torch import Tensor
 from vllm.distributed import get_tp_group
 
 from claa_ops.selection import begin
-from claa_ops.selection.state import Reduce
+from claa_ops.selection.parallel import Reduce, reduce_over
 from claa_ops.vllm.settings import Settings
 
 
@@ -20,7 +18,8 @@ def reduction(settings: Settings, model_config: Any) -> Reduce | None:
         ValueError: the method, or the number of heads, cannot be served on several devices.
     """
     group = get_tp_group()
-    if group.world_size == 1:
+    reduce = reduce_over(group.device_group)
+    if reduce is None:
         return None
     heads = model_config.get_total_num_kv_heads()
     if heads < group.world_size:
@@ -28,13 +27,6 @@ def reduction(settings: Settings, model_config: Any) -> Reduce | None:
             f"claa: tensor parallelism must be over at most {heads} devices, one for each "
             f"key/value head, got {group.world_size}"
         )
-
-    def reduce(scores: Tensor, how: Literal["max", "sum"]) -> Tensor:
-        merged = scores.contiguous()
-        op = dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM
-        dist.all_reduce(merged, op=op, group=group.device_group)
-        return merged
-
     # A method that cannot have its heads on several devices says so here.
     begin(settings.method, num_layers=settings.num_layers, prompt_length=1, reduce=reduce)
     return reduce

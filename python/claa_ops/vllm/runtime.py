@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from claa_ops.selection import Layer, PrefillState, begin
+from claa_ops.selection.parallel import Reduce
 from claa_ops.vllm.hidden import ParkedHidden
 from claa_ops.vllm.plan import Batch, Pass, Plan, Row, to_device
 from claa_ops.vllm.requests import Spans, kept_of, protected_of
@@ -80,7 +81,7 @@ class Runtime:
         parked: ParkedHidden,
         *,
         caches: bool = False,
-        reduce: Callable[[Tensor, Literal["max", "sum"]], Tensor] | None = None,
+        reduce: Reduce | None = None,
     ) -> None:
         self.settings = settings
         self.parked = parked
@@ -191,9 +192,8 @@ class Runtime:
             if not row.ends:
                 continue
             tail = torch.cat(prompt.queries.pop(layer))
-            merges = layer == self.settings.layer or not self.settings.merges_once
             state = prompt.state
-            state.see(EngineLayer(state, layer, tail, row, key_value, read_pages, scale, merges))
+            state.see(EngineLayer(state, layer, tail, row, key_value, read_pages, scale))
 
     # Between the layers.
 
@@ -257,7 +257,6 @@ class EngineLayer(Layer):
         key_value: tuple[Tensor, Tensor],
         read_pages: ReadPages,
         scale: float,
-        merges: bool,
     ) -> None:
         def read(which: int) -> Tensor:
             if row.computed:
@@ -267,11 +266,7 @@ class EngineLayer(Layer):
             return found.transpose(0, 1)[None]
 
         super().__init__(state, index, query.transpose(0, 1)[None], read(0), scale=scale)
-        self._read, self._merges = read, merges
-
-    def reduce(self, scores: Tensor, how: Literal["max", "sum"]) -> Tensor:
-        """Scores of the heads of all devices, unless a later layer merges them."""
-        return super().reduce(scores, how) if self._merges else scores
+        self._read = read
 
     @property
     def value(self) -> Tensor:

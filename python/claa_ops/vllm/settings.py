@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from claa_ops.methods import CLAA, Peak, Pruning, find_method, make_method
+from claa_ops.methods import Pruning, find_method, make_method
 from claa_ops.selection import Budget, begin
 from claa_ops.selection.budget import is_count
 
@@ -31,17 +31,6 @@ class Settings:
     budget: Budget
     observed: tuple[int, ...]
     min_prompt: int = 0
-
-    @property
-    def merges_once(self) -> bool:
-        """Whether the scores of several devices may be merged at the selection layer alone.
-
-        They may where the ranking is a maximum over layers and heads.
-        """
-        method = self.method
-        if isinstance(method, CLAA):
-            return not method.zscore and method.over_heads == method.over_layers == "max"
-        return isinstance(method, Peak)
 
     def kept(self, prompt: int) -> int:
         """How many tokens of a prompt of this length go deeper, if its request asks for nothing."""
