@@ -27,7 +27,8 @@ def engine_args(
             next to it whose caches vLLM pads less.
         keep: the share, or number, of a prompt's tokens that the layers after it see.
         min_prompt: prompts of fewer tokens are served whole.
-        settings: any other setting of the method.
+        settings: any other setting of the method, such as ``keep_kv``: what the caches of the
+            layers up to the selection keep of a prompt that is over; all by default.
 
     Returns:
         ``model``, ``hf_overrides`` and ``additional_config``.
