@@ -19,7 +19,7 @@ from vllm.v1.request import Request
 from claa_ops.selection import Budget
 from claa_ops.vllm import scheduler, spec
 from claa_ops.vllm.capacity import Capacity
-from claa_ops.vllm.spec import HiddenSpec, KeptAttentionSpec
+from claa_ops.vllm.spec import CompressedAttentionSpec, HiddenSpec, KeptAttentionSpec
 
 WINDOW, BLOCK = 8, 4
 BUDGET = Budget(1, 5)
@@ -295,3 +295,27 @@ def test_capacity_counts_blocks_as_the_manager_does():
     assert capacity.padding == pytest.approx(5 / 70)  # the third group has one layer of two
     assert capacity.plain == 25 * 5 / 2
     assert "holds 35 of 100 blocks, 2.9 fit at once, 1.79 times as many" in str(capacity)
+
+
+def test_capacity_counts_compressed_caches_once_the_prompt_is_over():
+    full = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=4, dtype=torch.float32)
+    some = CompressedAttentionSpec.of(full, BUDGET, WINDOW, 0, Budget(2, 5))
+    kept = KeptAttentionSpec.of(full, BUDGET, WINDOW)
+    hidden = HiddenSpec.of(full, width=8, layers=2, window=WINDOW)
+    groups = [
+        KVCacheGroupSpec([f"{index}.{layer}" for layer in range(2)], spec)
+        for index, spec in enumerate([some, kept, hidden])
+    ]
+    config = KVCacheConfig(num_blocks=101, kv_cache_tensors=[], kv_cache_groups=groups)
+    capacity = Capacity.of(config, 100, new=4)
+    # 40 entries and 20 are kept; until the prompt ends, its 25 blocks and 7 of hidden states.
+    assert (capacity.blocks, capacity.parked) == (11 + 6, 25 + 7)
+
+
+@pytest.mark.parametrize("prompt", [1, 8, 40, 41, 63, 64])
+@pytest.mark.parametrize("kept", [None, 5, 39])
+def test_block_tables_are_wide_enough_for_any_prompt_and_answer(prompt, kept):
+    full = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=4, dtype=torch.float32)
+    spec = CompressedAttentionSpec.of(full, BUDGET, WINDOW, 0, Budget(4, 5))
+    width = spec.max_num_blocks_per_req(None, 64)
+    assert max(spec.blocks(tokens, prompt, kept) for tokens in range(65)) <= width

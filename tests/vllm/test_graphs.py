@@ -15,7 +15,7 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from claa_ops.vllm.halves import Inputs
-from claa_ops.vllm.metadata import Buffers, selected, unchanged
+from claa_ops.vllm.metadata import Buffers, compressed, selected, unchanged
 from claa_ops.vllm.plan import Batch, Plan
 
 BLOCK = 16
@@ -72,6 +72,45 @@ def test_lengths_and_slots_of_decoding_stay_in_place_and_padding_is_empty():
         assert changed.slot_mapping.data_ptr() == buffers.slots.data_ptr()
         assert changed.query_start_loc is common.query_start_loc
         assert changed.block_table_tensor is common.block_table_tensor
+
+
+def test_tables_lengths_and_slots_of_compressed_caches_stay_in_place():
+    buffers = Buffers.of(a_config(), torch.device("cpu"))
+    # A prompt of 36 tokens of which 10 are cached, one that is whole, and a padded row.
+    common, _ = a_batch([(36, 10, 40), (20, 20, 25)], 3)
+    names, start = ["a", "b"], np.array([0, 1, 2])
+    prompts, computed, cached = np.array([36, 20]), np.array([40, 25]), np.array([10, 20])
+    plan = Plan(Batch(names, prompts, cached, computed, cached), start)
+    changed = compressed(common, plan, -(-prompts // BLOCK), BLOCK, buffers)
+    assert changed.seq_lens.tolist() == [10 + 4 + 1, 26, 0]
+    assert changed.block_table_tensor[0, 0] == TABLE[0, 3]  # behind three blocks of the prompt
+    assert changed.block_table_tensor[1, :2].tolist() == TABLE[1, :2].tolist()
+    slots = [int(TABLE[0, 3]) * BLOCK + 14, int(TABLE[1, 1]) * BLOCK + 9, -1]
+    assert changed.slot_mapping.tolist() == slots
+    dummy = compressed(common, None, None, BLOCK, buffers)
+    assert torch.equal(dummy.block_table_tensor, common.block_table_tensor)
+    assert torch.equal(dummy.seq_lens, common.seq_lens)
+    for name in ("block_table_tensor", "seq_lens", "slot_mapping"):
+        assert getattr(dummy, name).data_ptr() == getattr(changed, name).data_ptr()
+
+
+def test_a_prompt_beside_compressed_caches_is_seen_whole():
+    buffers = Buffers.of(a_config(), torch.device("cpu"))
+    common, _ = a_batch([(36, 10, 40), (20, 20, 25)], 2)
+    # A request that decodes, and 30 tokens of a prompt of 60 in a table as others have.
+    start = torch.tensor([0, 1, 31], dtype=torch.int32)
+    own = torch.tensor([7, *range(30)])
+    common = common.replace(query_start_loc=start, query_start_loc_cpu=start, slot_mapping=own)
+    prompts, computed = np.array([36, 60]), np.array([40, 16])
+    cached = np.array([10, 12])
+    plan = Plan(Batch(["a", "b"], prompts, cached, computed, cached), start.numpy())
+    changed = compressed(common, plan, -(-prompts // BLOCK), BLOCK, buffers)
+    assert changed.seq_lens.tolist() == [15, 46]
+    assert changed.max_seq_len == 46
+    assert changed.block_table_tensor[1, :3].tolist() == TABLE[1, :3].tolist()
+    assert changed.slot_mapping[1:].tolist() == [
+        int(TABLE[1, at // BLOCK]) * BLOCK + at % BLOCK for at in range(16, 46)
+    ]
 
 
 @pytest.mark.parametrize("known", [False, True])

@@ -36,6 +36,45 @@ def test_groups_are_those_of_vllm():
         assert max(len(group.layer_names) for group in dealt) == groups.size
 
 
+def test_groups_with_compressed_caches_are_those_of_vllm():
+    pytest.importorskip("vllm.version", reason="vLLM is not in this environment: make test-vllm")
+    from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from claa_ops.selection import Budget
+    from claa_ops.vllm.spec import CompressedAttentionSpec, HiddenSpec, KeptAttentionSpec
+
+    full = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+    budget = Budget(1, 10)
+    some = CompressedAttentionSpec.of(full, budget, 8, 0, budget)
+    kept = KeptAttentionSpec.of(full, budget, 8)
+    for whole, compressed, back in [(0, 8, 24), (4, 12, 16), (4, 5, 7), (1, 4, 3), (3, 20, 9)]:
+        groups = Groups(whole + compressed, back, compressed)
+        hidden = HiddenSpec.of(full, width=512, layers=groups.size, window=8)
+        specs = {f"whole.{i}": full for i in range(whole)}
+        specs |= {f"some.{i}": some for i in range(compressed)}
+        specs |= {f"back.{i}": kept for i in range(back)}
+        specs |= {f"hidden.{i}": hidden for i in range(groups.size)}
+        dealt = _get_kv_cache_groups_uniform_page_size(specs)
+        of = [type(group.kv_cache_spec) for group in dealt]
+        assert of.count(CompressedAttentionSpec) == groups.compressed_groups
+        assert of.count(FullAttentionSpec) == groups.front_groups - groups.compressed_groups
+        assert of.count(KeptAttentionSpec) == groups.back_groups
+        assert of.count(HiddenSpec) == 1
+
+
+def test_compressed_caches_hold_their_share():
+    groups = Groups(8, 24, compressed=8)
+    assert groups.pages(0.1, 0.2) == pytest.approx(8 * 0.2 + 24 * 0.1)
+    assert groups.waste(0.1, 0.2) == pytest.approx(0)
+    assert groups.gain(0.1, 0.1) == pytest.approx(10)
+    deferred = Groups(16, 16, compressed=12)  # 4 | 4 4 4 | 4 4 4 4
+    assert (deferred.size, deferred.padding) == (4, 0)
+    assert deferred.pages(0.1, 0.2) == pytest.approx(4 + 12 * 0.2 + 16 * 0.1)
+    near = dict(layers_near(7, num_layers=32, keep=0.1, reach=1, keep_kv=0.2, first_full=4))
+    assert near[7] == Groups(8, 24, compressed=4)
+
+
 def test_padding_is_what_no_layer_has():
     assert [Groups(16, 16).padding, Groups(10, 20).padding] == [0, 0]
     assert Groups(9, 21).padding == 6  # 9 | 7 7 7

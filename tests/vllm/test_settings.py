@@ -30,6 +30,31 @@ def test_what_is_kept_is_what_the_method_keeps():
 
 
 @pytest.mark.parametrize(
+    ("given", "layers", "cached"),
+    [
+        ({"method": "peak", "keep": 0.1}, [], 1000),
+        ({"method": "peak", "keep": 0.1, "keep_kv": 1.0}, [], 1000),
+        ({"method": "peak", "keep": 0.1, "keep_kv": None}, [0, 1, 2], 100),
+        ({"method": "claa", "layer": 5, "keep": 0.1, "keep_kv": 0.2}, [4, 5], 200),
+        ({"method": "claa", "layer": 3, "keep": 0.1, "keep_kv": 0.2}, [], 1000),
+        ({"method": "fastkv", "keep": 64, "keep_kv": 96}, [0, 1, 2, 3], 96),
+    ],
+)
+def test_which_caches_are_compressed_and_to_how_much(given, layers, cached):
+    found = parse(given, 8)
+    assert list(found.compressed) == layers
+    assert found.cached(1000, found.kept(1000)) == cached
+    # A request that keeps more has as much in its caches, one that keeps all has all.
+    assert found.cached(1000, 700) == max(cached, 700)
+    assert found.cached(1000, 1000) == 1000
+
+
+def test_a_number_of_entries_leaves_shorter_prompts_alone():
+    found = parse({"method": "fastkv", "keep": 64, "keep_kv": 96}, 8)
+    assert [found.kept(length) for length in (95, 96, 97)] == [95, 64, 64]
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         (None, 'must name a method, such as {"method": "peak"}, got None'),
@@ -39,7 +64,13 @@ def test_what_is_kept_is_what_the_method_keeps():
         ({"method": "peak", "keep": 1.5}, r"keep must be a rate in \(0, 1\] or a number of tokens"),
         ({"method": "peak", "layer": 7}, r"layer must be in \[0, 6\]"),
         ({"method": "claa", "layer": [2, 4], "keep": [0.4, 0.2]}, "layer must be a single layer"),
-        ({"method": "claa", "keep_kv": 0.2}, "keep_kv must be 1.0 in vLLM, got 0.2"),
+        ({"method": "claa", "keep_kv": 0.05}, "keep_kv must be 1.0, or at least keep .* got 0.05"),
+        ({"method": "claa", "keep": 0.2, "keep_kv": 256}, "like it a rate or a number.* got 256"),
+        ({"method": "peak", "keep_kv": 0.2, "equal_cache": True}, "equal_cache must be False in"),
+        (
+            {"method": "fastkv", "keep_kv": 0.2, "rates_of": "layer"},
+            "rates_of must be 'prompt' in vLLM, got 'layer'",
+        ),
         ({"method": "peak", "mass": 0.9}, "mass must be None in vLLM"),
         ({"method": "peak", "second_look": True}, "second_look must be False in vLLM"),
         ({"method": "peak", "in_layer": True}, "in_layer must be False in vLLM"),

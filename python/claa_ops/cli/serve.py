@@ -20,7 +20,10 @@ def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A Hugging Face directory or a hub id.")],
     method: Annotated[
-        str, typer.Option(help="claa, peak, fastkv, hops; with settings such as peak:window=32.")
+        str,
+        typer.Option(
+            help="claa, peak, fastkv, hops; with settings, such as peak:keep_kv=0.2:window=32."
+        ),
     ] = "peak",
     layer: Annotated[
         int | None,

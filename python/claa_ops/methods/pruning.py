@@ -230,6 +230,11 @@ class Pruning(Method):
         """The selection layers, ascending, and how many tokens continue after each."""
         return dict(zip(self.selection_layers(num_layers), self._keeps, strict=True))
 
+    @property
+    def cache_budget(self) -> Budget:
+        """How many tokens of a prompt a layer's cache keeps: ``keep_kv``, or what stands for it."""
+        return self._keep_kv
+
     def check(self, num_layers: int) -> None:
         """Raise ValueError if no layer comes after the last selection layer."""
         name = type(self).__name__

@@ -27,7 +27,8 @@ def engine_args(
             next to it whose caches vLLM pads less.
         keep: the share, or number, of a prompt's tokens that the layers after it see.
         min_prompt: prompts of fewer tokens are served whole.
-        settings: any other setting of the method.
+        settings: any other setting of the method, such as ``keep_kv``: what the caches of the
+            layers up to the selection keep of a prompt that is over; all by default.
 
     Returns:
         ``model``, ``hf_overrides`` and ``additional_config``.
@@ -62,12 +63,17 @@ def plan(model: str, given: dict[str, Any]) -> list[str]:
         f"claa: {given['method']} after layer {settings.layer}: {groups.front} layers see whole "
         f"prompts, {groups.back} see {_amount(given['keep'])} of them"
         + (f", of prompts of {settings.min_prompt} tokens or more" if settings.min_prompt else ""),
-        f"claa: {groups.gain(share):.2f} times as many prompts of {_PROMPT:,} tokens fit the "
-        f"cache, of which padding takes {groups.waste(share):.0%}",
+        f"claa: {groups.gain(*share):.2f} times as many prompts of {_PROMPT:,} tokens fit the "
+        f"cache, of which padding takes {groups.waste(*share):.0%}",
     ]
+    if settings.compressed:
+        lines[1:1] = [
+            f"claa: when a prompt is over, the caches of layers {settings.compressed[0]} to "
+            f"{settings.layer} keep {share[1]:.0%} of it"
+        ]
     best = _roomy(settings)
     if best != settings.layer:
-        waste = _groups(settings, best).waste(share)
+        waste = _groups(settings, best).waste(*share)
         lines.append(f"claa: after layer {best} padding would take {waste:.0%}")
     return lines
 
@@ -88,19 +94,25 @@ def _read(model: str) -> tuple[str, int]:
 
 
 def _groups(settings: Settings, layer: int) -> Groups:
-    return Groups(front=layer + 1, back=settings.num_layers - layer - 1)
+    near = layers_near(layer, reach=0, **_sizes(settings))
+    return near[0][1]
 
 
-def _share(settings: Settings) -> float:
-    return settings.kept(_PROMPT) / _PROMPT
+def _share(settings: Settings) -> tuple[float, float]:
+    """Of a long prompt, what goes deeper and what compressed caches keep."""
+    kept = settings.kept(_PROMPT)
+    return kept / _PROMPT, settings.cached(_PROMPT, kept) / _PROMPT
+
+
+def _sizes(settings: Settings) -> dict[str, Any]:
+    keep, keep_kv = _share(settings)
+    first_full = settings.method.first_full
+    return dict(num_layers=settings.num_layers, keep=keep, keep_kv=keep_kv, first_full=first_full)
 
 
 def _roomy(settings: Settings) -> int:
     """The layer next to the chosen one, or itself, that leaves most room in the caches."""
-    near = layers_near(
-        settings.layer, num_layers=settings.num_layers, keep=_share(settings), reach=1
-    )
-    return near[0][0]
+    return layers_near(settings.layer, reach=1, **_sizes(settings))[0][0]
 
 
 def _amount(keep: float | int) -> str:

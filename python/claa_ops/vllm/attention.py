@@ -16,11 +16,11 @@ from vllm.v1.attention.backend import (
     subclass_attention_backend,
 )
 
-from claa_ops.vllm.metadata import Buffers, selected, unchanged
-from claa_ops.vllm.pages import View, read, strided, transposed
-from claa_ops.vllm.plan import Pass
-from claa_ops.vllm.runtime import Group, Runtime
-from claa_ops.vllm.spec import KeptAttentionSpec
+from claa_ops.vllm.metadata import Buffers, compressed, selected, unchanged
+from claa_ops.vllm.pages import View, read, strided, transposed, write
+from claa_ops.vllm.plan import Pass, Row
+from claa_ops.vllm.runtime import Group, Pages, Runtime
+from claa_ops.vllm.spec import CompressedAttentionSpec, KeptAttentionSpec
 
 
 def deepen(attention: Attention, runtime: Runtime) -> None:
@@ -35,10 +35,25 @@ def deepen(attention: Attention, runtime: Runtime) -> None:
 
 
 def watch(attention: Attention, layer: int, runtime: Runtime) -> None:
-    """A layer that sees all tokens, and informs the ranking if the method observes it."""
+    """A layer that sees all tokens.
+
+    It informs the ranking if the method observes it, and its cache may be compressed.
+    """
+    settings = runtime.settings
     attention.claa = runtime
-    attention.attn_backend = _watched_backend(attention.attn_backend)
-    if layer not in runtime.settings.observed:
+    if layer in settings.compressed:
+        whole, method = attention.get_kv_cache_spec, settings.method
+        attention.get_kv_cache_spec = lambda config: CompressedAttentionSpec.of(
+            whole(config),
+            settings.budget,
+            method.window,
+            settings.min_prompt,
+            method.cache_budget,
+        )
+        attention.attn_backend = _compressed_backend(attention.attn_backend)
+    else:
+        attention.attn_backend = _watched_backend(attention.attn_backend)
+    if layer not in settings.observed and layer not in settings.compressed:
         return
     plain = attention.impl.forward
 
@@ -55,22 +70,29 @@ def watch(attention: Attention, layer: int, runtime: Runtime) -> None:
     ) -> Any:
         output = plain(module, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
         if attn_metadata is not None and runtime.observes:
-            view, name = _view(module), module.layer_name
+            pages = _PagesOf(module, kv_cache, runtime)
             # Queries, keys and values are those after rotary embedding and norms, in any model.
-            runtime.observe(
-                layer,
-                query,
-                (key, value),
-                lambda which, row: read(
-                    view(kv_cache, module.head_size)[which],
-                    runtime.block_tables[name][row.index],
-                    row.prompt,
-                ),
-                self.scale,
-            )
+            runtime.observe(layer, query, (key, value), pages, self.scale)
         return output
 
     attention.impl.forward = types.MethodType(forward, attention.impl)
+
+
+class _PagesOf(Pages):
+    """A layer's pages."""
+
+    def __init__(self, attention: Attention, cache: Tensor, runtime: Runtime) -> None:
+        self._views = _view(attention)(cache, attention.head_size)
+        self._table = runtime.block_tables[attention.layer_name]
+        self._first = runtime.own_blocks.get(attention.layer_name)
+
+    def read(self, which: int, row: Row) -> Tensor:
+        return read(self._views[which], self._table[row.index], row.prompt)
+
+    def write(self, which: int, row: Row, entries: Tensor) -> None:
+        assert self._first is not None  # the layer's cache is compressed
+        first = int(self._first[row.index])
+        write(self._views[which], self._table[row.index, first:], entries)
 
 
 def _view(attention: Attention) -> View:
@@ -132,6 +154,36 @@ def _watched_backend(base: Any) -> type:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
     return subclass_attention_backend("Watched", base, WatchedBuilder)
+
+
+@cache
+def _compressed_backend(base: Any) -> type:
+    class CompressedBuilder(_watched_backend(base).get_builder_cls()):  # type: ignore[misc]
+        def __init__(
+            self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+        ) -> None:
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+            self.buffers = Buffers.of(vllm_config, device)
+
+        def build(
+            self,
+            common_prefix_len: int,
+            common_attn_metadata: CommonAttentionMetadata,
+            fast_build: bool = False,
+        ) -> Any:
+            claa, spec, common = self.claa, self.kv_cache_spec, common_attn_metadata
+            plan, first = claa.plan_of(common), None
+            if plan is not None:
+                first = spec.first_own_block(plan.batch.prompts)
+            changed = compressed(common, plan, first, spec.block_size, self.buffers)
+            now = super().build(0, changed, fast_build), changed.slot_mapping
+            claa.fronts.append(Group(self.layer_names, now=now))
+            for name in self.layer_names:  # of whole prompts, and of what is kept of them
+                claa.block_tables[name] = common.block_table_tensor
+                claa.own_blocks[name] = first
+            return now[0]
+
+    return subclass_attention_backend("Compressed", base, CompressedBuilder)
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from claa_ops.vllm.spec import HiddenSpec, KeptAttentionSpec
+from claa_ops.vllm.spec import CompressedAttentionSpec, HiddenSpec, KeptAttentionSpec
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Capacity:
     Attributes:
         prompt: its tokens.
         blocks: they hold so many once the selection has run.
-        parked: and so many more until then, for hidden states.
+        parked: and so many more until then, for hidden states and for caches that are compressed.
         total: blocks that there are.
         padding: the share of the held pages that no layer writes.
         plain: blocks that a model without selection would hold, if they were of the same size.
@@ -39,8 +39,13 @@ class Capacity:
             if isinstance(spec, HiddenSpec):
                 parked += -(-prompt // spec.block_size)
                 continue
-            kept = isinstance(spec, KeptAttentionSpec)
-            tokens = spec.entries(all_tokens, prompt) if kept else all_tokens
+            tokens = all_tokens
+            if isinstance(spec, KeptAttentionSpec):
+                tokens = spec.entries(all_tokens, prompt)
+            elif isinstance(spec, CompressedAttentionSpec):
+                if own := spec.own_entries(all_tokens, prompt):
+                    tokens = own
+                    parked += -(-prompt // spec.block_size)
             held = -(-tokens // spec.block_size)
             blocks += held
             pages += held * count

@@ -19,6 +19,7 @@ class Groups:
     Args:
         front: layers that see the whole prompt.
         back: layers behind the selection.
+        compressed: how many of the front's caches are compressed when a prompt is over.
 
     Raises:
         ValueError: one of the two has no layer.
@@ -33,6 +34,7 @@ class Groups:
 
     front: int
     back: int
+    compressed: int = 0
 
     def __post_init__(self) -> None:
         if self.front < 1 or self.back < 1:
@@ -43,14 +45,20 @@ class Groups:
 
     @property
     def size(self) -> int:
-        """Layers in a group: of the smaller kind, or of the larger if that is not much larger."""
-        least, most = sorted((self.front, self.back))
+        """Layers in a group: of the smallest kind, or of the largest if that is not much larger."""
+        kinds = [each for each in (self._whole, self.compressed, self.back) if each]
+        least, most = min(kinds), max(kinds)
         return most if most < 1.5 * least else least
 
     @property
     def front_groups(self) -> int:
         """How many groups, and so block tables, the front has."""
-        return -(-self.front // self.size)
+        return -(-self._whole // self.size) + self.compressed_groups
+
+    @property
+    def compressed_groups(self) -> int:
+        """How many of these hold compressed caches."""
+        return -(-self.compressed // self.size)
 
     @property
     def back_groups(self) -> int:
@@ -62,21 +70,38 @@ class Groups:
         """Pages in one block of each group that no layer writes."""
         return (self.front_groups + self.back_groups) * self.size - self.front - self.back
 
-    def pages(self, keep: float) -> float:
-        """Pages held for a block of prompt tokens, of which the back keeps a share of ``keep``."""
-        return self.size * (self.front_groups + self.back_groups * keep)
+    @property
+    def _whole(self) -> int:
+        return self.front - self.compressed
 
-    def waste(self, keep: float) -> float:
+    def pages(self, keep: float, keep_kv: float = 1.0) -> float:
+        """Pages held for a block of tokens of a prompt that is over.
+
+        Args:
+            keep: the share of them that goes deeper.
+            keep_kv: and that compressed caches keep.
+        """
+        whole = self.front_groups - self.compressed_groups
+        return self.size * (whole + self.compressed_groups * keep_kv + self.back_groups * keep)
+
+    def waste(self, keep: float, keep_kv: float = 1.0) -> float:
         """The share of the held pages that is padding."""
-        return 1 - (self.front + self.back * keep) / self.pages(keep)
+        needed = self._whole + self.compressed * keep_kv + self.back * keep
+        return 1 - needed / self.pages(keep, keep_kv)
 
-    def gain(self, keep: float) -> float:
+    def gain(self, keep: float, keep_kv: float = 1.0) -> float:
         """How many times the prompt tokens of plain vLLM fit the same memory."""
-        return (self.front + self.back) / self.pages(keep)
+        return (self.front + self.back) / self.pages(keep, keep_kv)
 
 
 def layers_near(
-    layer: int, *, num_layers: int, keep: float, reach: int = 3
+    layer: int,
+    *,
+    num_layers: int,
+    keep: float,
+    reach: int = 3,
+    keep_kv: float = 1.0,
+    first_full: int = 0,
 ) -> list[tuple[int, Groups]]:
     """The selection layers within ``reach`` of a wanted one, by how little their padding wastes.
 
@@ -85,6 +110,9 @@ def layers_near(
         num_layers: layers of the model.
         keep: the share of a prompt's tokens that go deeper.
         reach: how far to look.
+        keep_kv: the share that the caches of the layers up to it keep, but for the first
+            ``first_full`` of them.
+        first_full: see ``keep_kv``.
 
     Returns:
         Pairs of a layer and its groups: the least waste first, of equal waste the nearest, of
@@ -100,8 +128,13 @@ def layers_near(
     if not 0 <= layer < num_layers - 1:
         raise ValueError(f"layers_near: layer must be in [0, {num_layers - 2}], got {layer}")
     first, last = max(0, layer - reach), min(num_layers - 2, layer + reach)
-    near = [(at, Groups(at + 1, num_layers - at - 1)) for at in range(first, last + 1)]
-    return sorted(near, key=lambda pair: (pair[1].waste(keep), abs(pair[0] - layer), pair[0]))
+    near = []
+    for at in range(first, last + 1):
+        compressed = max(0, at + 1 - first_full) if keep_kv < 1 else 0
+        near.append((at, Groups(at + 1, num_layers - at - 1, compressed)))
+    return sorted(
+        near, key=lambda pair: (pair[1].waste(keep, keep_kv), abs(pair[0] - layer), pair[0])
+    )
 
 
 @dataclass(frozen=True)

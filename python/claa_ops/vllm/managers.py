@@ -1,4 +1,4 @@
-"""Scheduler side: which blocks the deeper layers and the parked hidden states hold."""
+"""Scheduler side: which blocks layers before and behind the selection, and hidden states, hold."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class PromptManager(SingleTypeKVCacheManager):
         return 0
 
 
-class KeptAttentionManager(PromptManager):
-    """Blocks for what a KeptAttentionSpec needs; nothing of it is shared between requests."""
+class PruningManager(PromptManager):
+    """A manager that has to know also how many tokens of the prompt go deeper."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -50,6 +50,10 @@ class KeptAttentionManager(PromptManager):
         """The blocks of a request that ends or is preempted."""
         self.kept.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
+
+
+class KeptAttentionManager(PruningManager):
+    """Blocks for what a KeptAttentionSpec needs; nothing of it is shared between requests."""
 
     def _missing(self, request_id: str, num_tokens: int) -> int:
         prompt, kept = self.prompts[request_id], self.kept[request_id]
@@ -95,26 +99,30 @@ class KeptAttentionManager(PromptManager):
         return tuple([block_pool.null_block] * blocks for _ in kv_cache_group_ids)
 
 
-class HiddenManager(PromptManager):
-    """Blocks for the hidden states of a prompt, until the selection has read them.
+class SharedManager(PromptManager):
+    """Blocks of a prompt that depend on the prefix alone, until the prompt is over.
 
-    They depend on the prefix alone, so they are hashed and shared like the blocks of a layer with
-    full attention; once a prompt is over they go to the cache's least recently used ones.
+    They are hashed and shared like the blocks of a layer with full attention; then they go to the
+    cache's least recently used ones.
     """
+
+    def _slots(self, request_id: str, num_tokens: int) -> int:
+        """How many entries the block table has for ``num_tokens``: the prompt's alone."""
+        return min(num_tokens, self.prompts[request_id])
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> int:
-        """How many blocks are missing for the part of ``num_tokens`` that is the prompt's."""
-        tokens = min(num_tokens, self.prompts[request_id])
-        return super().get_num_blocks_to_allocate(request_id, tokens, *args, **kwargs)
+        """How many blocks are missing for ``num_tokens``."""
+        slots = self._slots(request_id, num_tokens)
+        return super().get_num_blocks_to_allocate(request_id, slots, *args, **kwargs)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[Any]:
         """Take the missing blocks from the pool."""
-        tokens = min(num_tokens, self.prompts[request_id])
-        return super().allocate_new_blocks(request_id, tokens, tokens)
+        slots = self._slots(request_id, num_tokens)
+        return super().allocate_new_blocks(request_id, slots, slots)
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Let other requests hit the full blocks of the prompt."""
@@ -127,8 +135,9 @@ class HiddenManager(PromptManager):
     ) -> None:
         """Free the blocks of a prompt that is over."""
         # Computed, so the step that selected has run, or runs before whoever gets the blocks.
-        if computed >= self.prompts.get(request_id, computed + 1):
-            self._remove_blocks_in_range(request_id, 0, len(self.req_to_blocks[request_id]))
+        prompt = self.prompts.get(request_id)
+        if prompt is not None and computed >= prompt:
+            self._remove_blocks_in_range(request_id, 0, cdiv(prompt, self.block_size))
 
     @classmethod
     def find_longest_cache_hit(
@@ -157,6 +166,33 @@ class HiddenManager(PromptManager):
         for blocks in found:
             del blocks[length // size :]
         return (found, length) if _HIT_HAS_LENGTH else found
+
+
+class HiddenManager(SharedManager):
+    """Blocks for the hidden states of a prompt, until the selection has read them."""
+
+
+class CompressedManager(SharedManager, PruningManager):
+    """Blocks for what a CompressedAttentionSpec needs.
+
+    Those of the prompt are shared; behind them a request has its own for what is kept of the
+    prompt and for all tokens after it. A request that keeps all holds the prompt's to its end.
+    """
+
+    def _slots(self, request_id: str, num_tokens: int) -> int:
+        """Entries of whole blocks: of the prompt's, and once it ends of those behind."""
+        prompt, kept = self.prompts[request_id], self.kept[request_id]
+        return self.kv_cache_spec.blocks(num_tokens, prompt, kept) * self.block_size
+
+    def remove_skipped_blocks(
+        self, request_id: str, computed: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Free the blocks of a prompt that is over, if what is kept of it was copied."""
+        prompt = self.prompts.get(request_id)
+        if prompt is not None and self.kv_cache_spec.own_entries(
+            computed, prompt, self.kept[request_id]
+        ):
+            super().remove_skipped_blocks(request_id, computed, num_prompt_tokens)
 
 
 def _hit_has_length() -> bool:

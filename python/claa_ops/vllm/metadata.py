@@ -1,15 +1,16 @@
-"""Attention metadata of the deeper layers, made of those of the whole batch."""
+"""Attention metadata of layers whose caches have not all tokens, made of the whole batch's."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from claa_ops.vllm.plan import Pass, Plan
+from claa_ops.vllm.plan import Integers, Pass, Plan, to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,10 +20,12 @@ class Buffers:
     Attributes:
         lengths: ``[most requests]``, int32.
         slots: ``[most tokens]``, int64.
+        tables: block tables, ``[most requests, blocks]``, int32, once they were needed.
     """
 
     lengths: Tensor
     slots: Tensor
+    tables: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def of(cls, vllm_config: Any, device: torch.device) -> Buffers:
@@ -34,6 +37,12 @@ class Buffers:
             torch.zeros(scheduler.max_num_seqs, dtype=torch.int32, device=device),
             torch.full((tokens,), -1, dtype=torch.int64, device=device),
         )
+
+    def table(self, like: Tensor) -> Tensor:
+        """For a block table of this form, ``[rows, blocks]``."""
+        if not self.tables:
+            self.tables.append(like.new_zeros(len(self.lengths), like.shape[1]))
+        return self.tables[0][: len(like)]
 
 
 def unchanged(
@@ -49,13 +58,54 @@ def unchanged(
         block_size: how many entries a block has.
         buffers: what is written and used in place of the batch's lengths and slots.
     """
+    some = plan.whole if plan is not None and plan.drops else None
+    return _placed(common, some, block_size, buffers)
+
+
+def compressed(
+    common: CommonAttentionMetadata,
+    plan: Plan | None,
+    first_block: Integers | None,
+    block_size: int,
+    buffers: Buffers,
+) -> CommonAttentionMetadata:
+    """For layers before the selection whose caches are compressed when a prompt is over.
+
+    They see the batch as it is; rows whose prompt is over find what is kept of it, and the tokens
+    after it, behind the prompt's blocks.
+
+    Args:
+        common: the metadata of the whole batch.
+        plan: of the step; None for a dummy batch.
+        first_block: ``[R]``, where in the block table that is; None for a dummy batch.
+        block_size: how many entries a block has.
+        buffers: what is written and used in place of the batch's tables, lengths and slots.
+    """
+    given = common.block_table_tensor[: common.num_reqs]
+    table = buffers.table(given)
+    if plan is None or first_block is None or not plan.compressed.any():
+        table.copy_(given)
+        return _placed(common.replace(block_table_tensor=table), None, block_size, buffers)
+    some = plan.compressing
+    used = -(-int(some.lengths.max()) // block_size)
+    shift = np.zeros(len(given), np.int64)
+    shift[: len(first_block)] = np.where(plan.compressed, first_block, 0)
+    columns = torch.arange(used, device=given.device)
+    columns = to_device(shift, given.device)[:, None] + columns
+    table[:, :used] = given.gather(1, columns.clamp_max_(given.shape[1] - 1))
+    return _placed(common.replace(block_table_tensor=table), some, block_size, buffers)
+
+
+def _placed(
+    common: CommonAttentionMetadata, whole: Pass | None, block_size: int, buffers: Buffers
+) -> CommonAttentionMetadata:
+    """The batch as it is, with its tokens at other entries; at the batch's own if that is None."""
     rows, tokens = common.num_reqs, common.slot_mapping.shape[0]
     lengths, slots = buffers.lengths[:rows], buffers.slots[:tokens]
-    if plan is None or not plan.drops:
+    if whole is None:
         lengths.copy_(common.seq_lens[:rows])
         slots.copy_(common.slot_mapping)
         return common.replace(seq_lens=lengths, slot_mapping=slots)
-    whole = plan.whole
     device = whole.on(lengths.device, block_size)
     live = len(whole.rows)
     lengths[:live].copy_(device.lengths)

@@ -19,7 +19,7 @@ from claa_ops.vllm.halves import Back, Front, Inputs
 from claa_ops.vllm.hidden import ParkedHidden
 from claa_ops.vllm.parallel import reduction
 from claa_ops.vllm.plan import Pass, Plan, to_device
-from claa_ops.vllm.runtime import Runtime
+from claa_ops.vllm.runtime import Group, Runtime
 from claa_ops.vllm.settings import parse
 
 
@@ -39,7 +39,7 @@ class Selecting:
         cut = settings.layer + 1
         parked = ParkedHidden(
             _attention(layers[0], 0),
-            groups=Groups(cut, len(layers) - cut),
+            groups=Groups(cut, len(layers) - cut, compressed=len(settings.compressed)),
             width=vllm_config.model_config.get_hidden_size(),
             window=settings.method.window,
             prefix=prefix,
@@ -90,21 +90,25 @@ class Selecting:
         """Hidden states ``[tokens, C]`` of the batch, where anything is sampled from."""
         context = get_forward_context()
         front, back = self.halves
-        hidden, residual = front(input_ids, positions, inputs_embeds)
         planned = context.attn_metadata is not None
+        if planned:
+            self._enter(context, self.claa.fronts, None, len(positions))
+        hidden, residual = front(input_ids, positions, inputs_embeds)
         plan = self.claa.plan if planned else None
         if plan is not None and plan.prefilling:
             self.claa.park(hidden, residual)
         if plan is not None and not plan.same:
             return self._deeper(context, plan, positions, hidden, residual)
         if planned:
-            self._enter(context, None, len(positions))
+            self._enter(context, self.claa.groups, None, len(positions))
         inputs = self.claa_inputs.hold(context, positions, hidden, residual)
         return back(*inputs)
 
-    def _enter(self, context: ForwardContext, some: Pass | None, size: int) -> None:
-        """The metadata and slots of what is about to go through the deeper layers."""
-        for group in self.claa.groups:
+    def _enter(
+        self, context: ForwardContext, groups: list[Group], some: Pass | None, size: int
+    ) -> None:
+        """The metadata and slots of what is about to go through the layers of these groups."""
+        for group in groups:
             metadata, slots = group.metadata(some, size)
             for name in group.layer_names:
                 context.attn_metadata[name] = metadata
@@ -131,7 +135,7 @@ class Selecting:
         outputs, begin = [], 0
         for some in plan.passes(self.most):
             end = begin + some.tokens if size is None else size
-            self._enter(context, some, end - begin)
+            self._enter(context, self.claa.groups, some, end - begin)
             with inputs.running(context, size):
                 outputs.append(self.halves[1](*(each[begin:end] for each in deeper)))
             begin = end

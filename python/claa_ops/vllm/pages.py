@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 # Views of keys and values, [blocks, block, G, D], of a layer's cache.
@@ -26,8 +27,21 @@ def transposed(cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
     """Of the CPU's caches in the form "vec": keys first, and transposed within a page of a head."""
     blocks, heads, block, _ = cache.shape
     pages = cache.view(blocks, heads, 2 * block, head_size)
-    key = pages[:, :, :block].reshape(blocks, heads, head_size, block)
+    key = pages[:, :, :block].view(blocks, heads, head_size, block)
     return key.permute(0, 3, 1, 2), pages[:, :, block:].transpose(1, 2)
+
+
+def write(pages: Tensor, block_table: Tensor, entries: Tensor) -> None:
+    """Put ``entries``, ``[k, G, D]``, at the beginning of these blocks.
+
+    Args:
+        pages: ``[blocks, block, G, D]``, keys or values.
+        block_table: ``[k / block or more]``, int32.
+        entries: what is written.
+    """
+    place = torch.arange(len(entries), device=pages.device)
+    block = pages.shape[1]
+    pages[block_table[place // block].long(), place % block] = entries
 
 
 def read(pages: Tensor, block_table: Tensor, length: int) -> Tensor:

@@ -27,12 +27,14 @@ class Batch:
         prompts: ``[R]``, the lengths of their prompts.
         kept: ``[R]``, how many tokens of each prompt go deeper.
         computed: ``[R]``, how many tokens were computed in earlier steps.
+        cached: ``[R]``, how many entries compressed caches keep of each prompt; None for all.
     """
 
     requests: Sequence[str]
     prompts: Integers
     kept: Integers
     computed: Integers
+    cached: Integers | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Row:
         computed: how many tokens were computed in earlier steps.
         prompt: the length of its prompt.
         kept: how many tokens of the prompt go deeper.
+        cached: how many entries compressed caches keep of it.
     """
 
     index: int
@@ -55,6 +58,7 @@ class Row:
     computed: int
     prompt: int
     kept: int
+    cached: int
 
     @property
     def after(self) -> int:
@@ -70,6 +74,11 @@ class Row:
     def drops(self) -> bool:
         """Whether the selection drops any token."""
         return self.kept < self.prompt
+
+    @property
+    def compresses(self) -> bool:
+        """Whether caches are compressed at the prompt's end."""
+        return self.cached < self.prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,6 +182,9 @@ class Plan:
     Tokens after the prompt are in the second case where a preempted request is computed anew
     together with its answer. The window is still the last tokens of the prompt, so it keeps what it
     kept before.
+
+    Layers before the selection see each token of the batch. Those with compressed caches have
+    ``c`` entries of a prompt that is over: ``compressed`` says, ``[R]``, which rows have one.
     """
 
     def __init__(self, batch: Batch, query_start: Integers) -> None:
@@ -187,6 +199,8 @@ class Plan:
         self.drops = bool((batch.kept < batch.prompts).any())
         changed = prefilling & ((batch.kept < batch.prompts) | (batch.computed > 0))
         self.same = bool(self.deeper.all()) and not bool(changed.any())
+        self._cached = batch.prompts if batch.cached is None else batch.cached
+        self.compressed = ~prefilling & (self._cached < batch.prompts)
 
     @cached_property
     def prefilling(self) -> list[Row]:
@@ -201,6 +215,7 @@ class Plan:
                 computed=int(batch.computed[index]),
                 prompt=int(batch.prompts[index]),
                 kept=int(batch.kept[index]),
+                cached=int(self._cached[index]),
             )
             for index in map(int, self._prefilling)
         ]
@@ -222,6 +237,14 @@ class Plan:
         """All tokens that go deeper."""
         rows = np.flatnonzero(self.deeper)
         return Pass(rows, self._first[rows], (self._last - self._first)[rows])
+
+    @cached_property
+    def compressing(self) -> Pass:
+        """All tokens of the batch, in layers whose caches are compressed when a prompt is over."""
+        first = self.batch.computed - np.where(
+            self.compressed, self.batch.prompts - self._cached, 0
+        )
+        return Pass(np.arange(len(first)), first, self.end - self.begin)
 
     def passes(self, most: int) -> list[Pass]:
         """The same in passes of at most this many tokens each."""

@@ -8,7 +8,7 @@ from typing import Any
 from packaging.version import Version
 
 from claa_ops.vllm.architectures import ARCHITECTURES
-from claa_ops.vllm.settings import parse
+from claa_ops.vllm.settings import Settings, parse
 
 # What the extra `vllm` of pyproject.toml admits.
 OLDEST, NEWER_THAN_NEWEST = (0, 25, 1), (0, 33)
@@ -45,7 +45,7 @@ def check(config: Any) -> None:
     _check_version()
     if architecture not in ARCHITECTURES:
         raise ValueError(f"claa: {_unknown(architecture)}")
-    parse(given, config.model_config.hf_text_config.num_hidden_layers)
+    _check_caches(parse(given, config.model_config.hf_text_config.num_hidden_layers))
     for what, why in refused(config):
         raise ValueError(f"claa: prefill with a selection does not serve {what}: {why}")
 
@@ -148,6 +148,23 @@ def _rows(config: Any) -> Iterator[tuple[Any, str, str]]:
         "the Rust front end",
         "requests are checked in the Python one",
     )
+
+
+def _check_caches(settings: Settings) -> None:
+    """Refuse compressed caches where vLLM has no place for what they need."""
+    if not settings.compressed:
+        return
+    import vllm
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+    places = ((KVCacheSpec, "max_num_blocks_per_req"), (Scheduler, "_mamba_block_aligned_split"))
+    if not all(hasattr(*place) for place in places):
+        raise ValueError(
+            "claa: keep_kv below 1 needs a vLLM whose cache specs say how wide block tables are "
+            "and whose scheduler can be told where to split a prompt, as 0.32 does, got "
+            f"{vllm.__version__}"
+        )
 
 
 def _full_attention(model: Any) -> bool:

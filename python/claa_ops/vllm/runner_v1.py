@@ -66,4 +66,6 @@ def _batch(batch: Any, claa: Any, requests: Any) -> Batch | None:
     each = (claa.kept_of(name, prompt, requests[name].sampling_params) for name, prompt in pairs)
     kept = np.fromiter(each, dtype=np.int64, count=rows)
     computed = np.asarray(batch.num_computed_tokens_cpu[:rows], dtype=np.int64)
-    return Batch(list(batch.req_ids[:rows]), prompts, kept, computed)
+    both = zip(prompts.tolist(), kept.tolist(), strict=True)
+    cached = np.fromiter((claa.settings.cached(*each) for each in both), np.int64, count=rows)
+    return Batch(list(batch.req_ids[:rows]), prompts, kept, computed, cached)

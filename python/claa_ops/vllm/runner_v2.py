@@ -22,7 +22,7 @@ class ClaaModelState(DefaultModelState):
         most = vllm_config.scheduler_config.max_num_seqs
         self.rows: dict[str, int] = {}
         # By the runner's numbers of requests.
-        self.prompts, self.kept = np.zeros(most, np.int64), np.zeros(most, np.int64)
+        self.prompts, self.kept, self.cached = (np.zeros(most, np.int64) for _ in range(3))
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """A request is new, or begins anew after it was preempted; its prompt is the same."""
@@ -34,7 +34,9 @@ class ClaaModelState(DefaultModelState):
         self.claa.forget(request)
         self.rows[request] = req_index
         self.prompts[req_index] = prompt
-        self.kept[req_index] = self.claa.kept_of(request, prompt, new_req_data.sampling_params)
+        kept = self.claa.kept_of(request, prompt, new_req_data.sampling_params)
+        self.kept[req_index] = kept
+        self.cached[req_index] = self.claa.settings.cached(prompt, kept)
 
     def remove_request(self, req_id: str) -> None:
         """A request is over, aborted or preempted."""
@@ -53,7 +55,7 @@ class ClaaModelState(DefaultModelState):
             return None
         rows = batch.idx_mapping_np[: batch.num_reqs]
         computed = batch.num_computed_tokens_np[: batch.num_reqs].astype(np.int64)
-        return Batch(requests, self.prompts[rows], self.kept[rows], computed)
+        return Batch(requests, self.prompts[rows], self.kept[rows], computed, self.cached[rows])
 
 
 def register() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,17 +13,24 @@ from torch import Tensor
 from claa_ops.selection import Layer, PrefillState, begin
 from claa_ops.selection.parallel import Reduce
 from claa_ops.vllm.hidden import ParkedHidden
-from claa_ops.vllm.plan import Batch, Pass, Plan, Row, to_device
+from claa_ops.vllm.plan import Batch, Integers, Pass, Plan, Row, to_device
 from claa_ops.vllm.requests import Spans, kept_of, protected_of
 from claa_ops.vllm.settings import Settings
 
-# Keys (0) or values (1) of a request whose prompt came in chunks, [N, G, D].
-ReadPages = Callable[[int, Row], Tensor]
+
+class Pages(Protocol):
+    """Keys (0) or values (1) of a layer in vLLM's cache."""
+
+    def read(self, which: int, row: Row) -> Tensor:
+        """``[N, G, D]``: of a request whose prompt came in chunks."""
+
+    def write(self, which: int, row: Row, entries: Tensor) -> None:
+        """Put ``entries``, ``[k, G, D]``, which are kept of a prompt, behind its blocks."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """The deeper layers that share a block table, in one step.
+    """Layers that share a block table, in one step.
 
     Attributes:
         layer_names: the layers.
@@ -68,7 +75,10 @@ class Runtime:
 
     Attributes:
         groups: the deeper layers' groups in this step.
+        fronts: those of the layers before the selection whose caches are compressed.
         block_tables: of the layers before the selection, by name, ``[rows, blocks]``.
+        own_blocks: of those with compressed caches, ``[rows]``: where in the block table the blocks
+            behind the prompt's begin.
         known: the requests that the engine still has; others are forgotten.
         kept: how many tokens of each request's prompt go deeper.
         spans: of requests that protect any, which tokens are never dropped.
@@ -88,7 +98,9 @@ class Runtime:
         self.caches = caches
         self.reduce = reduce
         self.groups: list[Group] = []
+        self.fronts: list[Group] = []
         self.block_tables: dict[str, Tensor] = {}
+        self.own_blocks: dict[str, Integers | None] = {}
         self.known: Collection[str] | None = None
         self.log: dict[str, Tensor] | None = None
         self.prompts: dict[str, Prompt] = {}
@@ -106,8 +118,8 @@ class Runtime:
             batch: its requests; None for a dummy batch, of profiling or of a graph's capture.
         """
         self._batch, self._plan = batch, None
-        self.groups.clear()
-        self.block_tables.clear()
+        for made in (self.groups, self.fronts, self.block_tables, self.own_blocks):
+            made.clear()
 
     def plan_of(self, common: Any) -> Plan | None:
         """The plan of this step, from what the runner built for it; None for a dummy batch."""
@@ -166,16 +178,18 @@ class Runtime:
         layer: int,
         query: Tensor,
         key_value: tuple[Tensor, Tensor],
-        read_pages: ReadPages,
+        pages: Pages,
         scale: float,
     ) -> None:
         """Show the method what a layer saw of each prompt that ends, and hold what it will need.
+
+        If the layer's cache is compressed, write what it keeps.
 
         Args:
             layer: the layer.
             query: ``[tokens, H, D]``, after the rotary embedding.
             key_value: ``[tokens, G, D]`` each, likewise.
-            read_pages: for prompts that came in chunks.
+            pages: the layer's, from which prompts that came in chunks are read.
             scale: of the attention.
         """
         assert self._plan is not None  # the caller has asked
@@ -193,7 +207,19 @@ class Runtime:
                 continue
             tail = torch.cat(prompt.queries.pop(layer))
             state = prompt.state
-            state.see(EngineLayer(state, layer, tail, row, key_value, read_pages, scale))
+            seen = EngineLayer(state, layer, tail, row, key_value, pages, scale)
+            state.see(seen)
+            if row.compresses and layer in self.settings.compressed:
+                self._compress(seen, row, pages)
+
+    def _compress(self, seen: EngineLayer, row: Row, pages: Pages) -> None:
+        """Write what a layer's cache keeps of a prompt that ends, out of blocks that are shared."""
+        assert row.after == row.prompt  # the scheduler ends the step there: see scheduler.py
+        seen.protect(self.spans.get(row.request, ()))
+        kept = seen.state.compress(seen.index, seen.key, seen.value)
+        assert kept[0].shape[2] == row.cached  # as planned
+        for which, entries in enumerate(kept):
+            pages.write(which, row, entries[0].transpose(0, 1))
 
     # Between the layers.
 
@@ -234,7 +260,7 @@ class Runtime:
         if prompt is None:
             settings, method = self.settings, self.settings.method
             if row.kept != settings.kept(row.prompt):
-                method = replace(method, keep=row.kept)
+                method = replace(method, keep=row.kept, keep_kv=row.cached)
             state = begin(
                 method,
                 num_layers=settings.num_layers,
@@ -255,18 +281,25 @@ class EngineLayer(Layer):
         query: Tensor,
         row: Row,
         key_value: tuple[Tensor, Tensor],
-        read_pages: ReadPages,
+        pages: Pages,
         scale: float,
     ) -> None:
         def read(which: int) -> Tensor:
             if row.computed:
-                found = read_pages(which, row)
+                found = pages.read(which, row)
             else:
                 found = key_value[which][row.begin : row.begin + row.prompt]
             return found.transpose(0, 1)[None]
 
         super().__init__(state, index, query.transpose(0, 1)[None], read(0), scale=scale)
         self._read = read
+
+    def protect(self, spans: Spans) -> None:
+        """Have the layer's cache keep the tokens of these spans, whatever their scores."""
+        if spans:
+            self._scores = self.scores.clone()
+        for first, last in spans:
+            self.scores[..., first:last] = torch.inf
 
     @property
     def value(self) -> Tensor:

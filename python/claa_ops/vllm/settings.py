@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from claa_ops.methods import Pruning, find_method, make_method
+from claa_ops.methods import FastKV, Pruning, find_method, make_method
 from claa_ops.selection import Budget, begin
 from claa_ops.selection.budget import is_count
 
@@ -23,6 +23,8 @@ class Settings:
         observed: the layers whose queries and keys the method ranks by, ascending; ``layer`` is the
             last of them.
         min_prompt: shorter prompts are served whole.
+        compressed: the layers up to ``layer`` whose caches are compressed once a prompt is over;
+            the last of them is ``layer``, if there is any.
     """
 
     method: Pruning
@@ -31,15 +33,27 @@ class Settings:
     budget: Budget
     observed: tuple[int, ...]
     min_prompt: int = 0
+    compressed: range = range(0)
 
     def kept(self, prompt: int) -> int:
         """How many tokens of a prompt of this length go deeper, if its request asks for nothing."""
         return kept_tokens(prompt, self.budget, self.method.window, self.min_prompt)
 
+    def cached(self, prompt: int, kept: int) -> int:
+        """How many tokens of a prompt, of which so many go deeper, compressed caches keep."""
+        if not self.compressed:
+            return prompt
+        return cached_tokens(prompt, kept, self.method.cache_budget, self.method.window)
+
 
 def kept_tokens(prompt: int, budget: Budget, window: int, min_prompt: int) -> int:
     """How many tokens of a prompt go deeper: of one shorter than ``min_prompt`` all."""
     return prompt if prompt < min_prompt else min(prompt, budget.tokens(prompt, window))
+
+
+def cached_tokens(prompt: int, kept: int, budget: Budget, window: int) -> int:
+    """How many tokens of a prompt a compressed cache keeps: no fewer than go deeper."""
+    return min(prompt, max(kept, budget.tokens(prompt, window)))
 
 
 def parse(given: Any, num_layers: int) -> Settings:
@@ -73,13 +87,20 @@ def parse(given: Any, num_layers: int) -> Settings:
         raise ValueError(
             f"claa: min_prompt must be a number of tokens, at least 0, got {min_prompt!r}"
         )
-    # The layers up to the selection keep whole caches, the others all that they see.
+    # By default the layers up to the selection keep whole caches; the others all that they see.
     values.setdefault("keep_kv", 1.0)
     method = make_method(given["method"], num_layers=num_layers, **values)
     assert isinstance(method, Pruning)
     _check(method)
     method.check(num_layers)
     ((layer, budget),) = method.stages(num_layers).items()
+    compressed = range(0)
+    cached = method.cache_budget
+    if cached.count != cached.per:
+        _check_caches(method, budget)
+        compressed = range(min(method.first_full, layer + 1), layer + 1)
+        if not cached.per:  # the method leaves prompts alone that are shorter
+            min_prompt = max(min_prompt, cached.count)
     state = begin(method, num_layers=num_layers, prompt_length=2**20)
     observed = tuple(index for index in range(layer + 1) if method.informs(state, index))
     if not observed or observed[-1] != layer:
@@ -87,7 +108,7 @@ def parse(given: Any, num_layers: int) -> Settings:
             f"claa: method must rank by its selection layer {layer}, got one that ranks by layers "
             f"{list(observed)}"
         )
-    return Settings(method, num_layers, layer, budget, observed, min_prompt)
+    return Settings(method, num_layers, layer, budget, observed, min_prompt, compressed)
 
 
 def _plain(value: Any) -> Any:
@@ -99,7 +120,6 @@ def _check(method: Pruning) -> None:
     """Refuse what the plan of a step, made before it runs, cannot know or serve."""
     layers = method.layer if isinstance(method.layer, tuple) else (method.layer,)
     method.require(len(layers) == 1, "layer", "a single layer in vLLM")
-    method.require(method.keep_kv == 1.0, "keep_kv", "1.0 in vLLM")
     method.require(method.mass is None, "mass", "None in vLLM")
     method.require(not method.second_look, "second_look", "False in vLLM")
     method.require(not method.in_layer, "in_layer", "False in vLLM")
@@ -113,4 +133,25 @@ def _check(method: Pruning) -> None:
     if method.two_pass or method.needs_ranking or method.reads_hidden:
         raise ValueError(
             f"claa: method must rank in one pass by queries, keys and values, got {name}"
+        )
+
+
+def _check_caches(method: Pruning, keep: Budget) -> None:
+    """Refuse compressed caches of which it is not known beforehand how much they keep."""
+    kind, cached = type(method), method.cache_budget
+    enough = bool(cached.per) == bool(keep.per) and not keep.exceeds(cached)
+    method.require(
+        enough,
+        "keep_kv",
+        "1.0, or at least keep and like it a rate or a number, in vLLM, where the layers behind "
+        "the selection keep all that they see",
+    )
+    method.require(not method.equal_cache, "equal_cache", "False in vLLM")
+    prompt = getattr(method, "rates_of", "prompt") == "prompt"
+    method.require(prompt, "rates_of", "'prompt' in vLLM")
+    own = kind.compress is not Pruning.compress or kind.compressible is not Pruning.compressible
+    if own or kind.capacity not in (Pruning.capacity, FastKV.capacity):
+        raise ValueError(
+            "claa: with keep_kv below 1 the caches of a method must all keep as many tokens, "
+            f"which are known beforehand, got {kind.__name__}"
         )
