@@ -203,14 +203,16 @@ class Runtime:
             device = next(iter(self.block_tables.values())).device
             return torch.arange(row.prompt, device=device)
         state = self.prompts.pop(row.request).state
-        for first, last in self.spans.get(row.request, ()):
+        if spans := self.spans.get(row.request):
             assert state.importance is not None  # the layer was observed
-            state.importance[:, first:last] = torch.inf
-        index = state.select(self.settings.layer)
-        assert index is not None and index.shape[1] == row.kept  # as planned
+            protected = np.concatenate([np.arange(first, last) for first, last in spans])
+            index = to_device(protected, state.importance.device)
+            state.importance.index_fill_(1, index, torch.inf)
+        kept = state.select(self.settings.layer)
+        assert kept is not None and kept.shape[1] == row.kept  # as planned
         if self.log is not None:
-            self.log[row.request] = index[0].cpu()
-        return index[0]
+            self.log[row.request] = kept[0].cpu()
+        return kept[0]
 
     def park(self, hidden: Tensor, residual: Tensor) -> None:
         """Hold the states behind the selection layer of the prompts of this step.
