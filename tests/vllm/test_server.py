@@ -32,7 +32,10 @@ def served(tiny_llama, log):
     template = log.with_name("template.jinja")
     template.write_text(CHATML)
     own += ("--chat-template", str(template))
-    with server(tiny_llama, log, *arguments, vllm=own) as address:
+    metrics = log.with_name("metrics")
+    metrics.mkdir()
+    variables = {"PROMETHEUS_MULTIPROC_DIR": str(metrics), "VLLM_LOG_STATS_INTERVAL": "1"}
+    with server(tiny_llama, log, *arguments, vllm=own, variables=variables) as address:
         yield address
 
 
@@ -139,6 +142,12 @@ def test_a_bad_request_is_a_400_and_the_server_goes_on(
         complete(client, tiny_llama, ASKED[1], xargs, **options)
     assert refused.value.status_code == 400 and sentence in str(refused.value)
     assert tokens(complete(client, tiny_llama, ASKED[1])) == expected[1]
+
+
+def test_the_time_of_selections_is_in_metrics_and_in_the_log(served, log):
+    assert metric(served, "claa:selection_seconds_count") > 0
+    assert metric(served, "claa:selection_seconds_sum") > 0
+    assert "steps with a selection in" in log.read_text()
 
 
 def test_a_chat(client, tiny_llama):

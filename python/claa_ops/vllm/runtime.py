@@ -15,6 +15,7 @@ from claa_ops.vllm.hidden import ParkedHidden
 from claa_ops.vllm.plan import Batch, Pass, Plan, Row, to_device
 from claa_ops.vllm.requests import Spans, kept_of, protected_of
 from claa_ops.vllm.settings import Settings
+from claa_ops.vllm.timing import Clock
 
 # Keys (0) or values (1) of a request whose prompt came in chunks, [N, G, D].
 ReadPages = Callable[[int, Row], Tensor]
@@ -64,8 +65,10 @@ class Runtime:
         parked: the hidden states behind the selection layer.
         caches: whether prompts that begin alike share what is cached.
         reduce: merges scores of heads on several devices; None if all heads are here.
+        timed: is told how many seconds of a step its selections took.
 
     Attributes:
+        clock: measures them.
         groups: the deeper layers' groups in this step.
         block_tables: of the layers before the selection, by name, ``[rows, blocks]``.
         known: the requests that the engine still has; others are forgotten.
@@ -81,11 +84,13 @@ class Runtime:
         *,
         caches: bool = False,
         reduce: Callable[[Tensor, Literal["max", "sum"]], Tensor] | None = None,
+        timed: Callable[[float], None],
     ) -> None:
         self.settings = settings
         self.parked = parked
         self.caches = caches
         self.reduce = reduce
+        self.clock = Clock(timed)
         self.groups: list[Group] = []
         self.block_tables: dict[str, Tensor] = {}
         self.known: Collection[str] | None = None
@@ -105,6 +110,7 @@ class Runtime:
             batch: its requests; None for a dummy batch, of profiling or of a graph's capture.
         """
         self._batch, self._plan = batch, None
+        self.clock.start_step()
         self.groups.clear()
         self.block_tables.clear()
 
@@ -190,10 +196,12 @@ class Runtime:
             held.append(tail if row.ends else tail.clone())
             if not row.ends:
                 continue
-            tail = torch.cat(prompt.queries.pop(layer))
-            merges = layer == self.settings.layer or not self.settings.merges_once
-            state = prompt.state
-            state.see(EngineLayer(state, layer, tail, row, key_value, read_pages, scale, merges))
+            with self.clock.measure(query.device):
+                tail = torch.cat(prompt.queries.pop(layer))
+                merges = layer == self.settings.layer or not self.settings.merges_once
+                state = prompt.state
+                seen = EngineLayer(state, layer, tail, row, key_value, read_pages, scale, merges)
+                state.see(seen)
 
     # Between the layers.
 
@@ -205,8 +213,9 @@ class Runtime:
         state = self.prompts.pop(row.request).state
         if spans := self.spans.get(row.request):
             assert state.importance is not None  # the layer was observed
-            protected = np.concatenate([np.arange(first, last) for first, last in spans])
-            index = to_device(protected, state.importance.device)
+            past = state.importance.shape[1]  # the window behind it is kept anyway
+            tokens = [np.arange(first, min(last, past)) for first, last in spans]
+            index = to_device(np.concatenate(tokens), state.importance.device)
             state.importance.index_fill_(1, index, torch.inf)
         kept = state.select(self.settings.layer)
         assert kept is not None and kept.shape[1] == row.kept  # as planned
