@@ -93,10 +93,10 @@ class Chat:
                 'claa: claa_protect "system" needs a chat template that puts the system prompt '
                 "before the first message of the user, with a mark between, got one that does not"
             )
-        first = _find(self.user, ids)[:1].tolist()
-        return [
-            (0, at + len(self.user)) for at in first if set(ids[:at].tolist()) - {*self.special}
-        ]
+        for at in _find(self.user, ids)[:1].tolist():
+            if not np.isin(ids[:at], self.special).all():
+                return [(0, at + len(self.user))]
+        return []
 
     def _tools(self, ids: NDArray[np.int64]) -> list[tuple[int, int]]:
         if self.tools is None:
@@ -109,8 +109,9 @@ class Chat:
     def _template(self, ids: NDArray[np.int64]) -> list[tuple[int, int]]:
         own = np.isin(ids, self.special)
         for mark in self.marks:
+            places = _find(mark, ids)
             for offset in range(len(mark)):
-                own[_find(mark, ids) + offset] = True
+                own[places + offset] = True
         edges = np.flatnonzero(np.diff(own, prepend=False, append=False)).tolist()
         return list(zip(edges[::2], edges[1::2], strict=True))
 
@@ -139,15 +140,12 @@ def learn(tokenizer: Any, template: str | None = None) -> Chat:
             texts.pop()
         return mark[: len(texts)] if "".join(texts).strip() else ()
 
-    marks: dict[Ids, None] = {}
+    marks: set[Ids] = set()
     for contexts in (_USER, _ASSISTANT, _SYSTEM):
-        # A mark is shorter next to contents that merge with it.
-        plain, any_ = (_around(render, contexts, each, each) for each in (_PLAIN, _ALL))
-        for mark in (plain.opening, plain.closing) if plain else ():
-            marks |= {mark: None} if core(mark) else {}
-        for mark in (any_.opening, any_.closing) if any_ else ():
-            marks[core(mark)] = None
-    marks.pop((), None)
+        for contents in (_PLAIN, _ALL):  # with the latter a mark is what never merges
+            if around := _around(render, contexts, contents, contents):
+                whole = {mark for mark in (around.opening, around.closing) if core(mark)}
+                marks |= whole if contents is _PLAIN else set(map(core, whole))
     return Chat(
         user=_before_user(render, core),
         tools=_around_tools(render, core),
