@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import vllm.envs as envs
 from torch import Tensor
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
@@ -53,8 +55,7 @@ class Selecting:
         )
         caches = bool(vllm_config.cache_config.enable_prefix_caching)
         reduce = reduction(settings, vllm_config.model_config)
-        times = SelectionTimes(partial(logger.info, "%s"), envs.VLLM_LOG_STATS_INTERVAL)
-        self.claa = Runtime(settings, parked, caches=caches, reduce=reduce, timed=times.add)
+        self.claa = Runtime(settings, parked, caches=caches, reduce=reduce, timed=_timed())
         for index, layer in enumerate(layers):
             attention = _attention(layer, index)
             if index <= settings.layer:
@@ -172,6 +173,13 @@ class Selecting:
             answer = row.end - (row.after - row.prompt)
             for each, given in zip(into, batch, strict=True):
                 each[row.kept :].copy_(given[answer : row.end])
+
+
+def _timed() -> Callable[[float], None]:
+    """Is told how long selections take: of devices that do the same, the first one tells."""
+    if get_tensor_model_parallel_rank():
+        return lambda seconds: None
+    return SelectionTimes(partial(logger.info, "%s"), envs.VLLM_LOG_STATS_INTERVAL).add
 
 
 def _attention(layer: Any, index: int) -> Attention:
