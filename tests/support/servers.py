@@ -17,7 +17,12 @@ from pathlib import Path
 
 @contextmanager
 def server(
-    model: str, log: Path, *arguments: str, vllm: tuple[str, ...] = (), wait: float = 600
+    model: str,
+    log: Path,
+    *arguments: str,
+    vllm: tuple[str, ...] = (),
+    variables: dict[str, str] | None = None,
+    wait: float = 600,
 ) -> Iterator[str]:
     """Start ``claa-ops serve``, wait until it answers, give its address, and end it.
 
@@ -26,6 +31,7 @@ def server(
         log: where it writes what it says.
         arguments: of ``claa-ops serve``.
         vllm: what follows ``--``.
+        variables: more of its environment.
         wait: seconds for the start.
     """
     with socket.socket() as free:
@@ -37,6 +43,7 @@ def server(
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_LOGGING_LEVEL": "INFO",
         "HF_HUB_OFFLINE": "1",
+        **(variables or {}),
     }
     with log.open("w") as output:
         started = subprocess.Popen(

@@ -4,6 +4,8 @@ import pytest
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment: make test-vllm")
 
+from prometheus_client import REGISTRY
+
 from claa_ops.methods import Peak
 from support.engines import alone, engine, prompts
 
@@ -22,10 +24,15 @@ WHOLE = [2, 4]
 PROTECTED = 3
 
 
+def timed():
+    """How many steps have said how long their selection took."""
+    return REGISTRY.get_sample_value("claa:selection_seconds_count") or 0
+
+
 @pytest.fixture(scope="module", params=[8192, 96], ids=["whole", "chunks"])
 def served(request, tiny_llama):
     """Answers of one engine: all together, and each alone."""
-    limit = request.param
+    limit, before = request.param, timed()
     with engine(tiny_llama, PEAK, max_num_batched_tokens=limit, max_num_seqs=8) as started:
         together = started.answers(ASKED, extra=EXTRA)
         each = [
@@ -33,6 +40,7 @@ def served(request, tiny_llama):
         ]
         left = started.held_blocks()
         assert not started.runtime.prompts
+        assert timed() > before
     return together, each, left
 
 

@@ -166,6 +166,8 @@ class TestRequests:
         "keep text": (dict(extra={"claa_keep": "most"}), "tokens or \"all\", got 'most'"),
         "span beyond": (dict(extra={"claa_protect": [0, 101]}), r"in \[0, 100\].* got 0, 101"),
         "half a span": (dict(extra={"claa_protect": [3]}), r"pairs begin, end .* got \[3\]"),
+        "unknown name": (dict(extra={"claa_protect": "sytem"}), "any of system, tools, template"),
+        "no tokenizer": (dict(extra={"claa_protect": "system"}), "there is no chat template and"),
         "unknown": (dict(extra={"claa_kept": 3}), "may set claa_keep and claa_protect, got"),
     }
 

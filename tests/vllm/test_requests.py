@@ -43,6 +43,29 @@ def test_spans_are_merged_and_what_others_ask_for_is_left():
     assert given == {"claa_protect": [300, 400, 0, 120, 100, 200, 50, 50], "other": 1}
 
 
+@pytest.mark.parametrize("protect", ["system,tools", "system, tools", ["system", "tools"]])
+def test_names_become_positions_and_come_on_top(protect):
+    def named(names):
+        assert names == ["system", "tools"]
+        return [0, 100, 400, 500, 50, 120]
+
+    resolved = resolve({"claa_protect": protect}, SETTINGS, 1000, named)
+    assert resolved["claa_protect"] == [0, 120, 400, 500]
+    assert resolved["claa_kept"] == 220 + 780 // 5
+
+
+def test_names_of_what_a_prompt_has_not_change_nothing():
+    resolved = resolve({"claa_protect": "system"}, SETTINGS, 1000, lambda names: [])
+    assert resolved == {"claa_protect": [], "claa_kept": 200}
+    assert resolve({"claa_protect": "system"}, SETTINGS, 40, lambda names: [])["claa_kept"] == 40
+
+
+@pytest.mark.parametrize("protect", ["", "sytem", "system,", ["system", 3], [0, "tools"], "0,120"])
+def test_other_names_are_refused(protect):
+    with pytest.raises(ValueError, match="must name any of system, tools, template, or be pairs"):
+        resolve({"claa_protect": protect}, SETTINGS, 100, lambda names: [])
+
+
 @given(
     some.integers(1, 300),
     some.lists(some.integers(0, 300), max_size=8),

@@ -11,6 +11,7 @@ pytest.importorskip("vllm.version", reason="vLLM is not in this environment: mak
 import openai
 
 from claa_ops.methods import Peak
+from support.chat_templates import CHATML
 from support.engines import alone, prompts
 from support.servers import server
 
@@ -28,7 +29,13 @@ def log(tmp_path_factory):
 def served(tiny_llama, log):
     arguments = ("--method", "peak:window=8", "--layer", "3", "--keep", "20%")
     own = ("--max-num-batched-tokens", "256", "--max-num-seqs", "4", "--max-model-len", "2048")
-    with server(tiny_llama, log, *arguments, vllm=own) as address:
+    template = log.with_name("template.jinja")
+    template.write_text(CHATML)
+    own += ("--chat-template", str(template))
+    metrics = log.with_name("metrics")
+    metrics.mkdir()
+    variables = {"PROMETHEUS_MULTIPROC_DIR": str(metrics), "VLLM_LOG_STATS_INTERVAL": "1"}
+    with server(tiny_llama, log, *arguments, vllm=own, variables=variables) as address:
         yield address
 
 
@@ -123,6 +130,7 @@ def test_a_request_says_what_is_kept_and_metrics_tell(client, served, tiny_llama
     [
         ({"claa_keep": 2.5}, {}, "claa: claa_keep must be a rate in (0, 1]"),
         ({"claa_protect": [0, 999]}, {}, "in [0, 57], as one list, got 0, 999"),
+        ({"claa_protect": "sistem"}, {}, "must name any of system, tools, template"),
         ({"claa_kept": 3}, {}, "a request may set claa_keep and claa_protect, got claa_kept"),
         ({}, {"echo": True, "logprobs": 1}, "claa: prompt_logprobs must be left out"),
     ],
@@ -136,6 +144,12 @@ def test_a_bad_request_is_a_400_and_the_server_goes_on(
     assert tokens(complete(client, tiny_llama, ASKED[1])) == expected[1]
 
 
+def test_the_time_of_selections_is_in_metrics_and_in_the_log(served, log):
+    assert metric(served, "claa:selection_seconds_count") > 0
+    assert metric(served, "claa:selection_seconds_sum") > 0
+    assert "steps with a selection in" in log.read_text()
+
+
 def test_a_chat(client, tiny_llama):
     answer = client.chat.completions.create(
         model=tiny_llama,
@@ -143,6 +157,38 @@ def test_a_chat(client, tiny_llama):
         **OFTEN,
     )
     assert answer.usage.completion_tokens == NEW
+
+
+@pytest.mark.parametrize("protect", [["system"], ["system", "tools"], ["tools"]])
+def test_a_chat_protects_by_name(client, served, tiny_llama, protect):
+    system, tool = "Answer in one word. " * 12, {"type": "function", "function": {"name": "now"}}
+    question, kept = "Who wrote this? " * 20, 'claa:prompt_tokens_total{seen="kept"}'
+    before = metric(served, kept)
+    answer = client.chat.completions.create(
+        model=tiny_llama,
+        messages=[{"role": "system", "content": system}, {"role": "user", "content": question}],
+        tools=[tool],
+        tool_choice="none",
+        **OFTEN | {"extra_body": {"vllm_xargs": {"claa_protect": protect}}},
+    )
+    # A token is a byte.
+    prompt = answer.usage.prompt_tokens
+    first = prompt - len(f"{question}<|im_end|>\n<|im_start|>assistant\n")
+    begin = {"system": 0, "tools": len(f"<|im_start|>system\n{system}")}[protect[0]]
+    protected = first - begin + min(begin, 4)  # the sinks are kept anyway
+    assert metric(served, kept) - before == protected + (prompt - protected) // 5
+
+
+def test_a_chat_without_what_is_named_is_served_as_any(client, served, tiny_llama):
+    kept = 'claa:prompt_tokens_total{seen="kept"}'
+    before = metric(served, kept)
+    messages = [{"role": "user", "content": "Who wrote this? " * 20}]
+    answer = client.chat.completions.create(
+        model=tiny_llama,
+        messages=messages,
+        **OFTEN | {"extra_body": {"vllm_xargs": {"claa_protect": "system,tools"}}},
+    )
+    assert metric(served, kept) - before == answer.usage.prompt_tokens // 5
 
 
 def test_nothing_is_held_when_all_is_over(served):

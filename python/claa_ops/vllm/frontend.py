@@ -1,15 +1,18 @@
 """What is checked where a user waits for the answer: engines at start, requests before they run.
 
-Two methods of vLLM are wrapped, in every process: how it checks a configuration, and how it turns
-a prompt into a request.
+Three methods of vLLM are wrapped, in every process: how it checks a configuration, how it turns a
+prompt into a request, and, since a request does not say by which chat template its messages became
+a prompt, how it renders chats.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import claa_ops.vllm.requests as requests
+from claa_ops.vllm.chat import Chat, learn
 from claa_ops.vllm.metrics import count
 from claa_ops.vllm.refusals import check
 from claa_ops.vllm.settings import Settings, parse
@@ -48,13 +51,42 @@ def check_requests() -> None:
             self.claa = settings_of(self.vllm_config)
         if self.claa is not None:
             try:
-                check_request(request, self.claa)
+                check_request(request, self.claa, lambda: _chat(self))
             except ValueError as error:  # a server answers this one with the status 400
                 raise VLLMValidationError(str(error)) from error
         return request
 
     process_inputs.claa = True  # type: ignore[attr-defined]
     InputProcessor.process_inputs = process_inputs
+    _note_chat_templates()
+
+
+def _note_chat_templates() -> None:
+    """Have renderers remember a chat template that is not the tokenizer's own."""
+    from vllm.renderers import BaseRenderer
+
+    def noting(plain: Any) -> Any:
+        @functools.wraps(plain)
+        def render(
+            self: Any, conversations: Any, chat_params: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            self.claa_template = chat_params.chat_template
+            return plain(self, conversations, chat_params, *args, **kwargs)
+
+        return render
+
+    for name in ("render_chat", "render_chat_async"):
+        setattr(BaseRenderer, name, noting(getattr(BaseRenderer, name)))
+
+
+def _chat(processor: Any) -> Chat:
+    """The marks of the chat template by which a front end renders, learnt when first asked for."""
+    template = getattr(processor.renderer, "claa_template", None)
+    of, chat = getattr(processor, "claa_chat", (None, None))
+    if chat is None or of != template:
+        chat = learn(processor.tokenizer, template)
+        processor.claa_chat = template, chat
+    return chat
 
 
 def settings_of(config: Any) -> Settings | None:
@@ -65,12 +97,13 @@ def settings_of(config: Any) -> Settings | None:
     return parse(given, config.model_config.hf_text_config.num_hidden_layers)
 
 
-def check_request(request: Any, settings: Settings) -> None:
+def check_request(request: Any, settings: Settings, chat: Callable[[], Chat]) -> None:
     """Refuse what a request may not ask for, and write down how many tokens it keeps.
 
     Args:
         request: vLLM's ``EngineCoreRequest``, whose sampling parameters are its own.
         settings: of the model.
+        chat: the marks of the chat template, for what is protected by name.
 
     Raises:
         ValueError: with the reason.
@@ -89,5 +122,6 @@ def check_request(request: Any, settings: Settings) -> None:
         )
     ids, embeds = request.prompt_token_ids, request.prompt_embeds
     prompt = len(embeds if ids is None else ids)
-    params.extra_args = requests.resolve(params.extra_args, settings, prompt)
+    named = None if ids is None else lambda names: chat().spans(names, ids)
+    params.extra_args = requests.resolve(params.extra_args, settings, prompt, named)
     count(prompt, params.extra_args[requests.KEPT])

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import vllm.envs as envs
 from torch import Tensor
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import ForwardContext, get_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
 from claa_ops.vllm.architectures import ARCHITECTURES
@@ -17,10 +22,13 @@ from claa_ops.vllm.attention import deepen, watch
 from claa_ops.vllm.groups import Groups
 from claa_ops.vllm.halves import Back, Front, Inputs
 from claa_ops.vllm.hidden import ParkedHidden
+from claa_ops.vllm.metrics import SelectionTimes
 from claa_ops.vllm.parallel import reduction
 from claa_ops.vllm.plan import Pass, Plan, to_device
 from claa_ops.vllm.runtime import Group, Runtime
 from claa_ops.vllm.settings import parse
+
+logger = init_logger("vllm.claa_ops")  # a child of vLLM's, which prints
 
 
 class Selecting:
@@ -47,7 +55,7 @@ class Selecting:
         )
         caches = bool(vllm_config.cache_config.enable_prefix_caching)
         reduce = reduction(settings, vllm_config.model_config)
-        self.claa = Runtime(settings, parked, caches=caches, reduce=reduce)
+        self.claa = Runtime(settings, parked, caches=caches, reduce=reduce, timed=_timed())
         for index, layer in enumerate(layers):
             attention = _attention(layer, index)
             if index <= settings.layer:
@@ -154,20 +162,28 @@ class Selecting:
                 for mine, given in zip(into, batch, strict=True):
                     torch.index_select(given, 0, source, out=mine)
                 continue
-            kept = self.claa.select(row)
-            place, states, rest = (each[: row.kept] for each in into)
-            place.copy_(kept)  # a token's position is its place in the prompt
-            if row.computed:
-                states.copy_(self.claa.take_parked(row, kept))
-                rest.zero_()
-            else:
-                chunk = slice(row.begin, row.end)
-                torch.index_select(batch[1][chunk], 0, kept, out=states)
-                torch.index_select(batch[2][chunk], 0, kept, out=rest)
+            with self.claa.clock.measure(device):
+                kept = self.claa.select(row)
+                place, states, rest = (each[: row.kept] for each in into)
+                place.copy_(kept)  # a token's position is its place in the prompt
+                if row.computed:
+                    states.copy_(self.claa.take_parked(row, kept))
+                    rest.zero_()
+                else:
+                    chunk = slice(row.begin, row.end)
+                    torch.index_select(batch[1][chunk], 0, kept, out=states)
+                    torch.index_select(batch[2][chunk], 0, kept, out=rest)
             # Tokens after the prompt: a preempted request's answer, computed anew.
             answer = row.end - (row.after - row.prompt)
             for each, given in zip(into, batch, strict=True):
                 each[row.kept :].copy_(given[answer : row.end])
+
+
+def _timed() -> Callable[[float], None]:
+    """Is told how long selections take: of devices that do the same, the first one tells."""
+    if get_tensor_model_parallel_rank():
+        return lambda seconds: None
+    return SelectionTimes(partial(logger.info, "%s"), envs.VLLM_LOG_STATS_INTERVAL).add
 
 
 def _attention(layer: Any, index: int) -> Attention:

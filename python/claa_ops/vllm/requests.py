@@ -6,6 +6,7 @@ A request asks by ``SamplingParams(extra_args=...)``, or in an OpenAI server by 
     {"claa_keep": 512}                      # or so many tokens
     {"claa_keep": "all"}                    # or all: as without selection
     {"claa_protect": [0, 120, 300, 340]}    # never drop tokens 0 to 119 and 300 to 339
+    {"claa_protect": "system,tools"}        # nor what the chat template puts there
 
 The front end checks it (:func:`resolve`) and writes down how many tokens are kept. Scheduler and
 workers read that number, so they agree, and nothing that a request says can stop them.
@@ -13,11 +14,12 @@ workers read that number, so they agree, and nothing that a request says can sto
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from claa_ops.selection import Budget
+from claa_ops.vllm.chat import NAMES
 from claa_ops.vllm.settings import Settings
 
 KEEP, PROTECT = "claa_keep", "claa_protect"
@@ -27,16 +29,23 @@ KEPT = "claa_kept"
 Spans = tuple[tuple[int, int], ...]
 
 
-def resolve(asked: Mapping[str, Any] | None, settings: Settings, prompt: int) -> dict[str, Any]:
+def resolve(
+    asked: Mapping[str, Any] | None,
+    settings: Settings,
+    prompt: int,
+    named: Callable[[Sequence[str]], list[int]] | None = None,
+) -> dict[str, Any]:
     """What a request asks for, checked, with the number of tokens that it keeps.
 
     Args:
         asked: the request's ``extra_args``.
         settings: those of the model.
         prompt: how many tokens the prompt has.
+        named: where it has the parts that are protected by name, as begin, end, begin, ...; None
+            if its tokens are not known.
 
     Returns:
-        The new ``extra_args``.
+        The new ``extra_args``; names have become positions.
 
     Raises:
         ValueError: it asks for what there is not.
@@ -53,8 +62,15 @@ def resolve(asked: Mapping[str, Any] | None, settings: Settings, prompt: int) ->
             raise ValueError(f"claa: a request may set {KEEP} and {PROTECT}, got {name}")
     default = None if prompt < settings.min_prompt else settings.budget
     budget = _budget(given[KEEP]) if KEEP in given else default
-    spans = _spans(given[PROTECT], prompt) if PROTECT in given else ()
-    if spans:
+    spans: Spans = ()
+    if PROTECT in given:
+        names = _names(given[PROTECT])
+        if names and named is None:
+            raise ValueError(
+                f"claa: {PROTECT} must be positions where a prompt comes as embeddings, "
+                f"got {given[PROTECT]!r}"
+            )
+        spans = _spans(named(names) if names and named else given[PROTECT], prompt)
         given[PROTECT] = list(chain(*spans))
     asks = KEEP in given or bool(spans)
     given[KEPT] = _kept(budget, spans, settings, prompt) if asks else settings.kept(prompt)
@@ -89,9 +105,23 @@ def _budget(keep: Any) -> Budget | None:
     return budget
 
 
+def _names(protect: Any) -> list[str]:
+    """The names in ``"system,tools"`` or ``["system", "tools"]``; none if it is positions."""
+    parts = protect.split(",") if isinstance(protect, str) else protect
+    if not isinstance(parts, Sequence) or not any(isinstance(part, str) for part in parts):
+        return []
+    names = [part.strip() if isinstance(part, str) else part for part in parts]
+    if not set(names) <= {*NAMES}:
+        raise ValueError(
+            f"claa: {PROTECT} must name any of {', '.join(NAMES)}, or be pairs begin, end of "
+            f"tokens, got {protect!r}"
+        )
+    return names
+
+
 def _spans(flat: Any, prompt: int) -> Spans:
     expected = f"claa: {PROTECT} must be pairs begin, end of tokens in [0, {prompt}], as one list"
-    if not isinstance(flat, Sequence) or isinstance(flat, str) or len(flat) % 2:
+    if not isinstance(flat, Sequence) or len(flat) % 2:
         raise ValueError(f"{expected}, got {flat!r}")
     pairs = list(zip(flat[::2], flat[1::2], strict=True))
     for begin, end in pairs:

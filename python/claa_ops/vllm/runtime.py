@@ -16,6 +16,7 @@ from claa_ops.vllm.hidden import ParkedHidden
 from claa_ops.vllm.plan import Batch, Integers, Pass, Plan, Row, to_device
 from claa_ops.vllm.requests import Spans, kept_of, protected_of
 from claa_ops.vllm.settings import Settings
+from claa_ops.vllm.timing import Clock
 
 
 class Pages(Protocol):
@@ -72,8 +73,10 @@ class Runtime:
         parked: the hidden states behind the selection layer.
         caches: whether prompts that begin alike share what is cached.
         reduce: merges scores of heads on several devices; None if all heads are here.
+        timed: is told how many seconds of a step its selections took.
 
     Attributes:
+        clock: measures them.
         groups: the deeper layers' groups in this step.
         fronts: those of the layers before the selection whose caches are compressed.
         block_tables: of the layers before the selection, by name, ``[rows, blocks]``.
@@ -92,11 +95,13 @@ class Runtime:
         *,
         caches: bool = False,
         reduce: Reduce | None = None,
+        timed: Callable[[float], None],
     ) -> None:
         self.settings = settings
         self.parked = parked
         self.caches = caches
         self.reduce = reduce
+        self.clock = Clock(timed)
         self.groups: list[Group] = []
         self.fronts: list[Group] = []
         self.block_tables: dict[str, Tensor] = {}
@@ -118,6 +123,7 @@ class Runtime:
             batch: its requests; None for a dummy batch, of profiling or of a graph's capture.
         """
         self._batch, self._plan = batch, None
+        self.clock.start_step()
         for made in (self.groups, self.fronts, self.block_tables, self.own_blocks):
             made.clear()
 
@@ -205,12 +211,13 @@ class Runtime:
             held.append(tail if row.ends else tail.clone())
             if not row.ends:
                 continue
-            tail = torch.cat(prompt.queries.pop(layer))
-            state = prompt.state
-            seen = EngineLayer(state, layer, tail, row, key_value, pages, scale)
-            state.see(seen)
-            if row.compresses and layer in self.settings.compressed:
-                self._compress(seen, row, pages)
+            with self.clock.measure(query.device):
+                tail = torch.cat(prompt.queries.pop(layer))
+                state = prompt.state
+                seen = EngineLayer(state, layer, tail, row, key_value, pages, scale)
+                state.see(seen)
+                if row.compresses and layer in self.settings.compressed:
+                    self._compress(seen, row, pages)
 
     def _compress(self, seen: EngineLayer, row: Row, pages: Pages) -> None:
         """Write what a layer's cache keeps of a prompt that ends, out of blocks that are shared."""
@@ -229,14 +236,17 @@ class Runtime:
             device = next(iter(self.block_tables.values())).device
             return torch.arange(row.prompt, device=device)
         state = self.prompts.pop(row.request).state
-        for first, last in self.spans.get(row.request, ()):
+        if spans := self.spans.get(row.request):
             assert state.importance is not None  # the layer was observed
-            state.importance[:, first:last] = torch.inf
-        index = state.select(self.settings.layer)
-        assert index is not None and index.shape[1] == row.kept  # as planned
+            past = state.importance.shape[1]  # the window behind it is kept anyway
+            tokens = [np.arange(first, min(last, past)) for first, last in spans]
+            index = to_device(np.concatenate(tokens), state.importance.device)
+            state.importance.index_fill_(1, index, torch.inf)
+        kept = state.select(self.settings.layer)
+        assert kept is not None and kept.shape[1] == row.kept  # as planned
         if self.log is not None:
-            self.log[row.request] = index[0].cpu()
-        return index[0]
+            self.log[row.request] = kept[0].cpu()
+        return kept[0]
 
     def park(self, hidden: Tensor, residual: Tensor) -> None:
         """Hold the states behind the selection layer of the prompts of this step.
