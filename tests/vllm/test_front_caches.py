@@ -127,10 +127,17 @@ def test_a_hit_reads_what_was_there_before_it_was_compressed(tiny_llama, expecte
             assert found == (most if time else [0] * len(most))
 
 
+PREEMPTED = prompts([100, 120, 90, 110, 130, 80, 140, 95], seed=3)
+
+
+@pytest.fixture(scope="module")
+def not_preempted(tiny_llama):
+    return alone(tiny_llama, PREEMPTED, METHODS["peak"][1], 60)
+
+
 @pytest.mark.parametrize("caching", [False, True], ids=["no-caching", "caching"])
-def test_preemption_changes_no_answer(tiny_llama, caching):
-    asked = prompts([100, 120, 90, 110, 130, 80, 140, 95], seed=3)
-    settings, method = METHODS["peak"]
+def test_preemption_changes_no_answer(tiny_llama, not_preempted, caching):
+    settings = METHODS["peak"][0]
     options = dict(num_gpu_blocks_override=36, block_size=32, max_num_seqs=8, max_model_len=256)
     with engine(tiny_llama, settings, enable_prefix_caching=caching, **options) as served:
         scheduler, preempted = served.scheduler, []
@@ -141,7 +148,7 @@ def test_preemption_changes_no_answer(tiny_llama, caching):
             return plain(request, *args, **kwargs)
 
         scheduler._preempt_request = preempt
-        assert_same(served.answers(asked, 60), alone(tiny_llama, asked, method, 60))
+        assert_same(served.answers(PREEMPTED, 60), not_preempted)
         assert max(preempted) > 0
         assert_idle(served)
 
