@@ -124,6 +124,8 @@ def _check(method: Pruning) -> None:
     method.require(not method.second_look, "second_look", "False in vLLM")
     method.require(not method.in_layer, "in_layer", "False in vLLM")
     method.require(method.attention_share == 1, "attention_share", "1 in vLLM")
+    prompt = getattr(method, "rates_of", "prompt") == "prompt"
+    method.require(prompt, "rates_of", "'prompt' in vLLM, where a request may keep a number")
     kind, name = type(method), type(method).__name__
     own = kind.select is not Pruning.select or kind.stages is not Pruning.stages
     if own or kind.take_up is not Pruning.take_up or method.may_park:
@@ -147,8 +149,6 @@ def _check_caches(method: Pruning, keep: Budget) -> None:
         "the selection keep all that they see",
     )
     method.require(not method.equal_cache, "equal_cache", "False in vLLM")
-    prompt = getattr(method, "rates_of", "prompt") == "prompt"
-    method.require(prompt, "rates_of", "'prompt' in vLLM")
     own = kind.compress is not Pruning.compress or kind.compressible is not Pruning.compressible
     if own or kind.capacity not in (Pruning.capacity, FastKV.capacity):
         raise ValueError(
