@@ -6,7 +6,7 @@ import gc
 import os
 import random
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +103,24 @@ class Engine:
         managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         return [sum(map(len, manager.req_to_blocks.values())) for manager in managers]
 
+    def assert_idle(self) -> None:
+        """No block is held, and no prompt."""
+        pool = self.scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # one is never lent
+        assert not any(self.held_blocks())
+        assert not self.runtime.prompts
+
+    def hits(self) -> list[int]:
+        """From now on, how much of each prompt was cached."""
+        manager = self.scheduler.kv_cache_manager
+        return _noting(manager, "get_computed_blocks", lambda found, request: found[1])
+
+    def preemptions(self) -> list[int]:
+        """From now on, how many tokens each preempted request had answered."""
+        return _noting(
+            self.scheduler, "_preempt_request", lambda done, request, *_: request.num_output_tokens
+        )
+
     def answers(
         self,
         asked: Sequence[Prompt],
@@ -139,6 +157,26 @@ class Engine:
             )
             for output in outputs
         ]
+
+
+def assert_same(answers: Sequence[Answer], wanted: Sequence[Answer]) -> None:
+    """The same tokens of the prompts, and the same answers."""
+    assert [each.kept for each in answers] == [each.kept for each in wanted]
+    assert [each.tokens for each in answers] == [each.tokens for each in wanted]
+
+
+def _noting(owner: Any, name: str, note: Callable[..., Any]) -> list[Any]:
+    """What a method's calls give and are given, from now on."""
+    noted: list[Any] = []
+    plain = getattr(owner, name)
+
+    def method(*args: Any, **kwargs: Any) -> Any:
+        result = plain(*args, **kwargs)
+        noted.append(note(result, *args))
+        return result
+
+    setattr(owner, name, method)
+    return noted
 
 
 @contextmanager

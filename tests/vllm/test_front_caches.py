@@ -12,7 +12,7 @@ pytest.importorskip("vllm.version", reason="vLLM is not in this environment: mak
 from claa_ops.methods import CLAA, FastKV, Method, Peak
 from claa_ops.vllm.scheduler import to_the_prompts_end
 from claa_ops.vllm.spec import CompressedAttentionSpec, HiddenSpec, KeptAttentionSpec
-from support.engines import Answer, Engine, alone, engine, prompts
+from support.engines import Engine, alone, assert_same, engine, prompts
 
 NEW = 12
 LENGTHS = [300, 57, 640, 130, 5, 16, 17, 412]
@@ -38,18 +38,6 @@ METHODS: dict[str, tuple[dict, Method]] = {
 @pytest.fixture(scope="module")
 def expected(tiny_llama):
     return cache(lambda name: alone(tiny_llama, ASKED, METHODS[name][1], NEW))
-
-
-def assert_same(answers: list[Answer], wanted: list[Answer]) -> None:
-    assert [each.kept for each in answers] == [each.kept for each in wanted]
-    assert [each.tokens for each in answers] == [each.tokens for each in wanted]
-
-
-def assert_idle(served: Engine) -> None:
-    pool = served.scheduler.kv_cache_manager.block_pool
-    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
-    assert not any(served.held_blocks())
-    assert not served.runtime.prompts
 
 
 def watch_blocks(served: Engine) -> list[int]:
@@ -102,27 +90,19 @@ def test_tokens_answers_and_blocks_are_those_of_the_adapter(tiny_llama, expected
         checked = watch_blocks(served)
         assert_same(served.answers(ASKED, NEW), expected(name))
         assert checked[0] >= len(ASKED) * NEW
-        assert_idle(served)
+        served.assert_idle()
 
 
 @pytest.mark.parametrize("step", [8192, 97])
 def test_a_hit_reads_what_was_there_before_it_was_compressed(tiny_llama, expected, step):
     options = dict(max_num_batched_tokens=step, enable_prefix_caching=True, block_size=32)
     with engine(tiny_llama, METHODS["peak"][0], **options) as served:
-        manager, found = served.scheduler.kv_cache_manager, []
-        plain = manager.get_computed_blocks
-
-        def get_computed_blocks(request):
-            answer = plain(request)
-            found.append(answer[1])
-            return answer
-
-        manager.get_computed_blocks = get_computed_blocks
+        found = served.hits()
         size = served.runtime.parked.block_size
         for time in range(3):
             found.clear()
             assert_same(served.answers(ASKED, NEW), expected("peak"))
-            assert_idle(served)
+            served.assert_idle()
             most = [max(0, length - Peak().window) // size * size for length in LENGTHS]
             assert found == (most if time else [0] * len(most))
 
@@ -140,17 +120,10 @@ def test_preemption_changes_no_answer(tiny_llama, not_preempted, caching):
     settings = METHODS["peak"][0]
     options = dict(num_gpu_blocks_override=36, block_size=32, max_num_seqs=8, max_model_len=256)
     with engine(tiny_llama, settings, enable_prefix_caching=caching, **options) as served:
-        scheduler, preempted = served.scheduler, []
-        plain = scheduler._preempt_request
-
-        def preempt(request, *args, **kwargs):
-            preempted.append(request.num_output_tokens)
-            return plain(request, *args, **kwargs)
-
-        scheduler._preempt_request = preempt
+        preempted = served.preemptions()
         assert_same(served.answers(PREEMPTED, 60), not_preempted)
         assert max(preempted) > 0
-        assert_idle(served)
+        served.assert_idle()
 
 
 @pytest.mark.parametrize("step", [8192, 96])
@@ -179,7 +152,7 @@ def test_requests_that_keep_more_or_all_in_one_batch(tiny_llama, step):
             for ids, own in zip(asked, extra, strict=True)
         ]
         assert_same(together, each)
-        assert_idle(served)
+        served.assert_idle()
     for index, method in methods.items():
         assert_same([together[index]], alone(tiny_llama, [asked[index]], method, NEW))
     assert [together[index].tokens for index in (2, 4)] == [each.tokens for each in whole]

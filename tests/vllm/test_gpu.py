@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU: make test-gpu-vllm", allow_module_level=True)
 
 from claa_ops.methods import CLAA, Hops, Method, Peak
-from support.engines import Answer, Engine, alone, begin_log, engine, logged, prompts
+from support.engines import Answer, alone, begin_log, engine, logged, prompts
 
 GIB = 2**30
 GPU: dict[str, Any] = {"dtype": "bfloat16", "kv_cache_memory_bytes": 2 * GIB}
@@ -76,18 +76,13 @@ def same_first_tokens(answers: list[Answer], wanted: list[Answer]) -> float:
     return sum(mine.tokens[0] == its.tokens[0] for mine, its in pairs) / len(wanted)
 
 
-def assert_idle(running: Engine) -> None:
-    assert not running.runtime.prompts
-    assert not any(running.held_blocks())
-
-
 @pytest.fixture(scope="module")
 def eager(tiny_llama: str) -> dict[str, list[Answer]]:
     found = {}
     for name, (settings, _) in METHODS.items():
         with gpu_engine(tiny_llama, settings) as running:
             found[name] = running.answers(ASKED)
-            assert_idle(running)
+            running.assert_idle()
     return found
 
 
@@ -109,7 +104,7 @@ def test_kept_tokens_are_those_of_the_adapter_on_a_cpu(tiny_llama, eager, name):
 def test_neither_chunks_nor_graphs_nor_kernels_change_what_is_kept(tiny_llama, eager, kind):
     with gpu_engine(tiny_llama, PEAK, **KINDS[kind]) as running:
         answers = running.answers(ASKED)
-        assert_idle(running)
+        running.assert_idle()
     assert same_kept(answers, eager["peak"]) > 0.9
     assert same_first_tokens(answers, eager["peak"]) > 0.7
 
@@ -159,7 +154,7 @@ def test_a_prefix_hit_keeps_what_a_whole_prefill_keeps(tiny_llama):
         running.answers([shared], new=1)
         answers = [running.answers([ids])[0] for ids in asked]
         again = [running.answers([ids])[0] for ids in asked]
-        assert_idle(running)
+        running.assert_idle()
     assert same_kept(answers, wanted) > 0.9
     assert same_kept(again, answers) > 0.9
 
@@ -168,16 +163,9 @@ def test_preempted_requests_keep_what_they_kept_before(tiny_llama, eager):
     few = [ids for ids in ASKED if len(ids) < 450]
     options = dict(num_gpu_blocks_override=60, block_size=32, max_model_len=600)
     with gpu_engine(tiny_llama, PEAK, **options) as running:
-        preempted: list[Any] = []
-        plain = running.scheduler._preempt_request
-
-        def preempt(request: Any, *args: Any, **kwargs: Any) -> Any:
-            preempted.append(request)
-            return plain(request, *args, **kwargs)
-
-        running.scheduler._preempt_request = preempt
+        preempted = running.preemptions()
         answers = running.answers(few, new=150)
-        assert_idle(running)
+        running.assert_idle()
     assert preempted
     wanted = [its for ids, its in zip(ASKED, eager["peak"], strict=True) if len(ids) < 450]
     assert same_kept(answers, wanted) > 0.9

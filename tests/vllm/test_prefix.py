@@ -32,34 +32,15 @@ def expected(tiny_llama):
     return cache(lambda name, new: alone(tiny_llama, ASKED, METHODS[name][1], new))
 
 
-def hits(running: Engine, asked, expected, new: int = 4) -> list[int]:
+def ask(running: Engine, asked, expected, new: int = 4) -> list[int]:
     """Ask, compare with the answers of each prompt alone; how much of each was cached."""
-    manager = running.scheduler.kv_cache_manager
-    found: list[int] = []
-    plain = manager.get_computed_blocks
-
-    def get_computed_blocks(request):
-        answer = plain(request)
-        found.append(answer[1])
-        return answer
-
-    manager.get_computed_blocks = get_computed_blocks
-    try:
-        answers = running.answers(asked, new)
-    finally:
-        manager.get_computed_blocks = plain
+    found = running.hits()
+    answers = running.answers(asked, new)
     for answer, want in zip(answers, expected, strict=True):
         assert answer.tokens == want.tokens[:new]
         assert answer.kept == want.kept
-    assert_idle(running)
-    return found
-
-
-def assert_idle(running: Engine) -> None:
-    pool = running.scheduler.kv_cache_manager.block_pool
-    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
-    assert not any(running.held_blocks())
-    assert not running.runtime.prompts
+    running.assert_idle()
+    return [*found]
 
 
 @pytest.mark.parametrize(
@@ -75,14 +56,14 @@ def test_a_hit_changes_no_answer(tiny_llama, expected, method, chunk):
         most = [max(0, len(ids) - window) // block * block for ids in ASKED]
         shared = [min(each, len(SHARED) // block * block) for each in most]
         # One of the last four may be there before what it shares is.
-        first = hits(running, ASKED, want)
+        first = ask(running, ASKED, want)
         assert first[:6] == [0] * 6
         assert first[7:] == shared[7:]
         assert any(first)
-        assert hits(running, ASKED, want) == most
-        assert hits(running, ASKED[-1:], want[-1:]) == most[-1:]
+        assert ask(running, ASKED, want) == most
+        assert ask(running, ASKED[-1:], want[-1:]) == most[-1:]
         abort_in_prefill(running, ASKED[2])
-        assert hits(running, ASKED[2:3], want[2:3]) == most[2:3]
+        assert ask(running, ASKED[2:3], want[2:3]) == most[2:3]
 
 
 def abort_in_prefill(running: Engine, ids) -> None:
@@ -96,7 +77,7 @@ def abort_in_prefill(running: Engine, ids) -> None:
             core.step()
         core.abort_request(["0"])
         core.step()
-        assert_idle(running)
+        running.assert_idle()
     # A whole one, of which the next has what it computed.
     running.answers([ids], 1)
 
@@ -110,18 +91,11 @@ def test_a_small_cache_evicts_and_preempts_and_changes_no_answer(tiny_llama, exp
         max_model_len=700,
     )
     with engine(tiny_llama, METHODS["peak"][0], **options) as running:
-        scheduler, preempted = running.scheduler, []
-        plain = scheduler._preempt_request
-
-        def preempt(request, *args, **kwargs):
-            preempted.append(request.num_computed_tokens)
-            return plain(request, *args, **kwargs)
-
-        scheduler._preempt_request = preempt
+        preempted = running.preemptions()
         # The short ones run together, and outgrow the cache while they answer.
         order = [*range(6, 10), 3, 1, 4] * 2 + [2, 0, 5, 2]
         asked, want = ([each[i] for i in order] for each in (ASKED, expected("peak", NEW)))
-        found = hits(running, asked, want, NEW)
+        found = ask(running, asked, want, NEW)
         assert any(found)
         assert preempted
 
@@ -134,4 +108,4 @@ def test_keeping_all_equals_plain_vllm(tiny_llama):
     with engine(tiny_llama, settings, **options) as running:
         for _ in range(2):
             assert [answer.tokens for answer in running.answers(ASKED, 4)] == plain
-        assert_idle(running)
+        running.assert_idle()

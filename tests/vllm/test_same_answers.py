@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment: make test-vllm")
 
 from claa_ops.methods import CLAA, FastKV, Hops, Method, Peak
-from support.engines import Answer, alone, engine, prompts
+from support.engines import Answer, alone, assert_same, engine, prompts
 
 LENGTHS = [300, 57, 640, 130, 5, 8, 9, 412]  # the window of CLAA is 8
 METHODS: dict[str, tuple[dict, Method]] = {
@@ -29,11 +29,6 @@ METHODS: dict[str, tuple[dict, Method]] = {
 def expected(tiny_llama: str) -> dict[str, list[Answer]]:
     asked = prompts(LENGTHS)
     return {name: alone(tiny_llama, asked, method) for name, (_, method) in METHODS.items()}
-
-
-def assert_same(answers: list[Answer], wanted: list[Answer]) -> None:
-    assert [each.kept for each in answers] == [each.kept for each in wanted]
-    assert [each.tokens for each in answers] == [each.tokens for each in wanted]
 
 
 def test_a_full_keep_rate_is_plain_vllm(tiny_llama):
@@ -83,17 +78,9 @@ def test_preempted_requests_keep_what_they_kept_before(tiny_llama):
     settings, method = METHODS["claa"]
     options = dict(num_gpu_blocks_override=44, block_size=32, max_num_seqs=8, max_model_len=256)
     with engine(tiny_llama, settings, **options) as served:
-        scheduler, count = served.scheduler, 0
-        plain = scheduler._preempt_request
-
-        def preempt(*args, **kwargs):
-            nonlocal count
-            count += 1
-            return plain(*args, **kwargs)
-
-        scheduler._preempt_request = preempt
+        preempted = served.preemptions()
         answers = served.answers(asked, new=60)
-        assert count > 0
+        assert preempted
         assert_same(answers, alone(tiny_llama, asked, method, new=60))
         assert not served.runtime.prompts
 

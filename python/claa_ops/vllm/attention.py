@@ -132,6 +132,16 @@ class _Watched:
         return self._claa
 
 
+class _Buffered:
+    """A builder whose lengths and slots are not the batch's."""
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        self.buffers = Buffers.of(vllm_config, device)
+
+
 @cache
 def _watched_backend(base: Any) -> type:
     class WatchedBuilder(_Watched, base.get_builder_cls()):  # type: ignore[misc]
@@ -158,13 +168,7 @@ def _watched_backend(base: Any) -> type:
 
 @cache
 def _compressed_backend(base: Any) -> type:
-    class CompressedBuilder(_watched_backend(base).get_builder_cls()):  # type: ignore[misc]
-        def __init__(
-            self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
-        ) -> None:
-            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-            self.buffers = Buffers.of(vllm_config, device)
-
+    class CompressedBuilder(_Buffered, _watched_backend(base).get_builder_cls()):  # type: ignore[misc]
         def build(
             self,
             common_prefix_len: int,
@@ -188,13 +192,7 @@ def _compressed_backend(base: Any) -> type:
 
 @cache
 def _kept_backend(base: Any) -> type:
-    class KeptBuilder(_Watched, base.get_builder_cls()):  # type: ignore[misc]
-        def __init__(
-            self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
-        ) -> None:
-            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-            self.buffers = Buffers.of(vllm_config, device)
-
+    class KeptBuilder(_Buffered, _Watched, base.get_builder_cls()):  # type: ignore[misc]
         def build(
             self,
             common_prefix_len: int,
