@@ -44,12 +44,12 @@ demo: $(VENV)/.built $(VENV)/.model
 	@$(BIN)/claa-ops demo
 
 test: $(VENV)/.built $(VENV)/.model $(VENV)/.dev
-	$(call say,running the tests: about ten minutes)
+	$(call say,running the tests: about twenty minutes)
 	@$(TESTS)
 
 # The same environment, but for what lies in build/oldest.
 test-oldest: $(VENV)/.built $(VENV)/.dev build/oldest/.installed
-	$(call say,running the tests of models with the oldest packages: about four minutes)
+	$(call say,running the tests of models with the oldest packages: about five minutes)
 	@PYTHONPATH=$(abspath build/oldest) $(BIN)/claa-ops info
 	@PYTHONPATH=$(abspath build/oldest) $(TESTS) \
 	  tests/huggingface tests/methods
@@ -58,11 +58,11 @@ test-oldest: $(VENV)/.built $(VENV)/.dev build/oldest/.installed
 TORCH_OLDEST = torch==2.11.0
 VLLM_TESTS = -m pytest -q tests/vllm
 test-vllm: build/vllm/.built
-	$(call say,running the tests of serving: about ten minutes)
+	$(call say,running the tests of serving: about six minutes)
 	@build/vllm/bin/python $(VLLM_TESTS)
 
 test-vllm-oldest: build/vllm-oldest/.built
-	$(call say,running the tests of serving with the oldest vLLM: about ten minutes)
+	$(call say,running the tests of serving with the oldest vLLM: about six minutes)
 	@build/vllm-oldest/bin/python $(VLLM_TESTS)
 
 bench: $(VENV)/.built
