@@ -168,9 +168,10 @@ test-gpu: build/gpu/site/claa_ops
 	CLAA_CUDA=OFF $(GPU_PYTHON) -m pytest -q $(PYTEST_ARGS)
 
 # An engine wants its GPU for itself while it starts.
+GPU_VLLM = VLLM_USE_FLASHINFER_SAMPLER=0 PYTHONPATH=$(SITE):$(VLLM_SITE) $(PYTHON)
 test-gpu-vllm: build/gpu/site/claa_ops
-	VLLM_USE_FLASHINFER_SAMPLER=0 PYTHONPATH=$(SITE):$(VLLM_SITE) $(PYTHON) -m pytest -q \
-	  $(PYTEST_ARGS) tests/vllm/test_gpu.py
+	$(GPU_VLLM) -m pytest -q $(PYTEST_ARGS) tests/vllm/test_gpu.py
+	VLLM_BATCH_INVARIANT=1 $(GPU_VLLM) -m pytest -q tests/vllm/test_gpu.py -k batch_invariant
 
 # Kernels of this library alone, but for initcheck, which has to see who wrote the inputs. torch's
 # pool of memory would hide a read beyond a tensor's end. racecheck is slow: of the long prompts it

@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <cuda_pipeline.h>
+
 #include "csrc/cuda/hop_tokens.cuh"
 
 namespace claa::cuda::hop_tokens {
@@ -69,18 +71,6 @@ __device__ void join_sums(const Buffers& w, const LinkRow& at, float* parts) {
   w.factors[at.row * kGroup + threadIdx.x] = total == 0.f ? 0.f : 1.f / total;
 }
 
-__device__ inline void copy_async(uint4* to, const uint4* from) {
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
-      "l"(from)
-      : "memory");
-}
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ inline void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
 // The seeds in shared memory, slice after slice: all of them, copied once in a few chunks, or a
 // ring of chunks that all warps read at the same time.
 template <bool kResident>
@@ -105,9 +95,9 @@ struct Panel {
       const int words = chunk_slices() * kSliceWords;
       uint4* to = shared + (kResident ? next : next % kRing) * words;
       const uint4* from = seeds + source * kSliceWords;
-      for (int i = threadIdx.x; i < words; i += kThreads) copy_async(to + i, from + i);
+      for (int i = threadIdx.x; i < words; i += kThreads) __pipeline_memcpy_async(to + i, from + i, sizeof(uint4));
     }
-    commit_copies();
+    __pipeline_commit();
     ++next;
     source += chunk_slices();
     if (source == slices) source = 0;
@@ -120,15 +110,15 @@ struct Panel {
   // Waits for the next chunk, and until no warp reads the one before it.
   __device__ void wait_for_chunk() {
     if constexpr (!kResident)
-      wait_for_copies<kRing - 2>();
+      __pipeline_wait_prior(kRing - 2);
     else if (chunk == 0)
-      wait_for_copies<kQuarters - 1>();
+      __pipeline_wait_prior(kQuarters - 1);
     else if (chunk == 1)
-      wait_for_copies<kQuarters - 2>();
+      __pipeline_wait_prior(kQuarters - 2);
     else if (chunk == 2)
-      wait_for_copies<kQuarters - 3>();
+      __pipeline_wait_prior(kQuarters - 3);
     else
-      wait_for_copies<0>();
+      __pipeline_wait_prior(0);
     __syncthreads();
     if constexpr (!kResident) copy_chunk();
     ++chunk;

@@ -158,8 +158,7 @@ def test_runs_and_threads_agree_bit_for_bit(device):
 )
 def test_rejects(changes, message, device):
     call = {"running": torch.zeros(2, 5), "scores": torch.zeros(2, 3, 5)} | changes
-    call = {name: x.to(device) for name, x in call.items()}
-    assert_refuses("aggregate_scores", call, message)
+    assert_refuses("aggregate_scores", call, message, device)
 
 
 def test_rejects_a_mix_of_devices(device):

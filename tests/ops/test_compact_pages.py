@@ -184,7 +184,7 @@ def test_rejects(changes, message, device):
         "starts": torch.zeros(3).int(),
         "index": torch.zeros(5).int(),
     } | changes
-    assert_refuses("compact_pages", {name: x.to(device) for name, x in call.items()}, message)
+    assert_refuses("compact_pages", call, message, device)
 
 
 @pytest.mark.parametrize(

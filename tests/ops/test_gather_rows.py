@@ -122,7 +122,7 @@ def test_rejects(changes, message, device):
         "x": torch.zeros(16, 4),
         "index": torch.zeros(5).long(),
     } | changes
-    assert_refuses("gather_rows", {name: x.to(device) for name, x in call.items()}, message)
+    assert_refuses("gather_rows", call, message, device)
 
 
 @pytest.mark.parametrize("bad", [16, -2, 2**31 - 1])

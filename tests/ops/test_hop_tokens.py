@@ -421,8 +421,7 @@ def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 )
 def test_rejects(changes, message, device):
     call = {"scores": _zeros(2, 9), "states": _zeros(2, 3, 12, 8)} | changes
-    call = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in call.items()}
-    assert_refuses("hop_tokens", call, message)
+    assert_refuses("hop_tokens", call, message, device)
 
 
 def test_rejects_an_unknown_pool_mode(device):

@@ -294,7 +294,7 @@ def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 )
 def test_rejects(changes, message, device):
     call = {"query": _zeros(2, 8, 4, 64), "key": _zeros(2, 4, 16, 64)} | changes
-    assert_refuses("peak_attention", {name: x.to(device) for name, x in call.items()}, message)
+    assert_refuses("peak_attention", call, message, device)
 
 
 def test_rejects_a_mix_of_devices(device):

@@ -73,7 +73,7 @@ def test_nan_propagates(place, device):
 )
 def test_rejects(changes, message, device):
     call = valid_call(torch.zeros(2, 4, 32), changes, device)
-    assert_refuses("peak_attention_paged", call, message)
+    assert_refuses("peak_attention_paged", call, message, device)
 
 
 def test_rows_may_lie_in_either_order(device):
@@ -91,7 +91,7 @@ def test_rejects_rows_that_overlap(shape, device):
     running = torch.zeros(shape, device=device).expand(2, 4, 32)
     call = valid_call(torch.zeros(2, 4, 32), {}, device) | {"running": running}
     message = r"running must .*overlap, got strides \["
-    assert_refuses("peak_attention_paged", call, message)
+    assert_refuses("peak_attention_paged", call, message, device)
 
 
 @pytest.mark.parametrize(("changes", "message"), OUT_OF_RANGE)

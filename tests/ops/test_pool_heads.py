@@ -177,8 +177,7 @@ def test_runs_and_threads_agree_bit_for_bit(pool_mode, device):
 )
 def test_rejects(changes, message, device):
     call = {"scores": torch.zeros(1, 8, 5), "num_kv_heads": 2} | changes
-    call["scores"] = call["scores"].to(device)
-    assert_refuses("pool_heads", call, message)
+    assert_refuses("pool_heads", call, message, device)
 
 
 def test_rejects_an_unknown_mode(device):

@@ -161,5 +161,4 @@ def test_runs_and_threads_agree_bit_for_bit(device):
 )
 def test_rejects(changes, message, device):
     call = {"scores": torch.zeros(3, 2, 9), "k": 4} | changes
-    call["scores"] = call["scores"].to(device)
-    assert_refuses("rank_variance", call, message)
+    assert_refuses("rank_variance", call, message, device)

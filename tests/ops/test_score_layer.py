@@ -278,7 +278,7 @@ def test_an_update_inside_a_graph(dynamic, device):
 )
 def test_rejects(changes, message, device):
     call = cases.rejected_call({"running": torch.zeros(2, 12)} | changes, device)
-    assert_refuses("score_layer", call, message)
+    assert_refuses("score_layer", call, message, device)
 
 
 def test_rejects_rows_that_overlap(device):
@@ -287,7 +287,7 @@ def test_rejects_rows_that_overlap(device):
     for stride in (0, 11):
         call["running"] = memory.as_strided((2, 12), (stride, 1))
         message = rf"running must .*overlap, got strides \[{stride}, 1\]"
-        assert_refuses("score_layer", call, message)
+        assert_refuses("score_layer", call, message, device)
     call["running"] = memory.as_strided((2, 12), (12, 1))
     score_layer(**call)
 

@@ -137,14 +137,16 @@ def test_nan_stays(device):
     ],
 )
 def test_rejects(changes, message, device):
-    assert_refuses("score_layer_paged", valid_call(torch.zeros(2, 30), changes, device), message)
+    assert_refuses(
+        "score_layer_paged", valid_call(torch.zeros(2, 30), changes, device), message, device
+    )
 
 
 def test_rejects_rows_that_overlap(device):
     running = torch.zeros(1, 30, device=device).expand(2, 30)
     message = r"running must .*overlap, got strides \[0, 1\]"
     call = valid_call(torch.zeros(2, 30), {}, device) | {"running": running}
-    assert_refuses("score_layer_paged", call, message)
+    assert_refuses("score_layer_paged", call, message, device)
 
 
 @pytest.mark.parametrize(("changes", "message"), OUT_OF_RANGE)

@@ -311,7 +311,7 @@ def test_runs_and_threads_agree_bit_for_bit(dtype, pool_mode, device):
     ],
 )
 def test_rejects(changes, message, device):
-    assert_refuses("score_tokens", cases.rejected_call(changes, device), message)
+    assert_refuses("score_tokens", cases.rejected_call(changes, device), message, device)
 
 
 def test_rejects_an_unknown_mode(device):

@@ -235,7 +235,7 @@ def test_runs_and_threads_agree_bit_for_bit(dtype, device):
 
 @pytest.mark.parametrize(("changes", "message"), cases.REJECTED)
 def test_rejects(changes, message, device):
-    assert_refuses("score_window", cases.rejected_call(changes, device), message)
+    assert_refuses("score_window", cases.rejected_call(changes, device), message, device)
 
 
 def test_rejects_a_mix_of_devices(device):

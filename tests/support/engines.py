@@ -189,6 +189,7 @@ def engine(
     """Start an engine, of plain vLLM if ``claa`` is None, and end it."""
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
     settings: dict[str, Any] = dict(
         dtype="float32",
@@ -211,6 +212,8 @@ def engine(
         del llm
         cleanup_dist_env_and_memory()
         gc.collect()
+        # Graphs of one process share a pool of memory, which is gone with the last of them.
+        type(current_platform)._global_graph_pool = None
 
 
 def begin_log(model: Any) -> None:

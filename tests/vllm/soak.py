@@ -1,6 +1,7 @@
 """Requests drawn at random, for as long as you like; every answer has to be its answer alone.
 
     python tests/vllm/soak.py --requests 10000
+    VLLM_BATCH_INVARIANT=1 python tests/vllm/soak.py --minutes 10 --dtype bfloat16   # on a GPU
 
 Lengths, chunks, common beginnings, pruned and whole and protected prompts, aborts at any step, and
 preemption under a small cache. Whenever the engine is idle no block may be held, nothing parked.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import resource
 import sys
@@ -106,9 +108,14 @@ def run(started: Engine, cases: list[Case], expected: list[list[int]], options: 
                     counts.wrong.append(place)
 
     asked, told = 0, time.monotonic()
+    end = told + options.minutes * 60
     burst = draw.randint(1, options.at_once)
-    while asked < options.requests or under_way:
-        while asked < options.requests and len(under_way) < burst:
+
+    def more() -> bool:
+        return asked < options.requests and time.monotonic() < end
+
+    while more() or under_way:
+        while more() and len(under_way) < burst:
             place = draw.randrange(len(cases))
             under_way[str(asked)] = place
             add(llm, str(asked), cases[place])
@@ -125,7 +132,7 @@ def run(started: Engine, cases: list[Case], expected: list[list[int]], options: 
                 step()
             check_idle(started)
             counts.idle += 1
-        if time.monotonic() - told > 60 or asked == options.requests and not under_way:
+        if time.monotonic() - told > 60 or not (more() or under_way):
             told, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             print(
                 f"{asked} asked, {counts.finished} answered, {counts.aborted} aborted, "
@@ -149,6 +156,7 @@ def check_idle(started: Engine) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="Ask nothing after them.")
     parser.add_argument("--cases", type=int, default=200, help="Prompts to draw from.")
     parser.add_argument("--longest", type=int, default=1200)
     parser.add_argument("--at-once", type=int, default=12)

@@ -7,6 +7,7 @@ of a random model: what is compared is how many are the same. What has to be exa
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -53,6 +54,10 @@ METHODS: dict[str, tuple[dict[str, Any], Method]] = {
     ),
 }
 PEAK = METHODS["peak"][0]
+invariant = pytest.mark.skipif(
+    os.environ.get("VLLM_BATCH_INVARIANT") != "1",
+    reason="in a process of its own: make test-gpu-vllm runs it with VLLM_BATCH_INVARIANT=1",
+)
 
 
 def gpu_engine(model: str, claa: dict[str, Any] | None = None, **options: Any) -> Any:
@@ -179,6 +184,37 @@ def test_requests_of_one_batch_may_keep_different_shares(tiny_llama):
         answers = running.answers(asked, extra=extra)
     assert [each.kept and len(each.kept) for each in answers] == [90, None, 64]
     assert answers[1].logprobs[0] == pytest.approx(plain.logprobs[0], abs=0.05)
+
+
+@invariant
+def test_batch_invariant_kernels_make_neighbours_change_no_bit(tiny_llama):
+    """Neither a request that is not pruned nor one that is: the first is plain vLLM's."""
+    asked = prompts([300, 280, 330, 57, 640, 900], seed=8)
+    whole = {"claa_keep": "all"}
+    extra = [None, whole, {"claa_keep": 64}, whole, None, {"claa_protect": [0, 1]}]
+    with gpu_engine(tiny_llama) as running:
+        plain = running.answers(asked)
+    with gpu_engine(tiny_llama, PEAK, max_num_batched_tokens=512) as running:
+        together = running.answers(asked, extra=extra)
+        lone = [running.answers([ids], extra=ask)[0] for ids, ask in zip(asked, extra, strict=True)]
+    assert together == lone
+    for mine, its, ask in zip(together, plain, extra, strict=True):
+        if ask == whole:
+            assert (mine.tokens, mine.logprobs) == (its.tokens, its.logprobs)
+
+
+@invariant
+@pytest.mark.parametrize("options", [{"max_num_batched_tokens": 100}, {}], ids=["chunks", "hits"])
+def test_batch_invariant_kernels_make_chunks_and_hits_change_no_bit(tiny_llama, options):
+    shared = prompts([700], seed=9)[0]
+    asked = [shared + end for end in prompts([60, 130, 190], seed=10)]
+    with gpu_engine(tiny_llama, PEAK) as running:
+        wanted = running.answers(asked)
+    with gpu_engine(tiny_llama, PEAK, enable_prefix_caching=True, **options) as running:
+        hits = running.hits()
+        assert [running.answers([ids])[0] for ids in asked] == wanted
+        running.assert_idle()
+    assert sum(hit > 0 for hit in hits) >= 2
 
 
 def test_two_gpus_keep_what_one_keeps(tiny_llama, eager, monkeypatch):

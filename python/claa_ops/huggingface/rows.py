@@ -106,8 +106,17 @@ def flexible(
     query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None
 ) -> Tensor:
     """FlexAttention of ``[B, H, k, D]``, contiguous as ``[B, k, H, Dv]``."""
-    grouped = query.shape[1] != key.shape[1]
-    output = _compiled()(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
+    output = _compiled()(
+        query,
+        key,
+        value,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+        # Below 128 rows FlexAttention would take its kernel for decoding, which has no form for
+        # some numbers of rows (torch 2.11).
+        kernel_options={"BACKEND": "TRITON"},
+    )
     return output.transpose(1, 2).contiguous()
 
 
