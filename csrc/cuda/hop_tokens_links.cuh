@@ -43,12 +43,11 @@ constexpr int kJoined = kThreads / (kGroup / 4) * kGroup;
 
 template <int kThreads>
 __device__ void join_sums(const Buffers& w, const LinkRow& at, float* parts) {
-  __shared__ bool is_last;
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) is_last = atomicAdd(w.tickets + at.row, 1u) == uint32_t(at.blocks - 1);
-  __syncthreads();
-  if (!is_last) return;
+  if (!__syncthreads_or(threadIdx.x == 0 &&
+                        atomicAdd(w.tickets + at.row, 1u) == uint32_t(at.blocks - 1)))
+    return;  // not the last block
   __threadfence();
   constexpr int kQuads = kGroup / 4, kParts = kThreads / kQuads;
   const int quad = threadIdx.x % kQuads, part = threadIdx.x / kQuads;

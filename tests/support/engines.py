@@ -29,7 +29,7 @@ CONTEXT = 4096
 Prompt = Sequence[int]
 
 
-def save_tiny_llama(folder: Path) -> str:
+def save_tiny_llama(folder: Path, context: int = CONTEXT) -> str:
     """A random Llama whose attention is far from uniform, with a tokenizer of bytes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,7 +41,7 @@ def save_tiny_llama(folder: Path) -> str:
         num_hidden_layers=LAYERS,
         num_attention_heads=4,  # an even number, for two devices
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         bos_token_id=None,
         eos_token_id=257,
     )
@@ -51,7 +51,7 @@ def save_tiny_llama(folder: Path) -> str:
             torch.nn.init.normal_(weight, std=0.12)
     model.save_pretrained(folder)
     tokenizer = tiny_tokenizer()
-    tokenizer.model_max_length = CONTEXT
+    tokenizer.model_max_length = context
     tokenizer.save_pretrained(folder)
     return str(folder)
 

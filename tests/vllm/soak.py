@@ -171,7 +171,7 @@ def main() -> None:
     options = parser.parse_args()
     claa = options.claa or {"method": "peak", "layer": 3, "keep": 0.2, "min_prompt": 30}
     with tempfile.TemporaryDirectory() as folder:
-        model = options.model or save_tiny_llama(Path(folder))
+        model = options.model or save_tiny_llama(Path(folder), options.longest + 200)
         cases = draw_cases(random.Random(options.seed), options.cases, options.longest)
         own = dict(max_model_len=options.longest + 200, dtype=options.dtype)
         with engine(model, claa, **own) as started:

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from claa_ops._extras import require
+from claa_ops.selection.packed import PackedPrefill, begin_packed
 from claa_ops.selection.state import PrefillState, begin
 
 if TYPE_CHECKING:
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ClaaCache",
+    "PackedPrefill",
     "PrefillState",
     "Prefilled",
     "StaticClaaCache",
     "attach",
     "attached",
     "begin",
+    "begin_packed",
     "decode",
     "detach",
     "generate",

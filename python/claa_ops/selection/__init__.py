@@ -4,6 +4,7 @@ from claa_ops.selection.answer import Answer, Reader
 from claa_ops.selection.budget import Budget, Sizes
 from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method, Preparation
+from claa_ops.selection.packed import PackedPrefill, begin_packed
 from claa_ops.selection.state import PrefillState, Turn, begin
 from claa_ops.selection.taken import TakenUp
 from claa_ops.selection.work import Work
@@ -13,6 +14,7 @@ __all__ = [
     "Budget",
     "Layer",
     "Method",
+    "PackedPrefill",
     "PrefillState",
     "Preparation",
     "Reader",
@@ -21,4 +23,5 @@ __all__ = [
     "Turn",
     "Work",
     "begin",
+    "begin_packed",
 ]
