@@ -20,11 +20,12 @@ PUBLIC = {
         SpeculativePrefill StreamingLLM UniPrefill find_method make_method register
     """,
     "claa_ops.prefill": """
-        ClaaCache PrefillState Prefilled StaticClaaCache attach attached begin decode detach
-        generate prefill tuned_method
+        ClaaCache PackedPrefill PrefillState Prefilled StaticClaaCache attach attached begin
+        begin_packed decode detach generate prefill tuned_method
     """,
     "claa_ops.selection": """
-        Answer Budget Layer Method PrefillState Preparation Reader Sizes TakenUp Turn Work begin
+        Answer Budget Layer Method PackedPrefill PrefillState Preparation Reader Sizes TakenUp Turn
+        Work begin begin_packed
     """,
 }
 NAMES = [(module, name) for module, names in PUBLIC.items() for name in names.split()]

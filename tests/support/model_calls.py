@@ -251,7 +251,7 @@ def _block_table(batch: int, context: int, block: int, device: str, seed: int) -
 
 def _select_packed(batch: int, context: int, device: str, seed: int) -> Call:
     lengths, starts, capacity = _packed(batch, context + 8, device)
-    index = torch.empty(capacity, dtype=torch.int32, device=device)
+    index = torch.zeros(capacity, dtype=torch.int32, device=device)
     scores = normal(batch, context, device=device, seed=seed).round(decimals=2)
     options = {"window": 8, "num_sinks": 4}
     return Call("select_topk_packed", (index, scores, lengths, starts), options)
