@@ -62,6 +62,18 @@ def prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     return [[draw.randrange(256) for _ in range(length)] for length in lengths]
 
 
+# Of prompts that are served together, what each asks for; with min_prompt 60 the fifth is whole.
+MIXED = prompts([300, 280, 330, 310, 57, 290])
+MIXED_ASKS: list[dict[str, Any] | None] = [
+    None,
+    {"claa_keep": 0.5},
+    {"claa_keep": "all"},
+    {"claa_protect": [0, 40, 100, 130, 305, 310]},
+    None,
+    {"claa_keep": 64},
+]
+
+
 @dataclass(frozen=True)
 class Answer:
     """What became of one prompt.

@@ -12,7 +12,7 @@ pytest.importorskip("vllm.version", reason="vLLM is not in this environment: mak
 from claa_ops.methods import CLAA, FastKV, Method, Peak
 from claa_ops.vllm.scheduler import to_the_prompts_end
 from claa_ops.vllm.spec import CompressedAttentionSpec, HiddenSpec, KeptAttentionSpec
-from support.engines import Engine, alone, assert_same, engine, prompts
+from support.engines import MIXED, MIXED_ASKS, Engine, alone, assert_same, engine, prompts
 
 NEW = 12
 LENGTHS = [300, 57, 640, 130, 5, 16, 17, 412]
@@ -129,32 +129,23 @@ def test_preemption_changes_no_answer(tiny_llama, not_preempted, caching):
 @pytest.mark.parametrize("step", [8192, 96])
 def test_requests_that_keep_more_or_all_in_one_batch(tiny_llama, step):
     settings = {"method": "peak", "layer": 3, "keep": 0.2, "keep_kv": 0.25, "min_prompt": 60}
-    asked = prompts([300, 280, 330, 310, 57, 290])
-    extra = [
-        None,
-        {"claa_keep": 0.5},
-        {"claa_keep": "all"},
-        {"claa_protect": [0, 40, 100, 130, 305, 310]},
-        None,  # shorter than min_prompt
-        {"claa_keep": 64},
-    ]
     methods = {
         0: Peak(layer=3, keep=0.2, keep_kv=0.25),
         1: Peak(layer=3, keep=0.5, keep_kv=0.5),  # no fewer than go deeper
         5: Peak(layer=3, keep=64, keep_kv=72),
     }
     with engine(tiny_llama) as plain:
-        whole = plain.answers([asked[2], asked[4]], NEW)
+        whole = plain.answers([MIXED[2], MIXED[4]], NEW)
     with engine(tiny_llama, settings, max_num_batched_tokens=step, block_size=32) as served:
-        together = served.answers(asked, NEW, extra=extra)
+        together = served.answers(MIXED, NEW, extra=MIXED_ASKS)
         each = [
             served.answers([ids], NEW, extra=[own])[0]
-            for ids, own in zip(asked, extra, strict=True)
+            for ids, own in zip(MIXED, MIXED_ASKS, strict=True)
         ]
         assert_same(together, each)
         served.assert_idle()
     for index, method in methods.items():
-        assert_same([together[index]], alone(tiny_llama, [asked[index]], method, NEW))
+        assert_same([together[index]], alone(tiny_llama, [MIXED[index]], method, NEW))
     assert [together[index].tokens for index in (2, 4)] == [each.tokens for each in whole]
     assert {*range(40), *range(100, 130)} <= {*together[3].kept}
 

@@ -7,19 +7,10 @@ pytest.importorskip("vllm.version", reason="vLLM is not in this environment: mak
 from prometheus_client import REGISTRY
 
 from claa_ops.methods import Peak
-from support.engines import alone, engine, prompts
+from support.engines import MIXED, MIXED_ASKS, alone, engine
 
 PEAK = {"method": "peak", "layer": 3, "keep": 0.2, "min_prompt": 60}
 METHOD = Peak(layer=3, keep=0.2, keep_kv=1.0)
-ASKED = prompts([300, 280, 330, 310, 57, 290])
-EXTRA = [
-    None,
-    {"claa_keep": 0.5},
-    {"claa_keep": "all"},
-    {"claa_protect": [0, 40, 100, 130, 305, 310]},
-    None,  # shorter than min_prompt
-    {"claa_keep": 64},
-]
 WHOLE = [2, 4]
 PROTECTED = 3
 
@@ -34,9 +25,10 @@ def served(request, tiny_llama):
     """Answers of one engine: all together, and each alone."""
     limit, before = request.param, timed()
     with engine(tiny_llama, PEAK, max_num_batched_tokens=limit, max_num_seqs=8) as started:
-        together = started.answers(ASKED, extra=EXTRA)
+        together = started.answers(MIXED, extra=MIXED_ASKS)
         each = [
-            started.answers([ids], extra=[own])[0] for ids, own in zip(ASKED, EXTRA, strict=True)
+            started.answers([ids], extra=[own])[0]
+            for ids, own in zip(MIXED, MIXED_ASKS, strict=True)
         ]
         left = started.held_blocks()
         assert not started.runtime.prompts
@@ -47,7 +39,7 @@ def served(request, tiny_llama):
 @pytest.fixture(scope="module")
 def plain(tiny_llama):
     with engine(tiny_llama) as started:
-        return started.answers([ASKED[index] for index in WHOLE])
+        return started.answers([MIXED[index] for index in WHOLE])
 
 
 def test_each_is_as_it_is_alone(served):
@@ -75,7 +67,7 @@ def test_protected_tokens_are_never_dropped(served):
 @pytest.mark.parametrize(("index", "keep"), [(0, 0.2), (1, 0.5), (5, 64)])
 def test_kept_tokens_and_answers_are_those_of_the_adapter(served, tiny_llama, index, keep):
     method = Peak(layer=3, keep=keep, keep_kv=1.0)
-    (expected,) = alone(tiny_llama, [ASKED[index]], method)
+    (expected,) = alone(tiny_llama, [MIXED[index]], method)
     answer = served[0][index]
     assert answer.kept == expected.kept and answer.tokens == expected.tokens
 
@@ -91,12 +83,12 @@ def test_whole_prompts_are_served_as_by_plain_vllm(served, plain):
 @pytest.mark.parametrize("keep", [1, 0.01])
 def test_the_least_that_a_request_can_keep(tiny_llama, keep):
     with engine(tiny_llama, PEAK) as started:
-        (answer,) = started.answers([ASKED[0]], extra={"claa_keep": keep})
+        (answer,) = started.answers([MIXED[0]], extra={"claa_keep": keep})
     assert len(answer.kept) == METHOD.window + METHOD.num_sinks
 
 
 def test_a_server_that_prunes_nothing_is_plain_vllm_to_the_bit(tiny_llama):
-    asked = [ids[:57] for ids in ASKED]
+    asked = [ids[:57] for ids in MIXED]
     with engine(tiny_llama) as started:
         expected = started.answers(asked)
     with engine(tiny_llama, PEAK) as started:
