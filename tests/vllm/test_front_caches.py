@@ -10,10 +10,15 @@ import pytest
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment: make test-vllm")
 
 from claa_ops.methods import CLAA, FastKV, Method, Peak
+from claa_ops.vllm.refusals import has_place_for_compressed
 from claa_ops.vllm.scheduler import to_the_prompts_end
 from claa_ops.vllm.spec import CompressedAttentionSpec, HiddenSpec, KeptAttentionSpec
 from support.engines import MIXED, MIXED_ASKS, Engine, alone, assert_same, engine, prompts
 
+pytestmark = pytest.mark.skipif(
+    not has_place_for_compressed(),
+    reason="this vLLM has no place for compressed caches, and refuses them: test_refusals.py",
+)
 NEW = 12
 LENGTHS = [300, 57, 640, 130, 5, 16, 17, 412]
 ASKED = prompts(LENGTHS)

@@ -27,6 +27,7 @@ WINDOW, SINKS = SETTINGS.method.window, SETTINGS.method.num_sinks
         ({"claa_keep": 1.0}, 1000, 1000),
         ({"claa_protect": [100, 300]}, 1000, 204 + 796 // 5),  # the first four are kept anyway
         ({"claa_protect": [0, 300]}, 1000, 300 + 700 // 5),
+        ({"claa_protect": "0, 300"}, 1000, 300 + 700 // 5),
         ({"claa_protect": [0, 1000]}, 1000, 1000),
         ({"claa_protect": []}, 1000, 200),
         ({"claa_keep": 300, "claa_protect": [0, 300]}, 1000, 600),
@@ -60,7 +61,9 @@ def test_names_of_what_a_prompt_has_not_change_nothing():
     assert resolve({"claa_protect": "system"}, SETTINGS, 40, lambda names: [])["claa_kept"] == 40
 
 
-@pytest.mark.parametrize("protect", ["", "sytem", "system,", ["system", 3], [0, "tools"], "0,120"])
+@pytest.mark.parametrize(
+    "protect", ["", "sytem", "system,", ["system", 3], [0, "tools"], "0,tools"]
+)
 def test_other_names_are_refused(protect):
     with pytest.raises(ValueError, match="must name any of system, tools, template, or be pairs"):
         resolve({"claa_protect": protect}, SETTINGS, 100, lambda names: [])
@@ -97,6 +100,9 @@ def test_what_is_kept_has_room_for_window_sinks_and_protected(prompt, ends, keep
         {"claa_protect": [-1, 2]},
         {"claa_protect": [0.0, 2.0]},
         {"claa_protect": ["0", "2"]},
+        {"claa_protect": "0,2,5"},
+        {"claa_protect": "0,-2"},
+        {"claa_protect": "0,2.0"},
         {"claa_protect": [0, True]},
         {"claa_kept": 5},
         {"claa_keeep": 0.1},

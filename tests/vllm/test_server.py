@@ -118,7 +118,7 @@ def test_a_request_says_what_is_kept_and_metrics_tell(client, served, tiny_llama
     before = [metric(served, name) for name in names]
     whole = complete(client, tiny_llama, ASKED[2], {"claa_keep": "all"})
     half = complete(client, tiny_llama, ASKED[2], {"claa_keep": 0.5})
-    spans = complete(client, tiny_llama, ASKED[2], {"claa_protect": [0, 240]})
+    spans = complete(client, tiny_llama, ASKED[2], {"claa_protect": "0,240"})
     assert len({tuple(tokens(each)) for each in (whole, half, spans)}) > 1
     counted = [metric(served, name) - old for name, old in zip(names, before, strict=True)]
     assert counted == [3 * 640, 640 + 320 + 240 + 80]
@@ -129,7 +129,7 @@ def test_a_request_says_what_is_kept_and_metrics_tell(client, served, tiny_llama
     ("xargs", "options", "sentence"),
     [
         ({"claa_keep": 2.5}, {}, "claa: claa_keep must be a rate in (0, 1]"),
-        ({"claa_protect": [0, 999]}, {}, "in [0, 57], as one list, got 0, 999"),
+        ({"claa_protect": "0, 999"}, {}, "in [0, 57], as one list, got 0, 999"),
         ({"claa_protect": "sistem"}, {}, "must name any of system, tools, template"),
         ({"claa_kept": 3}, {}, "a request may set claa_keep and claa_protect, got claa_kept"),
         ({}, {"echo": True, "logprobs": 1}, "claa: prompt_logprobs must be left out"),

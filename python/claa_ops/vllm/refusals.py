@@ -152,19 +152,23 @@ def _rows(config: Any) -> Iterator[tuple[Any, str, str]]:
 
 def _check_caches(settings: Settings) -> None:
     """Refuse compressed caches where vLLM has no place for what they need."""
-    if not settings.compressed:
-        return
-    import vllm
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.kv_cache_interface import KVCacheSpec
+    if settings.compressed and not has_place_for_compressed():
+        import vllm
 
-    places = ((KVCacheSpec, "max_num_blocks_per_req"), (Scheduler, "_mamba_block_aligned_split"))
-    if not all(hasattr(*place) for place in places):
         raise ValueError(
             "claa: keep_kv below 1 needs a vLLM whose cache specs say how wide block tables are "
             "and whose scheduler can be told where to split a prompt, as 0.32 does, got "
             f"{vllm.__version__}"
         )
+
+
+def has_place_for_compressed() -> bool:
+    """Whether this vLLM asks a spec how wide block tables are, and where a prompt is split."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+    places = ((KVCacheSpec, "max_num_blocks_per_req"), (Scheduler, "_mamba_block_aligned_split"))
+    return all(hasattr(*place) for place in places)
 
 
 def _full_attention(model: Any) -> bool:

@@ -6,6 +6,7 @@ A request asks by ``SamplingParams(extra_args=...)``, or in an OpenAI server by 
     {"claa_keep": 512}                      # or so many tokens
     {"claa_keep": "all"}                    # or all: as without selection
     {"claa_protect": [0, 120, 300, 340]}    # never drop tokens 0 to 119 and 300 to 339
+    {"claa_protect": "0,120,300,340"}       # the same, where a server takes no lists
     {"claa_protect": "system,tools"}        # nor what the chat template puts there
 
 The front end checks it (:func:`resolve`) and writes down how many tokens are kept. Scheduler and
@@ -64,13 +65,14 @@ def resolve(
     budget = _budget(given[KEEP]) if KEEP in given else default
     spans: Spans = ()
     if PROTECT in given:
-        names = _names(given[PROTECT])
+        parts = _parts(given[PROTECT])
+        names = _names(parts, given[PROTECT])
         if names and named is None:
             raise ValueError(
                 f"claa: {PROTECT} must be positions where a prompt comes as embeddings, "
                 f"got {given[PROTECT]!r}"
             )
-        spans = _spans(named(names) if names and named else given[PROTECT], prompt)
+        spans = _spans(named(names) if names and named else parts, prompt)
         given[PROTECT] = list(chain(*spans))
     asks = KEEP in given or bool(spans)
     given[KEPT] = _kept(budget, spans, settings, prompt) if asks else settings.kept(prompt)
@@ -105,12 +107,19 @@ def _budget(keep: Any) -> Budget | None:
     return budget
 
 
-def _names(protect: Any) -> list[str]:
-    """The names in ``"system,tools"`` or ``["system", "tools"]``; none if it is positions."""
-    parts = protect.split(",") if isinstance(protect, str) else protect
+def _parts(protect: Any) -> Any:
+    """What a request lists; with commas between in a string, which any server takes."""
+    if not isinstance(protect, str):
+        return protect
+    parts = [part.strip() for part in protect.split(",")]
+    return [int(part) if part.isascii() and part.isdecimal() else part for part in parts]
+
+
+def _names(parts: Any, protect: Any) -> list[str]:
+    """The names among the parts; none if these are positions."""
     if not isinstance(parts, Sequence) or not any(isinstance(part, str) for part in parts):
         return []
-    names = [part.strip() if isinstance(part, str) else part for part in parts]
+    names = list(parts)
     if not set(names) <= {*NAMES}:
         raise ValueError(
             f"claa: {PROTECT} must name any of {', '.join(NAMES)}, or be pairs begin, end of "
