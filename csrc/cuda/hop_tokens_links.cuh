@@ -94,7 +94,8 @@ struct Panel {
       const int words = chunk_slices() * kSliceWords;
       uint4* to = shared + (kResident ? next : next % kRing) * words;
       const uint4* from = seeds + source * kSliceWords;
-      for (int i = threadIdx.x; i < words; i += kThreads) __pipeline_memcpy_async(to + i, from + i, sizeof(uint4));
+      for (int i = threadIdx.x; i < words; i += kThreads)
+        __pipeline_memcpy_async(to + i, from + i, sizeof(uint4));
     }
     __pipeline_commit();
     ++next;

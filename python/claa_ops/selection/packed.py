@@ -13,8 +13,6 @@ from claa_ops.selection.method import Method
 from claa_ops.selection.parallel import Reduce
 from claa_ops.selection.state import PrefillState, begin
 
-_Packed = tuple[Tensor, Tensor, list[int]]
-
 
 def begin_packed(
     method: Method | Sequence[Method],
@@ -167,7 +165,7 @@ class PackedPrefill:
                 **attention,
             )
 
-    def compress(self, layer: int, key: Tensor, value: Tensor) -> _Packed:
+    def compress(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, list[int]]:
         """What the decode caches of an observed layer keep.
 
         Args:
