@@ -27,7 +27,7 @@ SERVED = [
 
 
 def layers_of(lengths: list[int], seed: int) -> list[dict[str, Tensor]]:
-    """What each layer would see of whole prompts, packed; the logsumexp is not a real one."""
+    """What each layer would see of whole prompts, packed."""
     generator, tokens = torch.Generator().manual_seed(seed), sum(lengths)
 
     def normal(*shape: int) -> Tensor:

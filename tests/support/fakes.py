@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 import claa_ops
+from support.inputs import on_device
 
 Replace = Callable[[Tensor], Tensor]
 
@@ -62,15 +63,9 @@ def call_fake(op: str, args: tuple, options: dict, kind: str) -> object:
         return getattr(claa_ops, op)(*args, **options)
 
 
-def moved(x: Tensor, device: str) -> Tensor:
-    """The tensor on a device, with its strides, which ``Tensor.to`` does not always keep."""
-    memory = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
-    return memory.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
-
-
 def assert_refuses(op: str, arguments: dict, message: str, device: str) -> None:
     """The op refuses with this message, and each fake of it with the same to the letter."""
-    arguments = {n: moved(x, device) if isinstance(x, Tensor) else x for n, x in arguments.items()}
+    arguments = on_device(arguments, device)
     with pytest.raises(RuntimeError, match=f"^{op}: {message}") as refusal:
         getattr(claa_ops, op)(**arguments)
     for kind in KINDS:

@@ -26,6 +26,16 @@ def normal(*shape: int, device: str, dtype: torch.dtype = torch.float32, seed: i
     return torch.randn(shape, generator=generator).to(device, dtype)
 
 
+def on_device(arguments: dict, device: str) -> dict:
+    """Arguments of an op, with their strides, which ``Tensor.to`` does not always keep."""
+
+    def moved(x: Tensor) -> Tensor:
+        memory = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
+        return memory.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+    return {name: moved(x) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+
+
 def chosen_from(values: tuple[float, ...], *shape: int, device: str, seed: int) -> Tensor:
     """Each entry one of ``values``: few values give many ties."""
     generator = torch.Generator().manual_seed(seed)

@@ -27,14 +27,15 @@ def key_and_value_pages(layout: str, key: Tensor, value: Tensor) -> tuple[Tensor
     ``"side by side"``: ``(P, G, block, 2 * D)``, as all have them in 0.32; ``"heads outside"``:
     ``(P, G, block, D)`` each.
     """
-    ordered = {"memory_format": torch.contiguous_format}
     if layout == "pairs":
         return torch.stack([key, value], dim=1).unbind(1)
     if layout == "side by side":
         memory = torch.cat([key, value], dim=-1).transpose(1, 2).contiguous()
         return memory.transpose(1, 2).split([key.shape[-1], value.shape[-1]], dim=-1)
     if layout == "heads outside":
-        return tuple(x.transpose(1, 2).clone(**ordered).transpose(1, 2) for x in (key, value))
+        by_head = (x.transpose(1, 2) for x in (key, value))
+        copies = (x.clone(memory_format=torch.contiguous_format) for x in by_head)
+        return tuple(x.transpose(1, 2) for x in copies)
     return key.clone(), value.clone()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.inputs import normal
+from support.inputs import normal, on_device
 
 Allocate = Callable[..., Tensor]  # (pages, size, kv_heads, dim), filled with NaN
 
@@ -194,7 +194,7 @@ def valid_call(running: Tensor, changes: dict, device: str) -> dict:
         "block_table": torch.tensor([[3, 1], [0, 0]], dtype=torch.int32),
         "lengths": torch.tensor([20, 0], dtype=torch.int32),
     } | changes
-    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in call.items()}
+    return on_device(call, device)
 
 
 # What only the CPU looks at: values.

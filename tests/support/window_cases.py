@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.inputs import on_device
+
 SHAPES = [  # batch, heads, kv_heads, window, total, dim
     pytest.param((1, 1, 1, 1, 2, 1), id="one-element"),
     pytest.param((2, 6, 2, 5, 203, 80), id="odd-sizes"),
@@ -168,4 +170,4 @@ REJECTED = [
 def rejected_call(changes: dict, device: str) -> dict:
     """Valid arguments except for ``changes``."""
     call = {"query": _zeros(2, 8, 4, 64), "key": _zeros(2, 4, 16, 64)} | changes
-    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in call.items()}
+    return on_device(call, device)

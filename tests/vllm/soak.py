@@ -53,7 +53,6 @@ class Counts:
     aborted: int = 0
     wrong: list[int] = field(default_factory=list)
     idle: int = 0
-    preempted: int = 0
     hit: int = 0
 
 
@@ -88,14 +87,7 @@ def add(llm: Any, name: str, case: Case) -> None:
 def run(started: Engine, cases: list[Case], expected: list[list[int]], options: Any) -> Counts:
     """Have some requests under way at any time, and abort some of them."""
     draw, counts, llm = random.Random(options.seed + 1), Counts(), started.llm
-    scheduler = started.scheduler
-    plain = scheduler._preempt_request
-
-    def preempt(*args: Any, **kwargs: Any) -> Any:
-        counts.preempted += 1
-        return plain(*args, **kwargs)
-
-    scheduler._preempt_request = preempt
+    preempted = started.preemptions()
     under_way: dict[str, int] = {}
 
     def step() -> None:
@@ -130,27 +122,17 @@ def run(started: Engine, cases: list[Case], expected: list[list[int]], options: 
             burst = draw.randint(1, options.at_once)
             while llm.llm_engine.has_unfinished_requests():
                 step()
-            check_idle(started)
+            started.assert_idle()
             counts.idle += 1
         if time.monotonic() - told > 60 or not (more() or under_way):
             told, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             print(
                 f"{asked} asked, {counts.finished} answered, {counts.aborted} aborted, "
-                f"{counts.preempted} preempted, {counts.hit} hits, {counts.idle} times idle, "
+                f"{len(preempted)} preempted, {counts.hit} hits, {counts.idle} times idle, "
                 f"{len(counts.wrong)} wrong, {memory / 1024:.0f} MiB",
                 flush=True,
             )
     return counts
-
-
-def check_idle(started: Engine) -> None:
-    """Nothing is held by an engine without requests."""
-    held = started.held_blocks()
-    if any(held):
-        raise SystemExit(f"blocks are held by nobody: {held}")
-    runtime = started.runtime
-    if runtime.prompts:
-        raise SystemExit(f"parked prompts of nobody: {list(runtime.prompts)}")
 
 
 def main() -> None:
@@ -188,7 +170,7 @@ def main() -> None:
             **own,
         ) as started:
             counts = run(started, cases, expected, options)
-            check_idle(started)
+            started.assert_idle()
     print(f"{time.monotonic() - begun:.0f} s")
     if len(counts.wrong) > options.tolerate * counts.finished:
         raise SystemExit(f"wrong answers to the cases {sorted(set(counts.wrong))}")

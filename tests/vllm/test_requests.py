@@ -44,7 +44,7 @@ def test_spans_are_merged_and_what_others_ask_for_is_left():
     assert given == {"claa_protect": [300, 400, 0, 120, 100, 200, 50, 50], "other": 1}
 
 
-@pytest.mark.parametrize("protect", ["system,tools", "system, tools", ["system", "tools"]])
+@pytest.mark.parametrize("protect", ["system,tools", "system, tools", ["system", " tools"]])
 def test_names_become_positions_and_come_on_top(protect):
     def named(names):
         assert names == ["system", "tools"]
@@ -62,7 +62,7 @@ def test_names_of_what_a_prompt_has_not_change_nothing():
 
 
 @pytest.mark.parametrize(
-    "protect", ["", "sytem", "system,", ["system", 3], [0, "tools"], "0,tools"]
+    "protect", ["", "sytem", "system,", ["system", 3], ["system", [1]], [0, "tools"], "0,tools"]
 )
 def test_other_names_are_refused(protect):
     with pytest.raises(ValueError, match="must name any of system, tools, template, or be pairs"):

@@ -71,18 +71,17 @@ def begin_packed(
             f"begin_packed: method must be one, or one for each of the {len(lengths)} prompts, "
             f"got {len(methods)}"
         )
+    prompts = [
+        begin(each, num_layers=num_layers, prompt_length=length, reduce=reduce)
+        for each, length in zip(methods, lengths, strict=True)
+    ]
     for each in methods:
-        if isinstance(each, Method) and each.may_park:
+        if each.may_park:
             raise ValueError(
                 "begin_packed: the method must leave behind what it drops, "
                 f"got {type(each).__name__}, which may come back to it: see begin"
             )
-    return PackedPrefill(
-        [
-            begin(each, num_layers=num_layers, prompt_length=length, reduce=reduce)
-            for each, length in zip(methods, lengths, strict=True)
-        ]
-    )
+    return PackedPrefill(prompts)
 
 
 class PackedPrefill:
@@ -92,8 +91,8 @@ class PackedPrefill:
         prompts: the state of each prompt, as if it were alone.
     """
 
-    def __init__(self, prompts: Sequence[PrefillState]) -> None:
-        self.prompts = list(prompts)
+    def __init__(self, prompts: list[PrefillState]) -> None:
+        self.prompts = prompts
         self._device: torch.device | None = None  # of the layer that was observed last
 
     @property

@@ -111,16 +111,16 @@ def _parts(protect: Any) -> Any:
     """What a request lists; with commas between in a string, which any server takes."""
     if not isinstance(protect, str):
         return protect
-    parts = [part.strip() for part in protect.split(",")]
-    return [int(part) if part.isascii() and part.isdecimal() else part for part in parts]
+    parts = protect.split(",")
+    return [int(part) if part.strip().isdecimal() else part for part in parts]
 
 
 def _names(parts: Any, protect: Any) -> list[str]:
     """The names among the parts; none if these are positions."""
     if not isinstance(parts, Sequence) or not any(isinstance(part, str) for part in parts):
         return []
-    names = list(parts)
-    if not set(names) <= {*NAMES}:
+    names = [part.strip() if isinstance(part, str) else part for part in parts]
+    if not all(name in NAMES for name in names):
         raise ValueError(
             f"claa: {PROTECT} must name any of {', '.join(NAMES)}, or be pairs begin, end of "
             f"tokens, got {protect!r}"
