@@ -62,7 +62,17 @@ def test_names_of_what_a_prompt_has_not_change_nothing():
 
 
 @pytest.mark.parametrize(
-    "protect", ["", "sytem", "system,", ["system", 3], ["system", [1]], [0, "tools"], "0,tools"]
+    "protect",
+    [
+        "",
+        "sytem",
+        "system,",
+        ["system", 3],
+        ["system", [1]],
+        [0, "tools"],
+        "0,tools",
+        pytest.param("0," + "9" * 5000, id="too-many-digits"),
+    ],
 )
 def test_other_names_are_refused(protect):
     with pytest.raises(ValueError, match="must name any of system, tools, template, or be pairs"):

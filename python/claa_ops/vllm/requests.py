@@ -111,8 +111,11 @@ def _parts(protect: Any) -> Any:
     """What a request lists; with commas between in a string, which any server takes."""
     if not isinstance(protect, str):
         return protect
-    parts = protect.split(",")
-    return [int(part) if part.strip().isdecimal() else part for part in parts]
+
+    def is_position(part: str) -> bool:
+        return part.strip().isdecimal() and len(part) < 20  # Python reads no number of 4,301 digits
+
+    return [int(part) if is_position(part) else part for part in protect.split(",")]
 
 
 def _names(parts: Any, protect: Any) -> list[str]:
