@@ -365,6 +365,20 @@ def test_rows_are_rows_of_the_causal_attention(tokens, kept, start, padding, in_
     assert error.abs().max() < 1e-5
 
 
+@torch.no_grad()
+def test_flex_attention_is_compiled_for_more_kinds_of_calls_than_torch_allows_by_itself():
+    """For each dtype, head dimension and number of prompts anew."""
+    torch.compiler.reset()
+    index = torch.arange(0, 200, 3)[None]
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for dim in (16, 32):
+            query, key, value = torch.randn(3, 1, 2, 200, dim)
+            mask = block_mask(index, 200, None)
+            some = rows.flexible(query[:, :, ::3], key, value, mask, None).transpose(1, 2)
+            whole = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            torch.testing.assert_close(some, whole[:, :, ::3], atol=1e-5, rtol=1e-5)
+
+
 @pytest.fixture
 def flexible(monkeypatch):
     """FlexAttention as on a GPU, but not compiled, which takes long."""

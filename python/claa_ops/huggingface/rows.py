@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 BLOCK = 128  # queries and keys of a block of FlexAttention
 _LEAST_WIDTH = 16  # of its heads, on a GPU
 _MASKED = 1 << 26  # entries of a mask made at a time
+_MOST_KINDS = 256  # of calls that FlexAttention is compiled for
 
 
 def attention_of_rows(
@@ -195,5 +196,8 @@ def mask_of_blocks(
 
 @functools.cache
 def _compiled() -> Any:
-    # At its limit of recompilations an eager one would make all products of queries and keys.
-    return torch.compile(flex_attention, fullgraph=True)
+    # It is compiled anew for each dtype and number of heads, with and without padding, for one
+    # prompt and for several: more than the eight times that torch allows. At its limit an eager one
+    # would make all products of queries and keys.
+    compiled = torch.compile(flex_attention, fullgraph=True)
+    return torch._dynamo.config.patch(recompile_limit=_MOST_KINDS)(compiled)
