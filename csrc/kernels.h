@@ -474,7 +474,6 @@ struct CompactPagesParams {
   Indices index;           // [kv_heads or 1, capacity]: tokens of the request, ascending
   int64_t index_stride_g;  // 0 for a shared index
   int64_t kv_heads;
-  void* workspace;  // scratch memory, as much as the device asks for
 };
 
 #define CLAA_FOR_EACH_OP(DECLARE)   \

@@ -52,7 +52,7 @@ void compact_pages(const Tensor& key_pages, const Tensor& value_pages, const Ten
   check_device_like(op, "index", index, key_pages, "key_pages");
   const Indices tokens = indices_of(op, "index", index);
   const int64_t capacity = index.size(index.dim() - 1);
-  CompactPagesParams params{
+  const CompactPagesParams params{
       .key = key,
       .value = value,
       .table = table,
@@ -60,13 +60,10 @@ void compact_pages(const Tensor& key_pages, const Tensor& value_pages, const Ten
       .index = tokens,
       .index_stride_g = has_heads ? index.stride(0) : 0,
       .kv_heads = kv_heads,
-      .workspace = nullptr,
   };
   if (index.is_cpu()) check_tokens(op, params, has_heads ? kv_heads : 1);
 
   if (index.numel() == 0 || kv_heads == 0 || key.row_bytes + value.row_bytes == 0) return;
-  const Tensor workspace = workspace_for(params, key_pages);
-  params.workspace = workspace.mutable_data_ptr();
   launch(key_pages, params);
 }
 
