@@ -131,7 +131,7 @@ def test_runs_and_threads_agree_bit_for_bit(op, device):
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 4),
     queries=st.integers(1, 12),
-    dim=st.sampled_from([8, 40, 64, 128]),
+    dim=st.sampled_from([8, 40, 64, 96, 128, 192]),
     size=st.sampled_from(SIZES),
     layout=st.sampled_from([param.values[0] for param in LAYOUTS]),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),

@@ -21,6 +21,7 @@ peak_attention_paged = claa_ops.peak_attention_paged
         pytest.param((9, 3, 64, 64), id="smollm2"),
         pytest.param((4, 1, 33, 256), id="dim-256"),
         pytest.param((8, 2, 9, 80), id="padding-rows"),
+        pytest.param((8, 2, 8, 192), id="three-panels"),
         pytest.param((6, 2, 5, 33), id="unaligned"),
     ],
 )

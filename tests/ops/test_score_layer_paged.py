@@ -24,6 +24,7 @@ E4M3 = torch.float8_e4m3fn
         pytest.param((4, 1, 16, 256), id="64-query-rows"),
         pytest.param((8, 2, 64, 128), id="256-query-rows"),
         pytest.param((8, 2, 9, 80), id="padding-rows"),
+        pytest.param((8, 2, 8, 192), id="three-panels"),
         pytest.param((6, 2, 5, 33), id="unaligned"),
     ],
 )

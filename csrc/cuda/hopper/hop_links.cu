@@ -146,7 +146,8 @@ __device__ void consume(const HopTokensParams& p, const Buffers& w, const LinkRo
       ring.wait(state);
       const char* of_tokens = ring.tile(state);
       const char* of_seeds = kResident ? resident + panel * kSeedBytes : of_tokens + kTokenBytes;
-      start_products<T, kPanelChannels, kTile>(x, of_seeds, kGroup, of_tokens, kTile, panel > 0);
+      start_products<T, kPanelChannels, kTile>(x, in_panels(of_seeds, kGroup),
+                                               in_panels(of_tokens, kTile), panel > 0);
       if constexpr (kFirstHop) length.template add<T>(of_tokens, mean + panel * kPanelChannels);
       if (panel > 0) {
         cute::warpgroup_wait<1>();

@@ -65,9 +65,9 @@ struct OutputTiles {
       : p(p), prompts(memory, p.pass.attention) {
     if constexpr (Shape::kPaged) {
       const WindowAttention& a = p.pass.attention;
-      prompts.template make<kThreads>([&](int b, int& tiles, int&) {
+      prompts.template make<kThreads>([&](int b, Units& tiles) {
         const int total = int(a.pages.length(b, a.total));
-        tiles = (total + Shape::kKeys - 1) / Shape::kKeys * p.query_blocks;
+        tiles.count = (total + Shape::kKeys - 1) / Shape::kKeys * p.query_blocks;
         return PromptKeys{total};
       });
     }
@@ -101,28 +101,32 @@ struct Pipelines {
                 query_stages) {}
 };
 
-// By one thread.
+// By one thread, or with pages by a warp, of which one thread does all but ask for keys.
 template <class Shape>
 __device__ __forceinline__ void produce(const Params& p, const Maps& maps,
                                         const OutputTiles<Shape>& tiles, Pipelines<Shape>& pipes) {
   constexpr int kDim = Shape::kDim;
   const WindowAttention& a = p.pass.attention;
   const int group = int(a.group()), kv_heads = int(a.kv_heads);
+  const bool is_first_lane = threadIdx.x == kConsumers;
   auto& [keys, queries, key_state, query_state] = pipes;
+  [[maybe_unused]] PagedKeys paged;
   int f = 0, h = 0;  // key heads and query heads so far
   for (int index = blockIdx.x; index < tiles.count(); index += gridDim.x) {
     const auto [b, key, query, total] = tiles[index];
     const int normalizer_bytes = min(Shape::kQueries, head_rows(a) - query) * int(sizeof(float2));
     for (int g = 0; g < kv_heads; ++g, ++f, keys.advance(key_state)) {
-      Barrier& keys_full = keys.begin_load(key_state, f < keys.stages, Shape::kKeyBytes);
+      Barrier& keys_full =
+          keys.begin_load(key_state, f < keys.stages, Shape::kKeyBytes, is_first_lane);
       if constexpr (Shape::kPaged)
-        load_paged_keys<kDim, Shape::kKeys, 1>(a.pages, maps.keys, keys.tile(key_state), keys_full,
-                                               a.pages.of(b), total, g, key);
+        paged.load<kDim, Shape::kKeys>(a, maps.keys, keys.tile(key_state), keys_full, b, total,
+                                       total, g, key);
       else
-        load_keys<kDim, Shape::kKeys>(a, maps.keys, keys.tile(key_state), keys_full, b, g, key);
+        load_keys<kDim, Shape::kKeys>(a, maps.keys.map, keys.tile(key_state), keys_full, b, g, key);
       for (int i = 0; i < group; ++i, ++h, queries.advance(query_state)) {
         Barrier& full = queries.begin_load(query_state, h < queries.stages,
-                                           Shape::kQueryBytes + normalizer_bytes);
+                                           Shape::kQueryBytes + normalizer_bytes, is_first_lane);
+        if (!is_first_lane) continue;
         load_queries<kDim, Shape::kQueries>(a, maps.queries, queries.tile(query_state), full, b,
                                             g * group + i, query);
         const float2* normalizers = p.pass.normalizers +
@@ -144,16 +148,17 @@ using Peaks = float[Shape::kTiles][Shape::kQueries / 2];
 
 // Takes in one query head.
 template <class Shape>
-__device__ __forceinline__ void add_head(Peaks<Shape>& peak, const char* keys, const char* queries,
-                                         int lane, float scale_log2) {
+__device__ __forceinline__ void add_head(Peaks<Shape>& peak, const char* keys, int first_row,
+                                         const char* queries, int lane, float scale_log2) {
   constexpr int kQueries = Shape::kQueries;
   const float4* normalizers =
       reinterpret_cast<const float4*>(queries + Shape::kQueryBytes) + lane % 4;
 #pragma unroll
   for (int t = 0; t < Shape::kTiles; ++t) {
     float x[kQueries / 2];  // as in Peaks
-    multiply<typename Shape::T, Shape::kDim, kQueries>(x, keys + t * kTileRows * kRowBytes,
-                                                       Shape::kKeys, queries, kQueries);
+    const Operand rows =
+        key_rows<Shape::kDim, Shape::kPaged>(keys, Shape::kKeys, first_row + t * kTileRows);
+    multiply<typename Shape::T, Shape::kDim, kQueries>(x, rows, in_panels(queries, kQueries));
 #pragma unroll
     for (int e = 0; e < kQueries / 8; ++e) {
       const float4 lse = normalizers[e * 4];  // x and z, of the thread's two queries
@@ -186,15 +191,25 @@ __device__ __forceinline__ void write(const PeakSecondPass& p, const Peaks<Shape
     if (key >= tile.total) continue;
     float* out = p.out + b * p.out_stride_b + query * p.out_stride_t + key;
     const float* running = p.running + b * p.running_stride_b + query * p.running_stride_t + key;
+    constexpr int kBatch = 16;  // loads in flight: `out` may be `running`, so none passes a store
 #pragma unroll
-    for (int i = 0; i < Shape::kQueries / 4; ++i) {
-      if (i / 2 * 8 + i % 2 < n_queries) {
-        float value = key < start ? 0.f : FastExp::exp(peak[t / 2][i / 2 * 4 + t % 2 * 2 + i % 2]);
-        if (p.running) value = max_or_nan(value, *running);
-        *out = value;
+    for (int first = 0; first < Shape::kQueries / 4; first += kBatch) {
+      const auto is_query = [&](int i) { return i / 2 * 8 + i % 2 < n_queries; };
+      float before[kBatch];
+#pragma unroll
+      for (int i = first; i < first + kBatch; ++i) {
+        if (p.running && is_query(i)) before[i - first] = *running;
+        running += (i % 2 ? 7 : 1) * p.running_stride_t;
       }
-      out += (i % 2 ? 7 : 1) * p.out_stride_t;
-      running += (i % 2 ? 7 : 1) * p.running_stride_t;
+#pragma unroll
+      for (int i = first; i < first + kBatch; ++i) {
+        if (is_query(i)) {
+          const float exponent = peak[t / 2][i / 2 * 4 + t % 2 * 2 + i % 2];
+          const float value = key < start ? 0.f : FastExp::exp(exponent);
+          *out = p.running ? max_or_nan(value, before[i - first]) : value;
+        }
+        out += (i % 2 ? 7 : 1) * p.out_stride_t;
+      }
     }
   }
 }
@@ -216,8 +231,7 @@ __device__ __forceinline__ void consume(const Params& p, const OutputTiles<Shape
       keys.wait(key_state);
       for (int i = 0; i < group; ++i, queries.advance(query_state)) {
         queries.wait(query_state);
-        add_head<Shape>(peak,
-                        keys.tile(key_state) + warp / 4 * Shape::kTiles * kTileRows * kRowBytes,
+        add_head<Shape>(peak, keys.tile(key_state), warp / 4 * Shape::kTiles * kTileRows,
                         queries.tile(query_state), lane, scale_log2);
         // Every thread for itself. One lane for its warp would do, but not for racecheck, which
         // follows what becomes of the normalizers.
@@ -247,7 +261,8 @@ __global__ __launch_bounds__(kThreads, 1) void peak_kernel(const __grid_constant
   finish_setup<kThreads>(is_producer);
   if (is_producer) {
     cutlass::arch::warpgroup_reg_dealloc<Shape::kPaged ? 40 : 24>();
-    if (threadIdx.x == kConsumers) produce(p, maps, tiles, pipes);
+    if (Shape::kPaged ? warp == kConsumers / kWarp : threadIdx.x == kConsumers)
+      produce(p, maps, tiles, pipes);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Shape::kPaged ? 232 : 240>();
     consume(p, tiles, pipes, warp);

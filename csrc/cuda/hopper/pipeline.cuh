@@ -53,10 +53,12 @@ struct Ring {
   }
 
   __device__ char* tile(PipelineState at) const { return tiles + at.stage * kBytes; }
-  // Waits until the stage is empty, and announces `bytes` to its full barrier, which it returns.
-  __device__ Barrier& begin_load(PipelineState at, bool is_first_phase, int bytes) {
+  // Waits until the stage is empty, and announces `bytes` to its full barrier, which it returns. By
+  // one thread, or by a warp of which one thread announces.
+  __device__ Barrier& begin_load(PipelineState at, bool is_first_phase, int bytes,
+                                 bool announces = true) {
     if (!is_first_phase) empty[at.stage].wait(at.phase ^ 1);
-    full[at.stage].arrive_and_expect_tx(bytes);
+    if (announces) full[at.stage].arrive_and_expect_tx(bytes);
     return full[at.stage];
   }
   __device__ void wait(PipelineState at) { full[at.stage].wait(at.phase); }

@@ -1,11 +1,13 @@
 // How blocks share out prompts whose lengths only the device knows.
 //
-// The work of a prompt is a number of units of equal cost, such as key ranges. Every block makes
-// the same table of all prompts in its shared memory, a warp for each prompt, and takes the units
-// that begin in its part of the whole cost: nothing is exchanged between blocks, and how a prompt
-// is divided depends on its own length alone.
+// The work of a prompt is a number of units, such as key ranges. Every block makes the same table
+// of all prompts in its shared memory, a warp for each prompt, and takes the units that begin in
+// its part of the whole cost: nothing is exchanged between blocks, and how a prompt is divided
+// depends on its own length alone.
 
 #pragma once
+
+#include <cutlass/fast_math.h>
 
 #include "csrc/cuda/hopper/wgmma.cuh"
 
@@ -13,12 +15,27 @@ namespace claa::cuda::hopper {
 
 constexpr int64_t kMostPrompts = 256;  // of a launch: the table is in shared memory
 
+// The units of a prompt: so many of one cost, and after them some that cost less.
+struct Units {
+  int count = 0, cost = 1;
+  int short_count = 0, short_cost = 1;
+
+  __device__ int all() const { return count + short_count; }
+  __device__ int all_cost() const { return count * cost + short_count * short_cost; }
+  // The first unit that begins at a cost or after it.
+  __device__ int first_from(int from) const {
+    const int unit = (from + cost - 1) / cost;
+    return unit <= count ? unit : count + (from - count * cost + short_cost - 1) / short_cost;
+  }
+};
+
 // `Plan`: how the keys of a prompt are divided.
 template <class Plan>
 struct PromptTable {
   struct Prompt {
     int first;  // its first unit, counted over all prompts
-    int first_cost, unit_cost;
+    int first_cost;
+    Units units;
     Plan plan;
   };
   Prompt* prompts;  // and one entry after the last
@@ -33,16 +50,16 @@ struct PromptTable {
 
   __device__ const Prompt& operator[](int b) const { return prompts[b]; }
 
-  // By all threads of a block. plan_of(b, units, unit_cost), by a whole warp, gives the plan of a
-  // prompt, the number of its units and the cost of each.
+  // By all threads of a block. plan_of(b, units), by a whole warp, gives the plan of a prompt and
+  // its units.
   template <int kThreads, class PlanOf>
   __device__ __forceinline__ void make(PlanOf plan_of) const {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll 1
     for (int b = warp; b < count; b += kThreads / kWarp) {
-      int units = 0, unit_cost = 1;
-      const Plan plan = plan_of(b, units, unit_cost);
-      if (lane == 0) prompts[b] = {units, 0, unit_cost, plan};
+      Units units;
+      const Plan plan = plan_of(b, units);
+      if (lane == 0) prompts[b] = {units.all(), units.all_cost(), units, plan};
     }
     __syncthreads();
     if (warp == 0) {
@@ -51,7 +68,7 @@ struct PromptTable {
       for (int begin = 0; begin <= count; begin += kWarp) {
         const int b = begin + lane;
         const int units = b < count ? prompts[b].first : 0;
-        const int cost = b < count ? units * prompts[b].unit_cost : 0;
+        const int cost = b < count ? prompts[b].first_cost : 0;
         int units_to = units, cost_to = cost;  // of the prompts up to this one
 #pragma unroll
         for (int step = 1; step < kWarp; step *= 2) {
@@ -87,17 +104,37 @@ struct PromptTable {
   __device__ __forceinline__ int prompt_of(int unit) const { return last_at(&Prompt::first, unit); }
   __device__ __forceinline__ int units() const { return prompts[count].first; }
 
-  // The first unit of a block: that which begins at its part of the cost, or next after it.
-  __device__ __forceinline__ int first_unit_of(int block) const {
+  // The first unit of a block, of all that run: that which begins at its part of the cost, or next
+  // after it.
+  __device__ __forceinline__ int first_unit_of(int block, const cutlass::FastDivmod& blocks) const {
     // cost * block / blocks in 32 bits: a 64-bit division is a call, and where a kernel has calls
     // the compiler lets no wgmma follow another.
-    const int cost = prompts[count].first_cost, blocks = int(gridDim.x);
-    const int at = cost / blocks * block + cost % blocks * block / blocks;
+    int share, rest, of_rest, none;
+    blocks(share, rest, prompts[count].first_cost);
+    blocks(of_rest, none, rest * block);
+    const int at = share * block + of_rest;
     const Prompt& prompt = prompts[last_at(&Prompt::first_cost, at)];
-    const int after = at - prompt.first_cost;
-    return prompt.first + (after + prompt.unit_cost - 1) / prompt.unit_cost;
+    return prompt.first + prompt.units.first_from(at - prompt.first_cost);
   }
 };
+
+// Brings what every block will want to know of the prompts into the L2 cache: their lengths, and
+// the tables of their pages, of which each block asks for a part. By all threads.
+template <int kThreads>
+__device__ __forceinline__ void prefetch_prompts(const WindowAttention& a) {
+  constexpr int kEntries = 128 / int(sizeof(int32_t));  // of a line
+  const auto prefetch = [](const int32_t* line) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+  };
+  for (int b = int(threadIdx.x) * kEntries; b < int(a.batch); b += kThreads * kEntries)
+    prefetch(a.pages.lengths + b);
+  if (a.pages.rows) return;  // which says nothing of a prompt without keys
+  const int lines = ((int(a.total) - 1 >> a.pages.log2_size) + kEntries) / kEntries;
+  // The threads that plan nothing first.
+  const int first = (kThreads - 1 - int(threadIdx.x)) * int(gridDim.x) + int(blockIdx.x);
+  for (int i = first; i < int(a.batch) * lines; i += kThreads * int(gridDim.x))
+    prefetch(a.pages.of(i / lines) + i % lines * kEntries);
+}
 
 // ---- host
 

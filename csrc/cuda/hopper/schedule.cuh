@@ -27,16 +27,18 @@ struct ScheduleOf {
 };
 using Schedule = ScheduleOf<cutlass::FastDivmod>;
 
-// For a schedule that the device makes: preparing a FastDivmod takes a 64-bit division.
+// On the host, and for a schedule that the device makes: preparing a FastDivmod takes a 64-bit
+// division.
+template <class Int>
 struct PlainDivmod {
-  int divisor;
+  Int divisor;
 
-  __device__ void operator()(int& quotient, int& remainder, int dividend) const {
+  __host__ __device__ void operator()(Int& quotient, Int& remainder, Int dividend) const {
     quotient = dividend / divisor;
     remainder = dividend - quotient * divisor;
   }
 };
-using PromptSchedule = ScheduleOf<PlainDivmod>;
+using PromptSchedule = ScheduleOf<PlainDivmod<int>>;
 
 // The key ranges of this block: [first, end).
 struct Run {
@@ -79,10 +81,14 @@ constexpr int64_t kPlannedHeads = 8;
 // The cost of the most loaded block. Blocks take runs of ranges, of which those from `long_ranges`
 // on may be short; where they do not come out even, the later blocks have one range more.
 // cost_of(n, n_last) is the cost of n ranges of which n_last are the last of their heads.
-template <class Int, class Cost>
-__host__ __device__ Int most_loaded_block(Int long_ranges, Int ranges, Int most_blocks,
+template <class Int, class Divmod, class Cost>
+__host__ __device__ Int most_loaded_block(Int long_ranges, Int ranges, const Divmod& most_blocks,
                                           Cost cost_of) {
-  const Int blocks = min(ranges, most_blocks), n = ranges / blocks, longer = ranges % blocks;
+  Int blocks = ranges, n = 1, longer = 0;
+  if (ranges > most_blocks.divisor) {
+    blocks = most_blocks.divisor;
+    most_blocks(n, longer, ranges);
+  }
   const auto cost_from = [&](Int first, Int n) {
     return cost_of(n, min(max(first + n - long_ranges, Int(0)), n));
   };
@@ -100,9 +106,9 @@ struct DivisionOf {
 using Division = DivisionOf<int64_t>;  // on the host; the device counts in 32 bits
 
 // The cost of the most loaded block of a division; cost_of(n, n_last) as above.
-template <class Int, class Cost>
-__host__ __device__ Int cost_of_division(const DivisionOf<Int>& d, Int heads, Int most_blocks,
-                                         Cost cost_of) {
+template <class Int, class Divmod, class Cost>
+__host__ __device__ Int cost_of_division(const DivisionOf<Int>& d, Int heads,
+                                         const Divmod& most_blocks, Cost cost_of) {
   return most_loaded_block(Int(heads * (d.head_ranges - 1)), Int(heads * d.head_ranges),
                            most_blocks, cost_of);
 }
@@ -116,8 +122,9 @@ Division best_division(int64_t longest, int64_t shortest, int64_t heads, int64_t
   int64_t least_cost = INT64_MAX;
   for (int64_t tiles = longest; tiles >= shortest; --tiles) {
     const Division d = divide(tiles);
-    const int64_t cost = cost_of_division(
-        d, heads, most_blocks, [&](int64_t n, int64_t n_last) { return cost_of(d, n, n_last); });
+    const int64_t cost =
+        cost_of_division(d, heads, PlainDivmod<int64_t>{most_blocks},
+                         [&](int64_t n, int64_t n_last) { return cost_of(d, n, n_last); });
     if (cost >= least_cost) continue;
     least_cost = cost;
     best = d;

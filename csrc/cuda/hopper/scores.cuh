@@ -24,8 +24,10 @@ struct ScoreParams {
   int slots, sums_stride;    // sums of a key; keys of a slot
   bool has_padding_rows;
   int pool_halo;
-  // With pages: of a range, and what every prompt's ranges are planned for.
-  int most_tiles, planned_blocks;
+  // With pages: the most tiles of a range, and the blocks, for which every prompt's ranges are
+  // planned.
+  int most_tiles;
+  cutlass::FastDivmod blocks;
   float scale_log2;  // from products to logits, in FastExp's unit
   float pool_scale;  // from sums to averages
 
@@ -49,7 +51,7 @@ inline ScoreParams score_params(const WindowScores& s, const Schedule& schedule,
           .has_padding_rows = a.group() * a.window != query_rows,
           .pool_halo = int(s.halo()),
           .most_tiles = 0,
-          .planned_blocks = 0,
+          .blocks = {},
           .scale_log2 = a.scale * FastExp::kUnit,
           .pool_scale = 1.f / float(2 * s.halo() + 1)};
 }

@@ -116,6 +116,79 @@ __device__ inline SoftmaxPartial partial_of(uint64_t bits) {
   return {__uint_as_float(uint32_t(bits)), __uint_as_float(uint32_t(bits >> 32))};
 }
 
+// ---- planning
+
+// How the keys of a head are divided into ranges of so many tiles.
+template <class Int>
+__host__ __device__ DivisionOf<Int> divide_keys(Int tiles, Int keys, Int halo) {
+  const Int rows = tiles * kTileRows, range_keys = rows - 2 * halo;
+  const Int head_ranges = 1 + (max(keys - rows, Int(0)) + range_keys - 1) / range_keys;
+  return {tiles, head_ranges,
+          Int((keys - (head_ranges - 1) * range_keys + kTileRows - 1) / kTileRows)};
+}
+
+// The cost of a block's n ranges, of which n_last are the last of their heads.
+template <class Int>
+__host__ __device__ Int cost_of_ranges(const DivisionOf<Int>& d, Int n, Int n_last, Int head_cost) {
+  const bool has_heads = n_last ? n > 1 : (d.head_ranges - 1) % n != 0;
+  return n * kRangeCost + 8 * ((n - n_last) * d.tiles + n_last * d.last_tiles) +
+         (has_heads ? head_cost : 0);
+}
+
+// The shortest range of two passes: no block has more than a few of a single prompt. So there is a
+// limit to their number that is not far from it.
+template <class Int, class Divmod>
+__host__ __device__ Int least_tiles(Int keys, Int halo, const Divmod& blocks, Int most_tiles) {
+  Int share, rest;  // of the tiles of the keys, rounded up
+  blocks(share, rest, (keys + kTileRows - 1) / kTileRows + blocks.divisor - 1);
+  return max(min(share, most_tiles), Int(2 * halo / kTileRows + 1));
+}
+
+// The schedule of one prompt, by a warp: the division that the host would find, each lane tries
+// some. Prompts without a context have no ranges.
+__device__ inline PromptSchedule plan_prompt(const ScoreParams& p, int b, Units& ranges) {
+  const WindowAttention& a = p.attention();
+  const int keys = int(a.pages.length(b, a.total)), context = keys - int(a.window);
+  const int halo = p.schedule.halo, kv_heads = int(a.kv_heads), lane = threadIdx.x % kWarp;
+  DivisionOf<int> division{};
+  if (context > 0) {
+    const int shortest = least_tiles(keys, halo, p.blocks, p.most_tiles);
+    unsigned best = ~0u;  // the cost, and of equal ones the longest range
+    for (int tiles = p.most_tiles - lane; tiles >= shortest; tiles -= kWarp) {
+      const DivisionOf<int> d = divide_keys(tiles, keys, halo);
+      const int of_block = cost_of_division(d, int(kPlannedHeads), p.blocks, [&](int n, int last) {
+        return cost_of_ranges(d, n, last, kHeadCost);
+      });
+      const unsigned found = unsigned(of_block) << 6 | unsigned(63 - tiles);
+      if (found < best) division = d;
+      best = min(best, found);
+    }
+    static_assert(kMostTiles < 64);
+    const int cost = kRangeCost + 8 * division.tiles;
+    const int last_cost = kRangeCost + 8 * division.last_tiles, rest = cost % last_cost;
+    // At least so much that a block that takes last ranges has no more work than one that takes
+    // another.
+    const int short_cost = last_cost + (2 * last_cost > cost ? rest : rest - rest / 2);
+    division.tiles = 63 - int(__reduce_min_sync(kFullMask, best) & 63);
+    const int finder = (p.most_tiles - division.tiles) % kWarp;
+    division.head_ranges = __shfl_sync(kFullMask, division.head_ranges, finder);
+    ranges = {.count = kv_heads * (division.head_ranges - 1),
+              .cost = kRangeCost + 8 * division.tiles,
+              .short_count = kv_heads,
+              .short_cost = __shfl_sync(kFullMask, short_cost, finder)};
+  }
+  return {.block_ranges = 0,
+          .shorter_blocks = 0,
+          .range_keys = division.tiles * kTileRows - 2 * halo,
+          .head_ranges = division.head_ranges,
+          .long_ranges = ranges.count,
+          .head_long_ranges = {max(division.head_ranges - 1, 1)},
+          .kv_heads = p.schedule.kv_heads,
+          .keys = keys,
+          .context = context,
+          .halo = halo};
+}
+
 // ---- the kernel
 
 // What all threads of a block know.
@@ -139,15 +212,23 @@ struct Block {
         prompts(memory.prompts, p.attention()),
         ring(memory.stages, memory.of_stages, p.layout.stages),
         queries{memory.queries, memory.queries_full},
-        run(run_of(p, prompts)),
-        two_pass(p.partials) {
+        run(0, 0),
+        two_pass(p.partials),
+        n_tiles(0) {}
+
+  // By all threads.
+  __device__ __forceinline__ void take_run() {
     if constexpr (Shape::kPaged) {
-      n_tiles = 0;
+      prompts.template make<kThreads>(
+          [&](int b, Units& ranges) { return plan_prompt(p, b, ranges); });
+      const int block = int(blockIdx.x);
+      run = {prompts.first_unit_of(block, p.blocks), prompts.first_unit_of(block + 1, p.blocks)};
       for (int i = run.first + int(threadIdx.x) % kWarp; i < run.end; i += kWarp)
         n_tiles += range_at(i).tiles;
       n_tiles = __reduce_add_sync(kFullMask, n_tiles);
     } else {
       const Schedule& s = p.schedule;
+      run = Run(s);
       const int last_ranges = max(run.end - max(run.first, s.long_ranges), 0);
       n_tiles =
           (run.end - run.first - last_ranges) * NarrowRange::tiles_of(s.range_keys + 2 * s.halo) +
@@ -155,12 +236,17 @@ struct Block {
     }
   }
 
-  __device__ __forceinline__ static Run run_of(const ScoreParams& p,
-                                               const PromptTable<PromptSchedule>& prompts) {
-    if constexpr (Shape::kPaged)
-      return {prompts.first_unit_of(int(blockIdx.x)), prompts.first_unit_of(int(blockIdx.x) + 1)};
-    else
-      return Run(p.schedule);
+  // Barriers of what is loaded. By one thread.
+  __device__ __forceinline__ void init_full() const {
+    const auto prefetch = [](const CUtensorMap& map) {
+      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map));
+    };
+    prefetch(maps.keys.map);
+    prefetch(maps.queries);
+    queries.full->init(1);
+#pragma unroll 4
+    for (int i = 0; i < ring.stages; ++i) ring.full[i].init(1);
+    cutlass::arch::fence_barrier_init();
   }
 
   __device__ __forceinline__ NarrowRange range_at(int index) const {
@@ -191,11 +277,13 @@ struct Block {
   }
 };
 
-// One warp, of which one lane brings the queries of the first range and all keys.
+// One warp: one lane brings the queries of the first range and keys in rows, all of them keys in
+// pages.
 template <class Shape>
 struct Producer {
   static constexpr int kDim = Shape::kDim;
   Block<Shape>& block;
+  PagedKeys paged;
   NarrowRange range;            // of the next tile
   int index, in_range, loaded;  // number of the range; of the tile in it, and in the run
   PipelineState state;
@@ -203,42 +291,35 @@ struct Producer {
   __device__ __forceinline__ explicit Producer(Block<Shape>& block, const NarrowRange& first)
       : block(block), range(first), index(block.run.first), in_range(0), loaded(0) {}
 
-  // Barriers, and what may be asked for before the kernels ahead have ended.
-  __device__ __forceinline__ void set_up() {
-    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&block.maps.keys));
-    cute::prefetch_tma_descriptor(
-        reinterpret_cast<const cute::TmaDescriptor*>(&block.maps.queries));
-    if (!block.two_pass) {
+  // Keys that may be asked for before the kernels ahead have ended. By one thread.
+  __device__ __forceinline__ void prefetch() const {
 #pragma unroll 1
-      for (int i = 0; i < min(kBytesPrefetched / Shape::kTile, range.key_tiles); ++i)
-        prefetch_keys<kDim>(block.p.attention(), block.maps.keys, range.b, range.g,
-                            range.halo_begin + i * kTileRows);
-    }
-    block.queries.full->init(1);
-#pragma unroll 4
-    for (int i = 0; i < block.ring.stages; ++i) block.ring.full[i].init(1);
-    cutlass::arch::fence_barrier_init();
+    for (int i = 0; i < min(kBytesPrefetched / Shape::kTile, range.key_tiles); ++i)
+      prefetch_keys<kDim>(block.p.attention(), block.maps.keys.map, range.b, range.g,
+                          range.halo_begin + i * kTileRows);
   }
 
-  __device__ __forceinline__ void load_tile(bool is_first_phase) {
+  __device__ __forceinline__ void load_tile(bool is_first_phase, int direction) {
     const bool has_keys = in_range < range.key_tiles;
-    Barrier& full = block.ring.begin_load(state, is_first_phase, has_keys ? Shape::kTile : 0);
+    Barrier& full = block.ring.begin_load(state, is_first_phase, has_keys ? Shape::kTile : 0,
+                                          !Shape::kPaged || threadIdx.x == kConsumers);
     if (!has_keys) return;
     const WindowAttention& a = block.p.attention();
     const int first = range.halo_begin + in_range * kTileRows;
     if constexpr (Shape::kPaged)
-      load_paged_keys<kDim, kTileRows, 4>(a.pages, block.maps.keys, block.ring.tile(state), full,
-                                          a.pages.of(range.b), range.halo_end, range.g, first);
+      paged.template load<kDim, kTileRows>(a, block.maps.keys, block.ring.tile(state), full,
+                                           range.b, range.context + int(a.window), range.halo_end,
+                                           range.g, first, direction);
     else
-      load_keys<kDim, kTileRows>(a, block.maps.keys, block.ring.tile(state), full, range.b, range.g,
-                                 first);
+      load_keys<kDim, kTileRows>(a, block.maps.keys.map, block.ring.tile(state), full, range.b,
+                                 range.g, first);
   }
 
   // Loads tiles up to the end-th of the run.
   __device__ __forceinline__ void load_until(int end) {
 #pragma unroll 1
     for (; loaded < end; ++loaded, block.ring.advance(state)) {
-      load_tile(loaded < block.ring.stages);
+      load_tile(loaded < block.ring.stages, 1);
       if (++in_range < range.tiles) continue;
       in_range = 0;
       range = block.range_at(++index);
@@ -255,7 +336,7 @@ struct Producer {
         in_range = range.tiles - 1;
       }
       block.ring.retreat(state);
-      if (--loaded < block.n_tiles - block.ring.stages) load_tile(false);
+      if (--loaded < block.n_tiles - block.ring.stages) load_tile(false, -1);
     }
   }
 };
@@ -421,7 +502,9 @@ struct Consumer {
         // 8j + 2c and 8j + 2c + 1 at x[4j] and x[4j + 1], of the second the same at x[4j + 2] and
         // x[4j + 3].
         float x[kRows / 2];
-        multiply<T, kDim, kRows>(x, block.ring.tile(state), kTileRows, block.queries.rows, kRows);
+        multiply<T, kDim, kRows>(x,
+                                 key_rows<kDim, Shape::kPaged>(block.ring.tile(state), kTileRows),
+                                 in_panels(block.queries.rows, kRows));
         if (!is_needed_again) block.ring.free(state);
         if (f < p.kept_tiles) keep(x, f);
 #pragma unroll
@@ -515,7 +598,8 @@ struct Consumer {
     }
     block.ring.wait(state);
     if (i < range.key_tiles)
-      multiply<T, kDim, kRows>(x, block.ring.tile(state), kTileRows, block.queries.rows, kRows);
+      multiply<T, kDim, kRows>(x, key_rows<kDim, Shape::kPaged>(block.ring.tile(state), kTileRows),
+                               in_panels(block.queries.rows, kRows));
     block.ring.free(state);
     if (!block.two_pass) advance();
     return i < range.key_tiles;
@@ -608,90 +692,39 @@ struct Consumer {
   }
 };
 
-// How the keys of a head are divided into ranges of so many tiles.
-template <class Int>
-__host__ __device__ DivisionOf<Int> divide_keys(Int tiles, Int keys, Int halo) {
-  const Int rows = tiles * kTileRows, range_keys = rows - 2 * halo;
-  const Int head_ranges = 1 + (max(keys - rows, Int(0)) + range_keys - 1) / range_keys;
-  return {tiles, head_ranges,
-          Int((keys - (head_ranges - 1) * range_keys + kTileRows - 1) / kTileRows)};
-}
-
-// The cost of a block's n ranges, of which n_last are the last of their heads.
-template <class Int>
-__host__ __device__ Int cost_of_ranges(const DivisionOf<Int>& d, Int n, Int n_last, Int head_cost) {
-  const bool has_heads = n_last ? n > 1 : (d.head_ranges - 1) % n != 0;
-  return n * kRangeCost + 8 * ((n - n_last) * d.tiles + n_last * d.last_tiles) +
-         (has_heads ? head_cost : 0);
-}
-
-// The shortest range of two passes: no block has more than a few of a single prompt. So there is a
-// limit to their number that is not far from it.
-template <class Int>
-__host__ __device__ Int least_tiles(Int keys, Int halo, Int blocks, Int most_tiles) {
-  const Int share = (keys + blocks * kTileRows - 1) / (blocks * kTileRows);
-  return max(min(share, most_tiles), Int(2 * halo / kTileRows + 1));
-}
-
-// The schedule of one prompt, by a warp: the division that the host would find, each lane tries
-// some. Prompts without a context have no ranges.
-__device__ inline PromptSchedule plan_prompt(const ScoreParams& p, int b, int& ranges, int& cost) {
-  const WindowAttention& a = p.attention();
-  const int keys = int(a.pages.length(b, a.total)), context = keys - int(a.window);
-  const int halo = p.schedule.halo, blocks = p.planned_blocks, kv_heads = int(a.kv_heads);
-  DivisionOf<int> division{};
-  if (context > 0) {
-    const int shortest = least_tiles(keys, halo, blocks, p.most_tiles);
-    unsigned best = ~0u;  // the cost, and of equal ones the longest range
-    for (int tiles = p.most_tiles - int(threadIdx.x) % kWarp; tiles >= shortest; tiles -= kWarp) {
-      const DivisionOf<int> d = divide_keys(tiles, keys, halo);
-      const int of_block = cost_of_division(d, int(kPlannedHeads), blocks, [&](int n, int n_last) {
-        return cost_of_ranges(d, n, n_last, kHeadCost);
-      });
-      best = min(best, unsigned(of_block) << 6 | unsigned(63 - tiles));
-    }
-    static_assert(kMostTiles < 64);
-    division = divide_keys(63 - int(__reduce_min_sync(kFullMask, best) & 63), keys, halo);
-    cost = kRangeCost + 8 * division.tiles;
-  }
-  ranges = kv_heads * division.head_ranges;
-  return {.block_ranges = 0,
-          .shorter_blocks = 0,
-          .range_keys = division.tiles * kTileRows - 2 * halo,
-          .head_ranges = division.head_ranges,
-          .long_ranges = ranges - kv_heads,
-          .head_long_ranges = {max(division.head_ranges - 1, 1)},
-          .kv_heads = p.schedule.kv_heads,
-          .keys = keys,
-          .context = context,
-          .halo = halo};
-}
-
 template <class Shape>
 __global__ __launch_bounds__(kThreads, 1) void narrow_kernel(
     const __grid_constant__ Maps maps, const __grid_constant__ ScoreParams p) {
   extern __shared__ __align__(kAlignment) char shared[];
-  if constexpr (Shape::kPaged) {
-    wait_for_kernels_ahead();  // one of them may write the lengths
-    PromptTable<PromptSchedule>(shared + p.layout.prompts, p.attention())
-        .template make<kThreads>(
-            [&](int b, int& ranges, int& cost) { return plan_prompt(p, b, ranges, cost); });
-  }
   Block<Shape> block(p, maps, shared);
-  const bool is_producer = warp_index() == kWarps, is_loading = threadIdx.x == kConsumers;
+  Consumer<Shape> consumer(block);
+  const bool is_producer = warp_index() == kWarps, is_first_lane = threadIdx.x == kConsumers;
+  const bool is_loading = Shape::kPaged ? is_producer : is_first_lane;
+
+  // ---- setup
+  const auto set_up = [&] {
+    if (is_producer) {
+      if (is_first_lane) block.init_full();
+      __syncwarp();
+    } else {
+      consumer.set_up();
+    }
+  };
+  if constexpr (Shape::kPaged) {
+    // One of the kernels ahead may write the lengths, of which the run is made.
+    wait_for_kernels_ahead();
+    prefetch_prompts<kThreads>(p.attention());
+    set_up();
+  }
+  block.take_run();
   const bool has_ranges = !Shape::kPaged || block.run.first < block.run.end;
   const NarrowRange first = block.range_at(block.run.first);
   Producer<Shape> producer(block, first);
-  Consumer<Shape> consumer(block);
-
-  // ---- setup
-  if (is_producer) {
-    if (is_loading) producer.set_up();
-    __syncwarp();
-  } else {
-    consumer.set_up();
+  if constexpr (!Shape::kPaged) {
+    if (is_first_lane && !block.two_pass) producer.prefetch();
+    set_up();
+    wait_for_kernels_ahead();
   }
-  wait_for_kernels_ahead();
   block.queries.bg = first.bg;
   if (!is_producer) consumer.begin(first);
 
@@ -699,8 +732,8 @@ __global__ __launch_bounds__(kThreads, 1) void narrow_kernel(
   const auto grid = cooperative_groups::this_grid();
   cooperative_groups::grid_group::arrival_token token{};
   if (block.two_pass) token = grid.barrier_arrive();
+  if (is_first_lane && has_ranges) block.queries.load(p, maps.queries, first);
   if (is_loading && has_ranges) {
-    block.queries.load(p, maps.queries, first);
     producer.load_until(
         min(min(kLeastBytesAhead / Shape::kTile, block.ring.stages), block.n_tiles));
   }
@@ -749,8 +782,10 @@ Division divide(const WindowScores& s, int64_t keys) {
   const int64_t head_cost = a.lse ? 0 : kHeadCost, halo = range_halo(s);
   const int64_t blocks = multiprocessors(), longest = most_tiles(s);
   return best_division(
-      longest, a.lse ? 2 * halo / kTileRows + 1 : least_tiles(keys, halo, blocks, longest), heads,
-      blocks, [&](int64_t tiles) { return divide_keys(tiles, keys, halo); },
+      longest,
+      a.lse ? 2 * halo / kTileRows + 1
+            : least_tiles(keys, halo, PlainDivmod<int64_t>{blocks}, longest),
+      heads, blocks, [&](int64_t tiles) { return divide_keys(tiles, keys, halo); },
       [&](const Division& d, int64_t n, int64_t n_last) {
         return cost_of_ranges(d, n, n_last, head_cost);
       });
@@ -777,7 +812,7 @@ Plan::Plan(const WindowScores& s) {
   const bool is_paged = a.pages.table;
   const int64_t ranges = a.batch * a.kv_heads * division.head_ranges;
   const int64_t most_ranges = is_paged ? a.batch * a.kv_heads * most_head_ranges(s, keys) : ranges;
-  blocks = min(most_ranges, int64_t(multiprocessors()));
+  blocks = is_paged ? multiprocessors() : min(ranges, int64_t(multiprocessors()));
   partial_bytes = a.lse ? 0 : most_ranges * query_rows * int64_t(sizeof(SoftmaxPartial));
 
   const int64_t range_tiles = round_up(is_paged ? most_tiles(s) : division.tiles, kWarpgroups);
@@ -811,7 +846,7 @@ Plan::Plan(const WindowScores& s) {
   params = score_params(s, schedule_of(s, division, keys, blocks, range_halo(s)),
                         Layout::of(sizes, stages), query_rows, sums_stride, kept_tiles);
   params.most_tiles = int(most_tiles(s));
-  params.planned_blocks = multiprocessors();
+  params.blocks = cutlass::FastDivmod(multiprocessors());
 }
 
 template <class Shape>

@@ -145,7 +145,8 @@ __device__ __forceinline__ void set_up(Block<Shape>& block) {
     const WideRange range(block.p.schedule, block.run.first);
     prefetch_queries<kDim>(a, block.maps.queries, range.b, range.g * block.p.group, 0);
     for (int i = 0; i < min(kTilesPrefetched, range.tiles); ++i)
-      prefetch_keys<kDim>(a, block.maps.keys, range.b, range.g, range.halo_begin + i * kTileRows);
+      prefetch_keys<kDim>(a, block.maps.keys.map, range.b, range.g,
+                          range.halo_begin + i * kTileRows);
   }
   block.queries.full->init(1);
   block.ring.init(kConsumers / kWarp);
@@ -155,7 +156,8 @@ template <class Shape>
 __device__ __forceinline__ void produce(Block<Shape>& block, bool is_loading) {
   PipelineState state;
   const auto load = [&](const WideRange& range, int i, bool is_first_phase) {
-    load_keys<Shape::kDim, kTileRows>(block.p.attention(), block.maps.keys, block.ring.tile(state),
+    load_keys<Shape::kDim, kTileRows>(block.p.attention(), block.maps.keys.map,
+                                      block.ring.tile(state),
                                       block.ring.begin_load(state, is_first_phase, Shape::kTile),
                                       range.b, range.g, range.halo_begin + i * kTileRows);
   };
@@ -239,8 +241,9 @@ struct Consumer {
           [&](auto& x, int i) {
             const int t = i % kRowTiles;
             if (t == 0) block.ring.wait(next);
-            start_products<T, kDim, kTileRows>(x, query_rows + t * kTileRows * kRowBytes, kAllRows,
-                                               block.ring.tile(next), kTileRows);
+            start_products<T, kDim, kTileRows>(
+                x, in_panels(query_rows + t * kTileRows * kRowBytes, kAllRows),
+                in_panels(block.ring.tile(next), kTileRows));
             if (t == kRowTiles - 1) block.ring.advance(next);
           },
           [&](auto& x, int i, auto is_odd) {
@@ -381,8 +384,9 @@ struct Consumer {
           // Taken from the first lane it is that of the whole warp, so the address of the tile is
           // in uniform registers, and the steps of the product follow each other closely.
           const int stage = __shfl_sync(kFullMask, lane == 0 ? next.stage : 0, 0);
-          start_products<T, kDim, kRows>(x, block.memory.stages + stage * Shape::kTile, kTileRows,
-                                         query_rows, kAllRows);
+          start_products<T, kDim, kRows>(
+              x, in_panels(block.memory.stages + stage * Shape::kTile, kTileRows),
+              in_panels(query_rows, kAllRows));
           if (!block.two_pass) block.ring.advance(next);
         },
         [&](auto& x, int n, auto) {

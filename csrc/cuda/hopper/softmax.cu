@@ -38,7 +38,8 @@ struct Params {
   int most_chunks, items;
   int spans, span_rows;
   int rows;  // query rows of a group
-  int stages, planned_blocks;
+  int stages;
+  cutlass::FastDivmod blocks;  // for which the chunks are planned, and that run with pages
   bool is_causal;
 };
 
@@ -85,12 +86,12 @@ struct Items {
   }
   // The first item of a block.
   __device__ __forceinline__ int first_of(int block) const {
-    if constexpr (kPaged) return prompts.first_unit_of(block);
+    if constexpr (kPaged) return prompts.first_unit_of(block, p.blocks);
     return int(int64_t(block) * p.items / gridDim.x);
   }
 };
 
-template <class T, int kDim, int kRowTiles>
+template <class T, int kDim, int kRowTiles, bool kPaged>
 struct Consumer {
   using Tiles = Ring<kTileBytes<kDim>>;
   static constexpr int kSpanRows = kRowTiles * kTileRows;
@@ -129,8 +130,8 @@ struct Consumer {
           // Query rows by keys: lane 4r + c of warp w has of row 16w + r keys 8j + 2c and 8j + 2c +
           // 1 at x[4j] and x[4j + 1], of row 16w + r + 8 the same keys at x[4j + 2] and x[4j + 3].
           float x[kTileRows / 2];
-          multiply<T, kDim, kTileRows>(x, queries + t * kTileRows * kRowBytes, kSpanRows,
-                                       ring.tile(state), kTileRows);
+          multiply<T, kDim, kTileRows>(x, in_panels(queries + t * kTileRows * kRowBytes, kSpanRows),
+                                       key_rows<kDim, kPaged>(ring.tile(state), kTileRows));
           partials.add(t, x, scale_log2, all_see, start - key, to);
         }
       }
@@ -155,27 +156,26 @@ __host__ __device__ Int least_chunk_tiles(Int all_tiles, Int spans, Int blocks) 
 }
 
 // The chunks of one prompt, by a warp: those that the host would choose, each lane tries some.
-__device__ inline Chunks plan_prompt(const Params& p, int b, int& items, int& cost) {
+__device__ inline Chunks plan_prompt(const Params& p, int b, Units& items) {
   const WindowAttention& a = p.attention;
   const int keys = int(a.pages.length(b, a.total)), lane = threadIdx.x % kWarp;
   if (keys == 0) return {};
   const int all_tiles = (keys + kTileRows - 1) / kTileRows;
-  const int tiles = least_chunk_tiles(all_tiles, p.spans, p.planned_blocks) + lane * kWarpgroups;
+  const int tiles = least_chunk_tiles(all_tiles, p.spans, p.blocks.divisor) + lane * kWarpgroups;
   unsigned best = ~0u;  // the cost, and of equal ones the longest chunk
   if (tiles <= kMostChunkTiles)
-    best = unsigned(cost_of_chunks(tiles, all_tiles, p.spans, p.planned_blocks)) << 6 |
+    best = unsigned(cost_of_chunks(tiles, all_tiles, p.spans, p.blocks.divisor)) << 6 |
            unsigned(kMostChunkTiles - tiles);
   static_assert(kMostChunkTiles < 64 && kMostChunkTiles / kWarpgroups <= kWarp);
   const int found = kMostChunkTiles - int(__reduce_min_sync(kFullMask, best) & 63);
   const Chunks chunks{keys, found, (all_tiles + found - 1) / found};
-  items = int(a.kv_heads) * p.spans * chunks.chunks;
-  cost = found + 1;
+  items = {.count = int(a.kv_heads) * p.spans * chunks.chunks, .cost = found + 1};
   return chunks;
 }
 
 template <class T, int kDim, int kRowTiles, bool kPaged>
-__global__ __launch_bounds__(kThreads, 1) void partials_kernel(
-    const __grid_constant__ CUtensorMap map, const __grid_constant__ Params p) {
+__global__ __launch_bounds__(kThreads, 1) void partials_kernel(const __grid_constant__ KeyMap keys,
+                                                               const __grid_constant__ Params p) {
   extern __shared__ __align__(kAlignment) char shared[];
   constexpr int kSpanRows = kRowTiles * kTileRows;
 
@@ -186,7 +186,7 @@ __global__ __launch_bounds__(kThreads, 1) void partials_kernel(
   const Items<kPaged> items{p, {reinterpret_cast<char*>(barriers + 2 * p.stages), p.attention}};
   if constexpr (kPaged) {
     items.prompts.template make<kThreads>(
-        [&](int b, int& n, int& cost) { return plan_prompt(p, b, n, cost); });
+        [&](int b, Units& of_prompt) { return plan_prompt(p, b, of_prompt); });
     for (int b = threadIdx.x; blockIdx.x == 0 && b < items.prompts.count; b += kThreads)
       p.parts[b] = items.prompts[b].plan.chunks * kWarpgroups;
   }
@@ -200,29 +200,32 @@ __global__ __launch_bounds__(kThreads, 1) void partials_kernel(
 
   // ---- producer
   if (is_producer) {
-    if (threadIdx.x % kWarp != 0) return;
+    const bool is_first_lane = threadIdx.x % kWarp == 0;
+    if (!kPaged && !is_first_lane) return;
+    [[maybe_unused]] PagedKeys paged;
     int f = 0;
     for (int index = first_item; index < end_item; ++index) {
       const WorkItem item = items[index];
       for (int i = 0; i < item.turns; ++i, ++f, ring.advance(state)) {
         const bool has_keys = i < item.tiles;
-        Barrier& full = ring.begin_load(state, f < p.stages, has_keys ? kTileBytes<kDim> : 0);
+        Barrier& full =
+            ring.begin_load(state, f < p.stages, has_keys ? kTileBytes<kDim> : 0, is_first_lane);
         if (!has_keys) continue;
         const int key = item.first_key + i * kTileRows;
         if constexpr (kPaged)
-          load_paged_keys<kDim, kTileRows, 1>(p.attention.pages, map, ring.tile(state), full,
-                                              p.attention.pages.of(item.b), item.total, item.g,
-                                              key);
+          paged.load<kDim, kTileRows>(p.attention, keys, ring.tile(state), full, item.b, item.total,
+                                      item.total, item.g, key);
         else
-          load_keys<kDim, kTileRows>(p.attention, map, ring.tile(state), full, item.b, item.g, key);
+          load_keys<kDim, kTileRows>(p.attention, keys.map, ring.tile(state), full, item.b, item.g,
+                                     key);
       }
     }
     return;
   }
 
   // ---- consumers
-  const Consumer<T, kDim, kRowTiles> consumer{p, queries, warp / (kWarpgroup / kWarp),
-                                              p.attention.scale * FastExp::kUnit};
+  const Consumer<T, kDim, kRowTiles, kPaged> consumer{p, queries, warp / (kWarpgroup / kWarp),
+                                                      p.attention.scale * FastExp::kUnit};
   PartialsOfRows<kRowTiles> partials;
   int head_span = -1;
   for (int index = first_item; index < end_item; ++index) {
@@ -272,14 +275,14 @@ Params plan(const WindowAttention& a) {
           .span_rows = int(span_rows),
           .rows = int(rows),
           .stages = 0,
-          .planned_blocks = int(blocks),
+          .blocks = cutlass::FastDivmod(int(blocks)),
           .is_causal = false};
 }
 
 template <class T, int kDim, int kRowTiles, bool kPaged>
 cudaError_t launch(Params p, cudaStream_t stream) {
-  CUtensorMap map;
-  const cudaError_t status = map_keys(p.attention, kTileRows, &map);
+  KeyMap keys;
+  const cudaError_t status = map_keys(p.attention, kTileRows, &keys);
   if (status != cudaSuccess) return status;
   const int64_t query_bytes = kRowTiles * kTileBytes<kDim>;
   const int64_t prompt_bytes = kPaged ? PromptTable<Chunks>::bytes(p.attention) : 0;
@@ -290,7 +293,7 @@ cudaError_t launch(Params p, cudaStream_t stream) {
                        {.blocks = kPaged ? multiprocessors() : min(p.items, multiprocessors()),
                         .threads = kThreads,
                         .shared_bytes = query_bytes + p.stages * stage_bytes + prompt_bytes},
-                       stream, map, p);
+                       stream, keys, p);
 }
 
 template <bool kPaged>

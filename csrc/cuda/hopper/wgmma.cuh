@@ -2,8 +2,8 @@
 //
 // A tile is some rows of the head dimension, in panels of 64 items: a panel has 128 bytes of every
 // row, swizzled, so that 16-byte piece c of row r lies at place c ^ (r % 8). That is how TMA writes
-// it and how wgmma reads it. Panels start at multiples of 1024 bytes. What lies beyond the head
-// dimension or beyond the last row is zero.
+// it and how wgmma reads it. Eight rows of a panel are 1024 bytes at a multiple of 1024. What lies
+// beyond the head dimension or beyond the last row is zero.
 
 #pragma once
 
@@ -71,11 +71,29 @@ template <>
 struct Wgmma<__nv_bfloat16, 128>
     : cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_SS<Major::K, Major::K> {};
 
-// wgmma's descriptor of an operand `bytes` after `rows`: the address in units of 16 bytes, 1024
-// bytes from 8 rows to the next 8, the swizzle. Only its lower word depends on the address.
-__device__ inline uint64_t descriptor(const char* rows, int bytes) {
-  constexpr uint64_t kUpper = uint64_t(cute::SM90::GMMA::LayoutType::B128) << 30 | kAlignment >> 4;
-  return kUpper << 32 | (cute::cast_smem_ptr_to_uint(rows) >> 4) + (bytes >> 4);
+// Some rows of a tile, from the first of eight on: how far it is from a panel to the next, and from
+// eight rows to the next eight.
+struct Operand {
+  const char* rows;
+  int panel_bytes, group_bytes;
+
+  // wgmma's descriptor of what lies `byte` behind the beginning of a panel: the address in units of
+  // 16 bytes, the distance of eight rows, the swizzle. Only its lower word depends on the address.
+  __device__ uint64_t descriptor(int panel, int byte) const {
+    const uint64_t upper =
+        uint64_t(cute::SM90::GMMA::LayoutType::B128) << 30 | unsigned(group_bytes) >> 4;
+    return upper << 32 |
+           (cute::cast_smem_ptr_to_uint(rows) >> 4) + ((panel * panel_bytes + byte) >> 4);
+  }
+};
+// Of a tile of n_rows, panel after panel.
+__device__ inline Operand in_panels(const char* rows, int n_rows) {
+  return {rows, n_rows * kRowBytes, kAlignment};
+}
+// Of a tile that has eight rows of all panels, then the next eight.
+template <int kDim>
+__device__ Operand in_groups(const char* rows) {
+  return {rows, kAlignment, kDim / kPanelItems * kAlignment};
 }
 
 template <int kProducts>
@@ -85,21 +103,20 @@ __device__ void fence_products(float (&x)[kProducts]) {
 }
 
 // Starts the products of 64 rows of one tile with kColumns rows of another, by a warpgroup: x is
-// not to be touched before finish_products. `n_rows` and `n_columns`: the rows of either whole
-// tile.
+// not to be touched before finish_products.
 //
 // How the products lie: lane 4r + c of warp w has row 16w + r and columns 8j + 2c and 8j + 2c + 1
 // at x[4j] and x[4j + 1], and row 16w + r + 8 and the same columns at x[4j + 2] and x[4j + 3].
 template <class T, int kDim, int kColumns>
-__device__ void start_products(float (&x)[kColumns / 2], const char* rows, int n_rows,
-                               const char* columns, int n_columns, bool adds = false) {
+__device__ void start_products(float (&x)[kColumns / 2], const Operand& rows,
+                               const Operand& columns, bool adds = false) {
   fence_products(x);
   cute::warpgroup_arrive();
 #pragma unroll
   for (int step = 0; step < kDim / 16; ++step) {
     const int panel = step / 4, byte = step % 4 * 32;
-    const uint64_t a[1] = {descriptor(rows, panel * n_rows * kRowBytes + byte)};
-    const uint64_t b[1] = {descriptor(columns, panel * n_columns * kRowBytes + byte)};
+    const uint64_t a[1] = {rows.descriptor(panel, byte)};
+    const uint64_t b[1] = {columns.descriptor(panel, byte)};
     const cute::SM90::GMMA::ScaleOut scale[1] = {step || adds ? cute::SM90::GMMA::ScaleOut::One
                                                               : cute::SM90::GMMA::ScaleOut::Zero};
     cute::detail::explode(Wgmma<T, kColumns>::fma, a, cute::seq<0>{}, b, cute::seq<0>{}, x,
@@ -117,9 +134,8 @@ __device__ void finish_products(float (&x)[kProducts]) {
 
 // Both at once. Other warpgroups keep the multiprocessor busy meanwhile.
 template <class T, int kDim, int kColumns>
-__device__ void multiply(float (&x)[kColumns / 2], const char* rows, int n_rows,
-                         const char* columns, int n_columns) {
-  start_products<T, kDim, kColumns>(x, rows, n_rows, columns, n_columns);
+__device__ void multiply(float (&x)[kColumns / 2], const Operand& rows, const Operand& columns) {
+  start_products<T, kDim, kColumns>(x, rows, columns);
   finish_products<0>(x);
 }
 
