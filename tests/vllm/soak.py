@@ -1,7 +1,8 @@
 """Requests drawn at random, for as long as you like; every answer has to be its answer alone.
 
     python tests/vllm/soak.py --requests 10000
-    VLLM_BATCH_INVARIANT=1 python tests/vllm/soak.py --minutes 10 --dtype bfloat16   # on a GPU
+    VLLM_BATCH_INVARIANT=1 python tests/vllm/soak.py --minutes 10 --dtype bfloat16 \
+      --attention-backend TRITON_ATTN   # on a GPU
 
 Lengths, chunks, common beginnings, pruned and whole and protected prompts, aborts at any step, and
 preemption under a small cache. Whenever the engine is idle no block may be held, nothing parked.
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
 
 from support.engines import Engine, engine, save_tiny_llama
 
@@ -147,6 +150,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--attention-backend", help="vLLM's choice if left out.")
     parser.add_argument("--tolerate", type=float, default=0.0, help="Share of wrong answers.")
     parser.add_argument("--model", help="A folder; the tiny model if left out.")
     parser.add_argument("--claa", type=json.loads, help="Settings; Peak after layer 3 if left out.")
@@ -156,6 +160,10 @@ def main() -> None:
         model = options.model or save_tiny_llama(Path(folder), options.longest + 200)
         cases = draw_cases(random.Random(options.seed), options.cases, options.longest)
         own = dict(max_model_len=options.longest + 200, dtype=options.dtype)
+        if options.attention_backend:
+            own |= dict(attention_backend=options.attention_backend)
+        if torch.cuda.is_available():  # others may be at work there too
+            own |= dict(gpu_memory_utilization=0.1, kv_cache_memory_bytes=2 * 2**30)
         with engine(model, claa, **own) as started:
             expected = [started.answers([c.ids], c.new, c.asks)[0].tokens for c in cases]
         begun = time.monotonic()

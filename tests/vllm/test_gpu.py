@@ -191,25 +191,28 @@ def test_requests_of_one_batch_may_keep_different_shares(tiny_llama):
 
 
 @invariant
-def test_batch_invariant_kernels_make_neighbours_change_no_bit(tiny_llama):
-    """Of a prefill: neither of one that is not pruned, which is plain vLLM's, nor of one that is.
+@pytest.mark.parametrize("backend", ["FLASH_ATTN", "TRITON_ATTN"])
+def test_batch_invariant_kernels_make_neighbours_change_no_bit(tiny_llama, backend):
+    """Neither of a request that is not pruned, which is plain vLLM's, nor of one that is.
 
-    In a step that reads prompts too, decoding takes other tiles than in one that only decodes (vLLM
-    0.25): there last digits differ.
+    With FlashAttention of its prefill alone: in a step that reads prompts too, decoding takes other
+    tiles than in one that only decodes (vLLM 0.25), and there last digits differ.
     """
+    compared = 1 if backend == "FLASH_ATTN" else None
     asked = prompts([300, 280, 330, 57, 640, 900], seed=8)
     whole = {"claa_keep": "all"}
     extra = [None, whole, {"claa_keep": 64}, whole, None, {"claa_protect": [0, 1]}]
-    with gpu_engine(tiny_llama) as running:
+    options = {"attention_backend": backend}
+    with gpu_engine(tiny_llama, **options) as running:
         plain = running.answers(asked)
-    with gpu_engine(tiny_llama, PEAK, max_num_batched_tokens=512) as running:
+    with gpu_engine(tiny_llama, PEAK, max_num_batched_tokens=512, **options) as running:
         together = running.answers(asked, extra=extra)
         lone = [running.answers([ids], extra=ask)[0] for ids, ask in zip(asked, extra, strict=True)]
     for mine, its, of_plain, ask in zip(together, lone, plain, extra, strict=True):
         assert (mine.tokens, mine.kept) == (its.tokens, its.kept)
-        assert mine.logprobs[0] == its.logprobs[0]
+        assert mine.logprobs[:compared] == its.logprobs[:compared]
         if ask == whole:
-            assert mine.logprobs[0] == of_plain.logprobs[0]
+            assert mine.logprobs[:compared] == of_plain.logprobs[:compared]
 
 
 @invariant
