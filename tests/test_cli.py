@@ -147,6 +147,7 @@ def test_a_draft_is_loaded(checkpoint, tmp_path):
 def test_the_layer_that_was_chosen_is_said(checkpoint):
     shown = generate(checkpoint, "--prompt", PROMPT).stdout
     assert "The layer is 2 (of 0 to 5) by default, as deep as 15 of 0 to 31" in shown
+    assert "not measured on this model: `claa-ops tune` finds a method" in shown
     for chosen in (("--layer", "3"), ("--schedule", "1:50%,3:20%"), ("--method", "snapkv")):
         assert "by default" not in generate(checkpoint, "--prompt", PROMPT, *chosen).stdout
 

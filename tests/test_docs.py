@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from claa_ops import gather_tokens
 from claa_ops.methods import CLAA, METHODS
 from claa_ops.prefill import begin
+from support.chat_templates import CHATML, chat_tokenizer
 from support.tiny_checkpoint import tiny_tokenizer
 from support.tiny_models import build, prompt
 
@@ -30,7 +31,7 @@ def blocks(page: Path) -> list[str]:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny model that is deep enough for the layers which the pages name."""
     folder = tmp_path_factory.mktemp("deep")
-    sizes = {"vocab_size": 258, "num_hidden_layers": 24, "max_position_embeddings": 4096}
+    sizes = {"vocab_size": 300, "num_hidden_layers": 24, "max_position_embeddings": 4096}
     build("llama", **sizes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
@@ -46,6 +47,9 @@ def names(checkpoint: str) -> dict:
     return {
         "model": AutoModelForCausalLM.from_pretrained(checkpoint),
         "ids": prompt(120)[0],
+        "tokenizer": chat_tokenizer(CHATML, merges=False),
+        "messages": [{"role": "system", "content": "Help."}, {"role": "user", "content": "Now?"}],
+        "tools": [{"type": "function", "function": {"name": "now", "parameters": {}}}],
         "batch_ids": batch_ids,
         "batch_mask": batch_mask,
         "layers": [own["Layer"]() for _ in range(24)],

@@ -20,8 +20,8 @@ PUBLIC = {
         SpeculativePrefill StreamingLLM UniPrefill find_method make_method register
     """,
     "claa_ops.prefill": """
-        ClaaCache PackedPrefill PrefillState Prefilled StaticClaaCache attach attached begin
-        begin_packed decode detach generate prefill tuned_method
+        ChatParts ClaaCache PackedPrefill PrefillState Prefilled StaticClaaCache attach attached
+        begin begin_packed decode detach generate prefill tuned_method
     """,
     "claa_ops.selection": """
         Answer Budget Layer Method PackedPrefill PrefillState Preparation Reader Sizes TakenUp Turn

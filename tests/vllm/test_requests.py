@@ -1,9 +1,11 @@
 """What a request asks of the selection: how much is kept, and what is never dropped."""
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as some
 
+from claa_ops.prefill import begin as begin_prefill
 from claa_ops.vllm.requests import resolve
 from claa_ops.vllm.settings import parse
 
@@ -35,6 +37,31 @@ WINDOW, SINKS = SETTINGS.method.window, SETTINGS.method.num_sinks
 )
 def test_how_many_are_kept(asked, prompt, kept):
     assert resolve(asked, SETTINGS, prompt)["claa_kept"] == kept
+
+
+@settings(max_examples=50)
+@given(
+    some.integers(20, 300),
+    some.lists(some.tuples(some.integers(0, 300), some.integers(0, 60)), max_size=3),
+    some.sampled_from([0.05, 0.3, 40]),
+    some.sampled_from([0, 4]),
+)
+def test_as_many_are_kept_as_a_prefill_of_its_own_keeps(prompt, pairs, keep, sinks):
+    """Both ways into the library have one rule."""
+    claa = {"method": "peak", "layer": 1, "keep": keep, "num_sinks": sinks, "min_prompt": 0}
+    parsed = parse(claa, num_layers=4)
+    spans = [min(end, prompt) for at, length in pairs for end in (at, at + length)]
+    mask = torch.zeros(1, prompt, dtype=torch.bool)
+    for begin, end in zip(spans[::2], spans[1::2], strict=True):
+        mask[0, begin:end] = True
+    state = begin_prefill(parsed.method, num_layers=4, prompt_length=prompt, protect=mask)
+    rows = torch.randn(1, 2, prompt, 8)
+    for layer in (0, 1):
+        state.observe(layer, rows, rows)
+        state.compress(layer, rows, rows)
+        state.select(layer)
+    if mask.any():  # without, a server has room for the first tokens in shorter prompts too
+        assert resolve({"claa_protect": spans}, parsed, prompt)["claa_kept"] == state.length
 
 
 def test_spans_are_merged_and_what_others_ask_for_is_left():

@@ -239,7 +239,7 @@ class _RecordingCache(ClaaCache):
 class _Recording(PrefillState):
     def __init__(self, cache: _RecordingCache) -> None:
         layers = len(cache.attending)
-        super().__init__(cache.method, layers, 1, start=None, ranking=None, keep_scores=False)
+        super().__init__(cache.method, layers, 1, None, None, None, keep_scores=False)
         self._cache = cache
 
     def see(self, layer: Layer) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 
 from claa_ops.huggingface.attention import AttachedAttention
 from claa_ops.huggingface.cache import ClaaCache
+from claa_ops.huggingface.chat_parts import Protect
 from claa_ops.huggingface.hooks import install_hooks, remove_hooks
 from claa_ops.huggingface.requirements import layers_and_attentions
 from claa_ops.huggingface.self_test import SelfTest
@@ -135,7 +136,9 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def attached(model: PreTrainedModel, method: Method) -> Iterator[PreTrainedModel]:
+def attached(
+    model: PreTrainedModel, method: Method, *, protect: Protect | None = None
+) -> Iterator[PreTrainedModel]:
     """A context in which the model prefills every prompt with the method; no cache is passed.
 
     Each ``model.generate``, each call of a pipeline and each forward that brings no cache of its
@@ -146,6 +149,7 @@ def attached(model: PreTrainedModel, method: Method) -> Iterator[PreTrainedModel
         model: a decoder that :func:`attach` serves; if need be it is attached for that time.
         method: one that prefills once and needs no ranking beforehand. For others call
             :func:`claa_ops.prefill.generate`.
+        protect: tokens that are never dropped: see :class:`ClaaCache`.
 
     Raises:
         TypeError: as :func:`attach`, or ``method`` is not a method.
@@ -163,7 +167,7 @@ def attached(model: PreTrainedModel, method: Method) -> Iterator[PreTrainedModel
             f"attached: the method must rank by its prefill alone, got {type(method).__name__}: "
             "call claa_ops.prefill.generate(model, input_ids, method)"
         )
-    new_cache = partial(ClaaCache, model.config, method)
+    new_cache = partial(ClaaCache, model.config, method, protect=protect)
     cache = new_cache()  # refuses what does not fit the model
     cache.reduce = reduce_over(tensor_parallel_group(model))
     cache.new_state(1, None)  # refuses what cannot have its heads on several devices

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from claa_ops.huggingface.chat_parts import Protect, protected_of
 from claa_ops.huggingface.generation import AttachedCache, Request
 from claa_ops.huggingface.prompt import (
     check_mask,
@@ -78,6 +79,9 @@ class ClaaCache(AttachedCache):
         config: the model's configuration.
         method: such as :class:`claa_ops.methods.CLAA`.
         ranking: ``[B, N]``, float32: a ranking of the prompt, for methods that need one.
+        protect: tokens that are never dropped: a mask ``[B, N]``, bool, or a function that makes it
+            of ``input_ids``, such as :class:`ChatParts`. Budgets are of the other tokens: see
+            :func:`begin`.
         keep_scores: record the token scores of each ranked layer in ``state.scores``.
 
     Attributes:
@@ -104,6 +108,7 @@ class ClaaCache(AttachedCache):
         method: Method,
         *,
         ranking: Tensor | None = None,
+        protect: Protect | None = None,
         keep_scores: bool = False,
     ) -> None:
         check_method("ClaaCache", method, self.first_pass)
@@ -136,6 +141,7 @@ class ClaaCache(AttachedCache):
         self._counted = {layer: count for count, layer in enumerate(self.attending)}
         self._selecting = {layer: count for count, layer in after.items()}
         self.ranking = ranking
+        self.protect = protect
         self.keep_scores = keep_scores
         self._clear()
 
@@ -201,13 +207,15 @@ class ClaaCache(AttachedCache):
         seen = self.get_seq_length()
         if seen == 0:
             self.start = first_valid(attention_mask, batch, new)
-            if self.method.differs_by_row and batch > 1 and self.start is None:
+            state = self.new_state(new, self.start, protected_of(self.protect, tokens))
+            if batch > 1 and self.start is None and state.differs_by_row:
                 # Transformers makes no mask then, and rows that keep less need one.
+                what = type(self.method).__name__ if self.method.differs_by_row else "protect"
                 raise ValueError(
-                    f"ClaaCache: {type(self.method).__name__} keeps more of one prompt than of "
-                    f"another, so a batch must be padded or one prompt, got {batch} of one length"
+                    f"ClaaCache: {what} keeps more of one prompt than of another, so a batch must "
+                    f"be padded or one prompt, got {batch} of one length"
                 )
-            self.state = self.new_state(new, self.start)
+            self.state = state
         else:
             self._check_turn(batch, new, attention_mask)
             if new > 1 and self.parked is not None:
@@ -221,7 +229,9 @@ class ClaaCache(AttachedCache):
             check_positions(position_ids, mask, seen)
         self.prefilling, self.in_forward = seen == 0, True
 
-    def new_state(self, prompt_length: int, start: Tensor | None) -> PrefillState:
+    def new_state(
+        self, prompt_length: int, start: Tensor | None, protect: Tensor | None = None
+    ) -> PrefillState:
         """A prefill by the method, which counts the layers that attend."""
         return begin(
             self._method,
@@ -229,6 +239,7 @@ class ClaaCache(AttachedCache):
             prompt_length=prompt_length,
             start=start,
             ranking=self.ranking,
+            protect=protect,
             keep_scores=self.keep_scores,
             first_pass=self.first_pass,
             reduce=self.reduce,

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from claa_ops.huggingface.answer import ModelReader
 from claa_ops.huggingface.attach import attach
 from claa_ops.huggingface.cache import ClaaCache, hide_before
+from claa_ops.huggingface.chat_parts import Protect, protected_of
 from claa_ops.huggingface.decoding import count_positions, end_tokens, greedy
 from claa_ops.huggingface.hooks import FirstPassDone
 from claa_ops.huggingface.prompt import check_prompt, check_room, first_valid
@@ -60,6 +61,7 @@ def prefill(
     method: Method,
     attention_mask: Tensor | None = None,
     *,
+    protect: Protect | None = None,
     prepared: Preparation | None = None,
     keep_scores: bool = False,
 ) -> Prefilled:
@@ -70,6 +72,7 @@ def prefill(
         input_ids: ``[B, N]``, int64, padded on the left.
         method: which tokens to keep.
         attention_mask: ``[B, N]``, 0 where there is padding.
+        protect: tokens that are never dropped: see :class:`ClaaCache`.
         prepared: what ``method.prepare`` returned for this prompt, which methods that differ only
             in budgets and layers can share. Prepared here if not given.
         keep_scores: record the token scores of each ranked layer in ``state.scores``.
@@ -86,7 +89,13 @@ def prefill(
         token = prefilled.logits.argmax(dim=-1)
     """
     prompt = _read(
-        model, input_ids, method, attention_mask, prepared=prepared, keep_scores=keep_scores
+        model,
+        input_ids,
+        method,
+        attention_mask,
+        protect=protect,
+        prepared=prepared,
+        keep_scores=keep_scores,
     )
     cache = prompt.cache
     output = model(
@@ -135,6 +144,7 @@ def _read(
     method: Method,
     attention_mask: Tensor | None,
     *,
+    protect: Protect | None = None,
     prepared: Preparation | None = None,
     keep_scores: bool = False,
 ) -> _Prompt:
@@ -146,7 +156,7 @@ def _read(
     start = first_valid(attention_mask, batch, length)
     attach(model)
     kind = _FirstPassCache if method.two_pass else ClaaCache
-    cache: ClaaCache = kind(model.config, method, keep_scores=keep_scores)
+    cache: ClaaCache = kind(model.config, method, protect=protect, keep_scores=keep_scores)
     if start is None:
         attention_mask = None
     if prepared is not None and not isinstance(prepared, Preparation):
@@ -232,6 +242,7 @@ def generate(
     method: Method,
     *,
     attention_mask: Tensor | None = None,
+    protect: Protect | None = None,
     max_new_tokens: int,
     eos_token_id: int | Sequence[int] | None = None,
     **options: Any,
@@ -243,6 +254,7 @@ def generate(
         input_ids: ``[B, N]``, int64, padded on the left.
         method: how the prompt is prefilled.
         attention_mask: ``[B, N]``, 0 where there is padding.
+        protect: tokens that are never dropped: see :class:`ClaaCache`.
         max_new_tokens: the longest answer, in tokens.
         eos_token_id: the tokens that end an answer; those of the model's generation
             configuration if not given, none if empty.
@@ -269,12 +281,12 @@ def generate(
     if not method.two_pass or method.keeps_positions:  # else the answer comes after fewer tokens
         check_room("generate", model, input_ids.shape[1], max_new_tokens)
     if not options:
-        prefilled = prefill(model, input_ids, method, attention_mask)
+        prefilled = prefill(model, input_ids, method, attention_mask, protect=protect)
         return decode(model, prefilled, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id)
     _check_options(method, options)
     if eos_token_id is not None:
         options["eos_token_id"] = eos_token_id
-    prompt = _read(model, input_ids, method, attention_mask)
+    prompt = _read(model, input_ids, method, attention_mask, protect=protect)
     output = cast(Any, model).generate(
         input_ids=prompt.input_ids,
         attention_mask=prompt.attention_mask,
@@ -302,8 +314,8 @@ def _check_options(method: Method, options: dict[str, Any]) -> None:
 class _FirstPassCache(ClaaCache):
     first_pass = True
 
-    def __init__(self, config: PreTrainedConfig, method: Method, *, keep_scores: bool) -> None:
-        super().__init__(config, method, keep_scores=keep_scores)
+    def __init__(self, config: PreTrainedConfig, method: Method, **options: Any) -> None:
+        super().__init__(config, method, **options)
         if method.keeps_positions and "sliding_attention" in self.layer_types:
             raise ValueError(
                 f"{type(method).__name__}: a second pass in original positions needs a model "
@@ -320,7 +332,8 @@ def _first_pass(
     cache: ClaaCache,
 ) -> PrefillState:
     """Choose the tokens of the second pass, running no more layers than needed; the state."""
-    state = cache.new_state(input_ids.shape[1], start)
+    protect = protected_of(cache.protect, input_ids)
+    state = cache.new_state(input_ids.shape[1], start, protect)
     chosen = state.choose()
     if chosen is not None or state.method.last_layer(state) is None:
         return state

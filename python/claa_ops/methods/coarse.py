@@ -125,7 +125,7 @@ class Coarse(Peak):
         if layer == self.stage(state.num_layers) and self._drops(state, layer):
             state.notes["part"] = True
             assert state.importance is not None  # it was observed
-            return self._best(state, state.importance, self._part_tokens)
+            return self._best(state, state.importance, self._part_tokens, protects=False)
         if layer != self.last(state.num_layers) or "part" not in state.notes:
             return None
         ranking = self._of_whole(state)

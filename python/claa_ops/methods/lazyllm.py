@@ -96,6 +96,12 @@ class LazyLLM(Pruning):
 
     # Revival.
 
+    def begin(self, state: PrefillState) -> None:
+        """Refuse protected tokens with ``revive``."""
+        super().begin(state)
+        if self.revive and state.protect is not None:
+            raise ValueError("LazyLLM: protect must be None with revive, got a mask")
+
     @property
     def looks_again(self) -> bool:
         """Whether dropped tokens may be taken up."""

@@ -353,24 +353,31 @@ class Pruning(Method):
         state: PrefillState,
         scores: Tensor,
         tokens: Callable[[Sizes[Any]], Any] | Tensor,
-        grows: bool = True,
+        **how: bool,
     ) -> Tensor:
-        """The sinks, the window and the tokens of best score."""
+        """The sinks, the window and the tokens of best score; ``how`` is as in keep_best."""
         return self.keep_best(
-            state, scores, tokens, window=self.window, num_sinks=self.num_sinks, grows=grows
+            state, scores, tokens, window=self.window, num_sinks=self.num_sinks, **how
         )
 
     def _by_mass(self, state: PrefillState, stage: int) -> Tensor:
         """``[B]``: how many tokens hold ``mass`` of each prompt's evidence, within the bounds."""
         scores = mask_padding(self.evidence(state), state.start, 0.0).double()
+        sizes: Sizes[Any] = state.row_sizes or state.sizes
+        beside: Any = 0
+        sure: Any = self.window + self.num_sinks
+        protection = state.protection(scores.shape[1], self.num_sinks)
+        if protection is not None:
+            scores = scores.masked_fill(protection.tokens, 0.0)
+            sizes, beside = protection.others(sizes), protection.count
+            sure = self.window + self.num_sinks * (beside == 0)  # else the sinks are there
         held = scores.sort(dim=1, descending=True).values.cumsum(dim=1)
         assert self.mass is not None  # the caller has seen to it
         needed = 1 + (held < self.mass * held[:, -1:]).sum(dim=1)
-        sure = self.window + self.num_sinks
-        sizes: Sizes[Any] = state.row_sizes or state.sizes
-        least = max(self.keep_least, sure)
-        counts = (needed + sure).clamp_min(least).clamp(max=self._tokens(sizes, stage))
-        return counts.where(~self._left_alone(sizes), sizes.seen) if state.row_sizes else counts
+        counts = (needed + sure).clamp_min(self.keep_least).clamp(max=self._tokens(sizes, stage))
+        if isinstance(sizes.prompt, Tensor):
+            counts = counts.where(~self._left_alone(sizes), sizes.seen)
+        return beside + counts
 
     def compressible(self, state: PrefillState, layer: int) -> bool:
         """Whether the cache of this layer may be compressed at all."""

@@ -97,7 +97,10 @@ class SpeculativePrefill(Drafted):
         means = torch.cat([chunk.mean(dim=1, keepdim=True) for chunk in chunks], dim=1)
         best = select_topk(means, kept)[0]
         tokens = torch.arange(ranking.shape[1] - first, device=ranking.device)
-        return (first + tokens[torch.isin(tokens // self.chunk, best)])[None]
+        among = torch.isin(tokens // self.chunk, best)
+        if state.protected is not None:
+            among = among | state.protected[0, first:]
+        return (first + tokens[among])[None]
 
     def _units(self, units: Size, size: int) -> Size:
         """How many of the units, of ``size`` tokens each, the budget covers; at least one."""

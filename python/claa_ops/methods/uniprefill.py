@@ -106,5 +106,7 @@ class UniPrefill(Method):
         held = ordered.cumsum(dim=1) - ordered <= self.top_p * sums.sum(dim=1, keepdim=True)
         kept = held.gather(1, order.argsort(dim=1)).gather(1, block) | (place < self.num_sinks)
         kept[:, -self.window :] = True
+        if state.protected is not None:
+            kept |= state.protected
         kept &= place >= 0
         return self.keep_best(state, kept.float(), kept.sum(dim=1))

@@ -10,11 +10,13 @@ from claa_ops.selection.state import PrefillState, begin
 if TYPE_CHECKING:
     from claa_ops.huggingface.attach import attach, attached, detach
     from claa_ops.huggingface.cache import ClaaCache
+    from claa_ops.huggingface.chat_parts import ChatParts
     from claa_ops.huggingface.prefill import Prefilled, decode, generate, prefill
     from claa_ops.huggingface.static import StaticClaaCache
     from claa_ops.huggingface.tuned import tuned_method
 
 __all__ = [
+    "ChatParts",
     "ClaaCache",
     "PackedPrefill",
     "PrefillState",
@@ -33,6 +35,7 @@ __all__ = [
 
 # A model author who calls the functional API does not have to wait for transformers.
 _MODULES = {
+    "ChatParts": "chat_parts",
     "ClaaCache": "cache",
     "attach": "attach",
     "attached": "attach",

@@ -296,23 +296,33 @@ class Method:
         window: int = 0,
         num_sinks: int = 0,
         grows: bool = True,
+        protects: bool = True,
     ) -> Tensor:
         """The best of the tokens that a layer sees, chosen by :func:`claa_ops.select_topk`.
+
+        What is protected is kept beside them: see :func:`claa_ops.prefill.begin`.
 
         Args:
             state: the prefill.
             scores: ``[B, ..., M]``, float32.
             tokens: how many to keep, as a function of the lengths in :class:`Sizes`; or ``[B]``,
-                int64, where that depends on what was seen of each prompt (``differs_by_row``).
-                The host then reads the largest.
+                int64, protected ones included, where that depends on what was seen of each prompt
+                (``differs_by_row``). The host then reads the largest.
             window, num_sinks: see :func:`claa_ops.select_topk`.
             grows: whether a longer prompt always keeps at least as many. If not, the host has to
                 read how many the rows of a padded batch keep.
+            protects: False for tokens that are not kept for long, among which none is protected.
 
         Returns:
             ``[B, ..., k]``, int64. A row of a padded batch keeps what it would keep alone, after
             -1 where other rows keep more.
         """
+        protection = state.protection(scores.shape[-1], num_sinks) if protects else None
+        if protection is not None:
+            scores = protection.first(scores)
+            if not isinstance(tokens, Tensor):
+                others: Sizes[Any] = protection.others(state.row_sizes or state.sizes)
+                tokens = protection.count + tokens(others)
         if isinstance(tokens, Tensor):
             counts, most = tokens, int(tokens.max())
         elif state.row_sizes is None:

@@ -19,6 +19,7 @@ def begin_packed(
     *,
     num_layers: int,
     prompt_lengths: Sequence[int],
+    protect: Sequence[Tensor | None] | None = None,
     reduce: Reduce | None = None,
 ) -> PackedPrefill:
     """Start the prefill of several prompts whose tokens lie one behind the other, without padding.
@@ -44,6 +45,8 @@ def begin_packed(
             selection layers may differ.
         num_layers: how many layers the model has; see :func:`begin`.
         prompt_lengths: of each prompt.
+        protect: of each prompt ``[n]``, bool, which of its tokens are never dropped, or None; see
+            :func:`begin`.
         reduce: for a model whose heads are on several devices; see :func:`begin`.
 
     Returns:
@@ -71,9 +74,21 @@ def begin_packed(
             f"begin_packed: method must be one, or one for each of the {len(lengths)} prompts, "
             f"got {len(methods)}"
         )
+    masks = [None] * len(lengths) if protect is None else list(protect)
+    if len(masks) != len(lengths):
+        raise ValueError(
+            f"begin_packed: protect must be one for each of the {len(lengths)} prompts, "
+            f"got {len(masks)}"
+        )
     prompts = [
-        begin(each, num_layers=num_layers, prompt_length=length, reduce=reduce)
-        for each, length in zip(methods, lengths, strict=True)
+        begin(
+            each,
+            num_layers=num_layers,
+            prompt_length=length,
+            protect=mask[None] if isinstance(mask, Tensor) else mask,
+            reduce=reduce,
+        )
+        for each, length, mask in zip(methods, lengths, masks, strict=True)
     ]
     for each in methods:
         if each.may_park:

@@ -14,7 +14,9 @@ from claa_ops.ops.gather_kv import gather_kv
 from claa_ops.selection.budget import Sizes
 from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method
+from claa_ops.selection.padding import gather_kept
 from claa_ops.selection.parallel import Reduce
+from claa_ops.selection.protection import Protection, check_protect
 from claa_ops.selection.taken import TakenUp
 
 _CALLS = ("observe", "compress", "take_up", "select")
@@ -27,6 +29,7 @@ def begin(
     prompt_length: int,
     start: Tensor | None = None,
     ranking: Tensor | None = None,
+    protect: Tensor | None = None,
     keep_scores: bool = False,
     first_pass: bool = False,
     reduce: Reduce | None = None,
@@ -67,6 +70,10 @@ def begin(
         start: ``[B]``, int64 or int32: the first token of each row that is not left padding.
         ranking: ``[B, N]``, float32: what :meth:`Method.prepare` returned for the prompt, for
             methods that need it.
+        protect: ``[B, N]``, bool: tokens that are never dropped, by no layer and no cache, such as
+            a system prompt. Budgets are then of the others: a rate of 0.1 keeps these and a tenth
+            of the rest. The host reads how many each selection keeps. In rows that keep different
+            numbers the first ones are padding, as in a padded batch.
         keep_scores: record ``state.scores`` for plots, for which every layer is scored that the
             method ranks by.
         first_pass: this is the first pass of a method that prefills twice: it ends with the
@@ -87,8 +94,8 @@ def begin(
     Raises:
         TypeError: ``method`` is not a :class:`Method`, or another argument has the wrong type.
         ValueError: ``prompt_length`` is below 1, the method does not fit the model, prefills
-            twice, or needs a ranking and got none; or ``start`` or ``ranking`` has the wrong
-            shape or dtype.
+            twice, or needs a ranking and got none; or ``start``, ``ranking`` or ``protect`` has the
+            wrong shape or dtype.
 
     Example:
         >>> from claa_ops.methods import CLAA
@@ -111,12 +118,15 @@ def begin(
         )
     if ranking is not None and ranking.dtype != torch.float32:
         raise ValueError(f"begin: ranking must be float32, got {ranking.dtype}")
+    check_protect("begin", protect, prompt_length)
     if method.needs_ranking and ranking is None:
         raise ValueError(
             f"begin: {type(method).__name__} needs a ranking of the prompt, which "
             "claa_ops.prefill.generate and .prefill prepare, got none"
         )
-    state = PrefillState(method, num_layers, prompt_length, start, ranking, keep_scores, reduce)
+    state = PrefillState(
+        method, num_layers, prompt_length, start, ranking, protect, keep_scores, reduce
+    )
     method.begin(state)
     return state
 
@@ -155,6 +165,7 @@ class PrefillState:
         positions: ``[B, n]``, int64, ascending: the places of these n in the prompt, -1 for
             padding that has none; None while they are the whole prompt.
         ranking: ``[B, N]``, float32: the ranking with which the prefill began, or None.
+        protect: ``[B, N]``, bool: the tokens that are never dropped; None if there are none.
         row_lengths: ``[B]``, int64: how many tokens each prompt has; None while all rows are alike.
         importance: ``[B, M]``, float32: the method's ranking so far; None before there is one. The
             next layer may update it in place. After a selection it still ranks the tokens that
@@ -181,6 +192,7 @@ class PrefillState:
         prompt_length: int,
         start: Tensor | None,
         ranking: Tensor | None,
+        protect: Tensor | None,
         keep_scores: bool,
         reduce: Reduce | None = None,
     ) -> None:
@@ -193,6 +205,7 @@ class PrefillState:
         self.row_lengths = None if start is None else prompt_length - start.long()
         self.positions: Tensor | None = None
         self.ranking = ranking
+        self.protect = protect
         self.reduce = reduce
         self.importance: Tensor | None = None
         self.running: Tensor | None = None
@@ -218,6 +231,31 @@ class PrefillState:
         if self.start is None or self.row_lengths is None:
             return None
         return Sizes(self.row_lengths, self.length - self.start, self.num_layers)
+
+    @property
+    def protected(self) -> Tensor | None:
+        """``[B, n]``, bool: which of the tokens that the current layer sees are never dropped."""
+        protect = self.protect
+        if protect is not None and self.positions is not None:
+            protect = gather_kept(protect, self.positions)
+        if protect is None or self.start is None:
+            return protect
+        return protect & (torch.arange(self.length, device=protect.device) >= self.start[:, None])
+
+    def protection(self, context: int, num_sinks: int) -> Protection | None:
+        """What is never dropped of the first ``context`` tokens that the current layer sees.
+
+        Of a prompt that has any, the ``num_sinks`` first tokens are among them.
+        """
+        protected = self.protected
+        if protected is None:
+            return None
+        place = torch.arange(context, device=protected.device)[None]
+        if self.start is not None:
+            place = place - self.start[:, None]
+        sinks = (place >= 0) & (place < num_sinks) & protected.any(dim=1, keepdim=True)
+        tokens = protected[:, :context] | sinks
+        return Protection(tokens, tokens.sum(dim=1))
 
     def update_ranking(self, ranking: Tensor) -> None:
         """Called by the method: its ranking ``[B, M]`` after the current layer."""
@@ -290,11 +328,12 @@ class PrefillState:
     def see(self, layer: Layer) -> None:
         """Like :meth:`observe`, with a view of the layer that the caller has made."""
         self._advance(layer.index, "observe")
-        if self.ranking is not None and self.ranking.shape[0] != layer.key.shape[0]:
-            raise ValueError(
-                f"observe: ranking must be of the {layer.key.shape[0]} prompts of the batch, "
-                f"got one of {self.ranking.shape[0]}"
-            )
+        for name, given in (("ranking", self.ranking), ("protect", self.protect)):
+            if given is not None and given.shape[0] != layer.key.shape[0]:
+                raise ValueError(
+                    f"observe: {name} must be of the {layer.key.shape[0]} prompts of the batch, "
+                    f"got one of {given.shape[0]}"
+                )
         if layer.key.shape[2] != self.length:
             raise ValueError(
                 f"observe: key of layer {layer.index} must have the {self.length} tokens that the "
@@ -469,7 +508,7 @@ class PrefillState:
             return (positions[row][positions[row] >= 0] - padding)[None]
 
         alone.prompt_length -= padding
-        alone.start = alone.row_lengths = None
+        alone.start = alone.row_lengths = alone.protect = None  # what was protected is held
         alone.positions = own(self.positions)
         parked = own(self.seen_when_parked[2])
         tokens = alone.prompt_length if parked is None else parked.shape[1]
@@ -517,12 +556,19 @@ class PrefillState:
         self.length = index.shape[-1]
         return index
 
+    @property
+    def differs_by_row(self) -> bool:
+        """Whether more may be kept of one prompt than of another of the same length."""
+        if self.protect is None or self.method.differs_by_row:
+            return self.method.differs_by_row
+        return not bool((self.protect == self.protect[:1]).all())
+
     def _padding(self, index: Tensor | None) -> Tensor | None:
         """``[B]``: how many tokens at ``[B, k]`` or ``[B, G, k]``, the first, are padding."""
         start = self.start
         if index is None:
             return start
-        if start is None and self.method.differs_by_row and index.shape[0] > 1:
+        if start is None and index.shape[0] > 1 and self.differs_by_row:
             start = index.new_zeros(index.shape[0])
         if start is None:
             return None
@@ -538,7 +584,7 @@ class PrefillState:
         def moved(value: Any) -> Any:
             return value.to(device) if isinstance(value, Tensor) else value
 
-        for name in ("start", "row_lengths", "positions", "ranking", "importance"):
+        for name in ("start", "row_lengths", "positions", "ranking", "protect", "importance"):
             setattr(self, name, moved(getattr(self, name)))
         length, start, positions = self.seen_when_parked
         self.seen_when_parked = length, moved(start), moved(positions)
@@ -595,6 +641,7 @@ class Turn(PrefillState):
         vars(self).update(vars(prefill))
         _, self.start, self.positions = prefill.seen_when_parked
         self.turn_length, self.length = new, seen + new
+        self.protect = None  # what was protected is held
         self.taken: TakenUp | None = None
         self.importance = self.running = None
         self.notes, self.lengths, self.scores, self.ahead = {}, [], {}, []

@@ -8,11 +8,11 @@ a prompt, how it renders chats.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import claa_ops.vllm.requests as requests
-from claa_ops.vllm.chat import Chat, learn
+from claa_ops.huggingface.chat import Chat, learn
 from claa_ops.vllm.metrics import count
 from claa_ops.vllm.refusals import check
 from claa_ops.vllm.settings import Settings, parse
@@ -122,6 +122,13 @@ def check_request(request: Any, settings: Settings, chat: Callable[[], Chat]) ->
         )
     ids, embeds = request.prompt_token_ids, request.prompt_embeds
     prompt = len(embeds if ids is None else ids)
-    named = None if ids is None else lambda names: chat().spans(names, ids)
+
+    def find(names: Sequence[str]) -> list[int]:
+        try:
+            return chat().spans(names, ids)
+        except ValueError as error:
+            raise ValueError(f"claa: {requests.PROTECT}: {error}") from None
+
+    named = None if ids is None else find
     params.extra_args = requests.resolve(params.extra_args, settings, prompt, named)
     count(prompt, params.extra_args[requests.KEPT])

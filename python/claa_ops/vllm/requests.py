@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+from claa_ops.huggingface.chat import NAMES
 from claa_ops.selection import Budget
-from claa_ops.vllm.chat import NAMES
 from claa_ops.vllm.settings import Settings
 
 KEEP, PROTECT = "claa_keep", "claa_protect"

@@ -90,8 +90,8 @@ class Chat:
         """All up to the first message of the user; none if only special tokens precede it."""
         if self.user is None:
             raise ValueError(
-                'claa: claa_protect "system" needs a chat template that puts the system prompt '
-                "before the first message of the user, with a mark between, got one that does not"
+                '"system" needs a chat template that puts the system prompt before the first '
+                "message of the user, with a mark between, got one that does not"
             )
         for at in _find(self.user, ids)[:1].tolist():
             if not np.isin(ids[:at], self.special).all():
@@ -101,8 +101,8 @@ class Chat:
     def _tools(self, ids: NDArray[np.int64]) -> list[tuple[int, int]]:
         if self.tools is None:
             raise ValueError(
-                'claa: claa_protect "tools" needs a chat template that puts tool definitions '
-                "between marks, got one that does not"
+                '"tools" needs a chat template that puts tool definitions between marks, '
+                "got one that does not"
             )
         return self.tools.spans(ids)
 
@@ -129,7 +129,7 @@ def learn(tokenizer: Any, template: str | None = None) -> Chat:
     render = _renderer(tokenizer, template)
     if render([_say("user", "Hello")], None) is None:
         raise ValueError(
-            "claa: claa_protect must be positions where there is no chat template and tokenizer, "
+            "what is protected must be positions where there is no chat template and tokenizer, "
             "got a name"
         )
 

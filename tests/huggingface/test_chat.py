@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from claa_ops.vllm.chat import NAMES, learn
+from claa_ops.huggingface.chat import NAMES, learn
 from support import chat_templates as forms
 from support.tiny_checkpoint import tiny_tokenizer
 
@@ -195,7 +195,7 @@ def test_whatever_the_contents_are(form, merges, contents, tools):
 )
 def test_what_a_template_cannot_have_is_refused(form, name):
     chat = learn(forms.chat_tokenizer(form))
-    with pytest.raises(ValueError, match=f'claa_protect "{name}" needs a chat template that puts'):
+    with pytest.raises(ValueError, match=f'"{name}" needs a chat template that puts'):
         chat.spans([name], [1, 2, 3])
 
 
