@@ -131,7 +131,7 @@ class Settings:
         if layer is None and self.schedule is None and spec.has("layer"):
             remarks.append(
                 f"The layer is {spec.default_layer(num_layers)} (of 0 to {num_layers - 1}) by "
-                f"default, as deep as {spec.default_layer(32)} of 0 to 31, and not measured on this "
+                f"default, as deep as {spec.default_layer(32)} of 0 to 31, not measured on this "
                 "model: `claa-ops tune` finds a method, a layer and a rate for it."
             )
         if self.draft is not None:
