@@ -76,6 +76,11 @@ _OPTIONS = {
         min=1,
         help="Prompts of about one length that share a forward; a GPU gains by some, a CPU hardly.",
     ),
+    "protect": typer.Option(
+        "--protect/--no-protect",
+        help="Whether methods keep what a caller knows in any case: an agent's system prompt and "
+        "tools (beyond-agent). It comes on top of the rate.",
+    ),
     "time_limit": typer.Option(
         min=0.0,
         help="Minutes after which nothing more is computed: tables and pictures show what there "

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from claa_ops.huggingface.answer import ModelReader
 from claa_ops.huggingface.cache import ClaaCache, StateLayer
+from claa_ops.huggingface.chat_parts import Protect
 from claa_ops.huggingface.decoding import count_positions
 from claa_ops.huggingface.prefill import Prefilled, prefill
 from claa_ops.huggingface.transformers_api import cache_argument, cache_of, decoder_of
@@ -249,7 +250,7 @@ class RecordedPrefill:
         self.logits: Tensor = output.logits[:, -1]
         self.seconds, self._layer_seconds = clock.seconds, clock.between_ticks()
 
-    def run(self, method: Method) -> Replayed:
+    def run(self, method: Method, protect: Protect | None = None) -> Replayed:
         """:func:`claa_ops.prefill.prefill` on these prompts.
 
         Raises:
@@ -259,7 +260,12 @@ class RecordedPrefill:
         prepared, seconds = self._prepare(method)
         with self._replaying() as replay, _Clock(self.model.device) as clock:
             prefilled = prefill(
-                self.model, self.input_ids, method, self.attention_mask, prepared=prepared
+                self.model,
+                self.input_ids,
+                method,
+                self.attention_mask,
+                protect=protect,
+                prepared=prepared,
             )
         seconds += clock.seconds + replay.saved
         return Replayed(

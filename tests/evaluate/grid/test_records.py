@@ -267,7 +267,7 @@ def test_a_batch_that_fails_is_answered_prompt_by_prompt(model, tmp_path, uneven
     expected = evaluate(model, tmp_path / "alone", grid("claa"), uneven)
     prefill_batch = RecordedPrefill.run
 
-    def run(self, method):
+    def run(self, method, protect=None):
         if len(self.input_ids) > 1:
             raise torch.OutOfMemoryError("of a GPU")
         return prefill_batch(self, method)
@@ -413,7 +413,7 @@ def test_prompts_of_one_length_that_keep_different_numbers_are_one_batch(
     assert len({one.tokens for one in alone}) == 1 and len({one.kept for one in alone}) > 3
     rows, run = [], RecordedPrefill.run
     monkeypatch.setattr(
-        RecordedPrefill, "run", lambda self, x: rows.append(len(self.input_ids)) or run(self, x)
+        RecordedPrefill, "run", lambda self, *x: rows.append(len(self.input_ids)) or run(self, *x)
     )
     found = evaluate(model, tmp_path / "2", cells, alike, batch_size=3)
     assert rows == [3, 3, 3]
@@ -423,6 +423,50 @@ def test_prompts_of_one_length_that_keep_different_numbers_are_one_batch(
         assert untimed(replace(ours, work=0, operations=0)) == untimed(
             replace(theirs, work=0, operations=0)
         )
+
+
+# What a caller knows and protects.
+
+
+def with_tools(index, text):
+    """A prompt whose first sentence is protected, and decides the answer with the last."""
+    known = "These are the tools. " * 3
+    prompt = f"{known}{text * 15}Now call one."
+    return Example(
+        task="open",
+        name=str(index),
+        prompt=prompt,
+        grade=lambda answer: len(answer) / 10,
+        max_new_tokens=5,
+        facts=((0, len(known)), (prompt.index("Now"), len(prompt))),
+        protected=((0, len(known)),),
+    )
+
+
+@pytest.mark.parametrize("lengths", ["even", "uneven"])
+def test_what_is_protected_is_kept_whole_by_every_method(model, tmp_path, lengths):
+    texts = ["Rain fell. ", "Cats slept. " if lengths == "uneven" else "Snow fell. "]
+    prompts = [with_tools(index, text) for index, text in enumerate(texts)]
+    (folder := tmp_path / "together").mkdir()
+    cells = grid("claa:window=4", "hops:keep_least=0:least=8", "gemfilter", layers=[1], keeps=[0.1])
+    plain = evaluate(model, tmp_path, cells, prompts)
+    before = kept(tmp_path)
+    found = evaluate(model, tmp_path, cells, prompts, protect=True)
+    assert kept(tmp_path) == 2 * before  # these are other answers
+    together = evaluate(model, folder, cells, prompts, protect=True, batch_size=2)
+    for record, other, one in zip(found, plain, together, strict=True):
+        if record.cell.label != "full":
+            assert record.facts[0] == 1.0 > other.facts[0]
+            assert record.kept > other.kept and record.work > other.work
+        assert (one.facts, one.kept) == (record.facts, record.kept)
+        assert one.work == pytest.approx(record.work)
+
+
+def test_prompts_without_anything_known_are_as_before(model, tmp_path, prompts):
+    first = evaluate(model, tmp_path, grid("claa", keeps=[0.3]), prompts)
+    before = kept(tmp_path)
+    assert evaluate(model, tmp_path, grid("claa", keeps=[0.3]), prompts, protect=True) == first
+    assert kept(tmp_path) == before
 
 
 # What ends the work before all is done.

@@ -32,6 +32,7 @@ class EncodedPrompt:
         target: ``[T]``, of the right answer, if the example has one.
         turn: ``[n]``, of the turn with the second question, if there is one.
         facts: where in the prompt the facts of all questions stand.
+        protected: where in it stands what is not to be dropped.
     """
 
     index: int
@@ -40,6 +41,7 @@ class EncodedPrompt:
     target: Tensor | None
     turn: Tensor | None
     facts: tuple[range, ...]
+    protected: tuple[range, ...] = ()
 
     @classmethod
     def encode(
@@ -50,6 +52,7 @@ class EncodedPrompt:
         example: Example,
         chat: bool | None,
         max_length: int | None,
+        protect: bool = False,
     ) -> EncodedPrompt:
         """Token ids of prompt and target; a prompt too long is cut in the middle, or refused."""
         example.check()
@@ -67,11 +70,13 @@ class EncodedPrompt:
             new_tokens += len(turn) + then.max_new_tokens
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         limits = [max_length or torch.inf, (context or torch.inf) - new_tokens]
+        facts = [fact for question in example.questions for fact in question.facts]
+        protected = example.protected if protect else ()
         prompt = encode_prompt(
             tokenizer,
             text,
             chat=chat,
-            facts=[fact for question in example.questions for fact in question.facts],
+            facts=[*facts, *protected],
             answer_prefix=example.answer_prefix,
         )
         excess = prompt.ids.shape[1] - min(limits)
@@ -84,7 +89,8 @@ class EncodedPrompt:
                 f"the prompt has {prompt.ids.shape[1]:,} tokens, more than the {max_length:,} "
                 "allowed"
             )
-        return cls(index, example, prompt.ids, target, turn, prompt.facts)
+        found, kept = prompt.facts[: len(facts)], prompt.facts[len(facts) :]
+        return cls(index, example, prompt.ids, target, turn, found, kept)
 
     @property
     def tokens(self) -> int:
@@ -105,6 +111,7 @@ class EncodedPrompt:
     def key(self) -> Json:
         """All of the prompt that an answer depends on; the name for the draws of a method."""
         facts = torch.tensor([[fact.start, fact.stop] for fact in self.facts])
+        protected = torch.tensor([[part.start, part.stop] for part in self.protected])
         return {
             "task": self.example.task,
             "name": self.example.name,
@@ -112,6 +119,7 @@ class EncodedPrompt:
             "target": None if self.target is None else ids_digest(self.target),
             "turn": None if self.turn is None else ids_digest(self.turn),
             "facts": ids_digest(facts),
+            **({"protected": ids_digest(protected)} if self.protected else {}),
             "answers": [
                 {
                     "max_new_tokens": question.max_new_tokens,
@@ -134,6 +142,17 @@ def batches(prompts: Iterator[EncodedPrompt], size: int) -> Iterator[list[Encode
             alike = [prompt for prompt in ahead if prompt.kind == kind]
             alike.sort(key=lambda prompt: (prompt.tokens, prompt.example.max_new_tokens))
             yield from (alike[first : first + size] for first in range(0, len(alike), size))
+
+
+def protection(prompts: list[EncodedPrompt], tokens: int) -> Tensor | None:
+    """``[B, tokens]``, bool: what is not to be dropped of left-padded prompts; None if nothing."""
+    if not any(prompt.protected for prompt in prompts):
+        return None
+    mask = torch.zeros(len(prompts), tokens, dtype=torch.bool)
+    for row, prompt in zip(mask, prompts, strict=True):
+        for part in prompt.protected:
+            row[tokens - prompt.tokens :][part.start : part.stop] = True
+    return mask
 
 
 def padded(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from claa_ops.evaluate.grid.cells import Cell
-from claa_ops.evaluate.grid.encoded import EncodedPrompt, batches, padded
+from claa_ops.evaluate.grid.encoded import EncodedPrompt, batches, padded, protection
 from claa_ops.evaluate.grid.journal import Journal, Json
 from claa_ops.evaluate.guard import left_out
 from claa_ops.evaluate.provenance import decoder_digest, method_key, model_key
@@ -87,6 +87,7 @@ def evaluate_model(
     chat: bool | None = None,
     max_length: int | None = None,
     batch_size: int = 1,
+    protect: bool = False,
     is_time_up: Callable[[], bool] = lambda: False,
     on_total: Callable[[int], None] = lambda _: None,
     on_record: Callable[[], None] = lambda: None,
@@ -110,6 +111,7 @@ def evaluate_model(
         batch_size: prompts of about one length that share a forward. A method that serves one
             prompt at a time, or draws for each, continues from the rows of their full prefill, and
             so does every method where a batch does not fit into memory.
+        protect: whether methods may drop nothing of what an example names as protected.
         is_time_up: asked before each prefill; nothing more is computed when it says so.
         on_total, on_record: told how many records there will be, and of each one.
         on_problem: told of a prompt that cannot be served, by all cells or by one, whatever the
@@ -124,7 +126,17 @@ def evaluate_model(
     """
     on_total(len(examples) * len(cells))
     work = _Work(
-        model, tokenizer, name, cells, journal, chat, max_length, is_time_up, on_record, on_problem
+        model,
+        tokenizer,
+        name,
+        cells,
+        journal,
+        chat,
+        max_length,
+        protect,
+        is_time_up,
+        on_record,
+        on_problem,
     )
     end: End = "all"
     try:
@@ -153,6 +165,7 @@ class _Work:
         journal: Journal,
         chat: bool | None,
         max_length: int | None,
+        protect: bool,
         is_time_up: Callable[[], bool],
         on_record: Callable[[], None],
         on_problem: Callable[[str], None],
@@ -160,6 +173,7 @@ class _Work:
         self.found: dict[tuple[int, int], Record] = {}  # by example and cell
         self._model, self._tokenizer, self._name, self._cells = model, tokenizer, name, cells
         self._journal, self._chat, self._max_length = journal, chat, max_length
+        self._protect = protect
         self._is_time_up, self._on_record, self._on_problem = is_time_up, on_record, on_problem
         of_model = {**model_key(model), "decoder": decoder_digest(tokenizer)}
         self._keys = [{**of_model, **method_key(cell.method)} for cell in cells]
@@ -170,7 +184,13 @@ class _Work:
             prompt = None
             with left_out(example.where, self._on_problem):
                 prompt = EncodedPrompt.encode(
-                    self._model, self._tokenizer, index, example, self._chat, self._max_length
+                    self._model,
+                    self._tokenizer,
+                    index,
+                    example,
+                    self._chat,
+                    self._max_length,
+                    self._protect,
                 )
             if prompt is None:
                 for _ in self._cells:
@@ -235,7 +255,8 @@ class _Work:
         self, prefill: RecordedPrefill, method: Method, prompts: list[EncodedPrompt]
     ) -> list[Json]:
         """What the journal keeps of each prompt; the prompts are of one kind."""
-        prefilled = prefill.run(method)
+        protect = protection(prompts, prefill.input_ids.shape[1])
+        prefilled = prefill.run(method, None if protect is None else protect.to(self._model.device))
         results = _costs(prefilled, prompts)
         targets = [prompt.target for prompt in prompts if prompt.target is not None]
         if not targets:
@@ -318,7 +339,8 @@ class _Prefills:
 
     def for_all(self, method: Method) -> RecordedPrefill | None:
         """The prefill of all prompts that a method can continue from, if there is one."""
-        if not method.differs_by_row or self.together is None:
+        differs = method.differs_by_row or any(prompt.protected for prompt in self.batch)
+        if not differs or self.together is None:
             return self.together
         if self.together.attention_mask is not None:
             return self.together

@@ -216,6 +216,7 @@ class _Run:
             chat=plan.chat,
             max_length=plan.max_length,
             batch_size=plan.batch_size,
+            protect=plan.protect,
             is_time_up=self._is_time_up,
             on_total=progress.total,
             on_record=progress.advance,

@@ -47,6 +47,7 @@ class Plan:
         settings: which prompts.
         any_length: whether needle lengths that the model's context does not hold are left out.
         chat, max_length, batch_size: as `evaluate_model` takes them.
+        protect: as `evaluate_model` takes it.
         time_limit: minutes after which nothing more is computed; None for none.
         baseline: the method that differences are taken to.
         min_full: the accuracy of full prefill from which on a task tells what a method loses.
@@ -68,6 +69,7 @@ class Plan:
     chat: bool | None = None
     max_length: int | None = None
     batch_size: int = 1
+    protect: bool = False
     time_limit: float | None = None
     baseline: str = "full"
     min_full: float = 0.3
@@ -112,8 +114,8 @@ class Settings:
         prompts: for each kind, length and depth of needle.
         seed, filler: of needle prompts, see `needle_examples`.
         limit: records taken of each file; None for all.
-        max_length, batch_size, time_limit, chat, baseline, min_full, draft, dtype, device: as in
-            `Plan`.
+        max_length, batch_size, protect, time_limit, chat, baseline, min_full, draft, dtype,
+            device: as in `Plan`.
         out: the folder of records, results and pictures.
         threads: of torch on the CPU; None for its own choice.
     """
@@ -134,6 +136,7 @@ class Settings:
     limit: int | None = None
     max_length: int | None = None
     batch_size: int = 1
+    protect: bool = False
     time_limit: float | None = None
     chat: bool | None = None
     baseline: str = "full"
@@ -183,6 +186,7 @@ class Settings:
             settings=TaskSettings(**prompts),
             max_length=self.max_length,
             batch_size=self.batch_size,
+            protect=self.protect,
             time_limit=self.time_limit,
             chat=self.chat,
             baseline=self.baseline,

@@ -131,17 +131,20 @@ def agent(source: Source) -> Draft:
     definitions += [_definition(*one) for one in draw.sample(_OTHERS, _TOOLS - len(_ASKABLE))]
     draw.shuffle(definitions)
     history = prose(source, planted)
-    return Draft(
-        head="System: You are the assistant of an office. You act through tools alone: you answer "
+    head = (
+        "System: You are the assistant of an office. You act through tools alone: you answer "
         'with one JSON object that has the name of a tool as "tool" and its arguments as '
         '"arguments". You take the arguments from what the user has said before.\nTools:\n'
         + "\n".join(definitions)
-        + "\n\n",
+    )
+    return Draft(
+        head=f"{head}\n\n",
         body=replace(history, unit="User: {}\nAssistant: I see.".format, joint="\n"),
         tail=f"\nUser: {tool.request.format(subjects[0])}\n",
         prefix='{"tool": "',
         answers=(tool.name, *values[:2]),
         needed=(_definition(tool.name, tool.description, tool.fields), *turns[0]),
+        protected=(head,),
         new_tokens=48,
     )
 

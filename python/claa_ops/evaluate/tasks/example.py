@@ -32,6 +32,7 @@ class Example:
         fact: the part of the prompt that decides the answer, where it is known and one.
         facts: where in the prompt all parts stand that decide the answer: for each the first
             character and the one after its last. Of a second question, in the first one's prompt.
+        protected: where in the prompt stands what a caller knows and may have kept whole, likewise.
         place: where it stands: the prompt's length in tokens and the fact's depth in [0, 1].
         then: a second question about the prompt, asked as a further turn after the first one's
             answer; both are decoded, and the score is the mean of theirs.
@@ -52,6 +53,7 @@ class Example:
     enough: Callable[[str], bool] | None = field(default=None, compare=False)
     fact: str | None = None
     facts: tuple[tuple[int, int], ...] = ()
+    protected: tuple[tuple[int, int], ...] = ()
     place: Mapping[str, float] = field(default_factory=dict)
     then: Example | None = None
     may_cut: bool = False

@@ -127,6 +127,7 @@ def _example(task: str, name: str, draft: Draft, count: TokenCounter, length: in
         enough=None if then else Recall(draft.answers).is_full,
         fact=draft.needed[0] if len(draft.needed) == 1 else None,
         facts=_spans(prompt, draft.needed) + _occurrences(prompt, body, draft.counted),
+        protected=_spans(prompt, draft.protected),
         place={"length": length},
         then=then,
     )

@@ -55,6 +55,7 @@ class Draft:
         prefix: how the answer is made to begin.
         answers: the texts that a right answer has.
         needed: the parts of the prompt that decide the answer, each of which stands in it once.
+        protected: the parts that a caller knows and may have kept whole, likewise.
         counted: words of the body of which every occurrence decides the answer.
         new_tokens: the length of an answer, unless the right ones are longer.
         then: a second question.
@@ -66,6 +67,7 @@ class Draft:
     prefix: str
     answers: tuple[str, ...]
     needed: tuple[str, ...] = ()
+    protected: tuple[str, ...] = ()
     counted: tuple[str, ...] = ()
     new_tokens: int = 32
     then: Question | None = None
