@@ -82,6 +82,27 @@ def test_names_become_positions_and_come_on_top(protect):
     assert resolved["claa_kept"] == 220 + 780 // 5
 
 
+@pytest.mark.parametrize("protect", ["system,tools", ["system", "tools"]])
+def test_a_server_may_protect_by_itself_unless_a_request_says_otherwise(protect):
+    claa = {"method": "peak", "layer": 3, "keep": 0.2, "protect": protect}
+    parsed = parse(claa, num_layers=8)
+
+    def named(names):
+        return {("system", "tools"): [0, 100], ("template",): [50, 60]}[tuple(names)]
+
+    def ask(asked, prompt=1000, where=named):
+        found = resolve(asked, parsed, prompt, where)
+        return found.get("claa_protect"), found["claa_kept"]
+
+    assert ask(None) == ([0, 100], 100 + 900 // 5)
+    assert ask({"claa_keep": 0.5}) == ([0, 100], 100 + 900 // 2)
+    assert ask({"claa_keep": "all"}) == ([0, 100], 1000)
+    assert ask({"claa_protect": "template"}) == ([50, 60], SINKS + 10 + (990 - SINKS) // 5)
+    assert ask({"claa_protect": "none"}) == ask({"claa_protect": []}) == ([], 200)
+    assert ask(None, where=None) == (None, 200)  # a prompt of embeddings has no names
+    assert ask(None, where=lambda names: []) == (None, 200)
+
+
 def test_names_of_what_a_prompt_has_not_change_nothing():
     resolved = resolve({"claa_protect": "system"}, SETTINGS, 1000, lambda names: [])
     assert resolved == {"claa_protect": [], "claa_kept": 200}
@@ -102,7 +123,8 @@ def test_names_of_what_a_prompt_has_not_change_nothing():
     ],
 )
 def test_other_names_are_refused(protect):
-    with pytest.raises(ValueError, match="must name any of system, tools, template, or be pairs"):
+    expected = "must name any of system, tools, template, or be none, or pairs begin, end"
+    with pytest.raises(ValueError, match=expected):
         resolve({"claa_protect": protect}, SETTINGS, 100, lambda names: [])
 
 

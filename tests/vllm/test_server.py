@@ -11,7 +11,7 @@ pytest.importorskip("vllm.version", reason="vLLM is not in this environment: mak
 import openai
 
 from claa_ops.methods import Peak
-from support.chat_templates import CHATML
+from support.chat_templates import BARE, CHATML
 from support.engines import alone, prompts
 from support.servers import server
 
@@ -28,6 +28,7 @@ def log(tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(tiny_llama, log):
     arguments = ("--method", "peak:window=8", "--layer", "3", "--keep", "20%")
+    arguments += ("--protect", "system")
     own = ("--max-num-batched-tokens", "256", "--max-num-seqs", "4", "--max-model-len", "2048")
     template = log.with_name("template.jinja")
     template.write_text(CHATML)
@@ -73,7 +74,7 @@ def metric(served: str, name: str) -> float:
 def test_the_start_says_the_plan(served, log):
     said = log.read_text()
     assert "claa: peak after layer 3: 4 layers see whole prompts, 4 see 20% of them" in said
-    assert "times as many" in said
+    assert "times as many" in said and "claa: never dropped beside them: system" in said
 
 
 def test_answers_are_those_of_the_adapter(client, tiny_llama, expected):
@@ -159,8 +160,9 @@ def test_a_chat(client, tiny_llama):
     assert answer.usage.completion_tokens == NEW
 
 
-@pytest.mark.parametrize("protect", [["system"], ["system", "tools"], ["tools"]])
+@pytest.mark.parametrize("protect", [None, "none", ["system"], ["system", "tools"], ["tools"]])
 def test_a_chat_protects_by_name(client, served, tiny_llama, protect):
+    """And as its server does if it says nothing."""
     system, tool = "Answer in one word. " * 12, {"type": "function", "function": {"name": "now"}}
     question, kept = "Who wrote this? " * 20, 'claa:prompt_tokens_total{seen="kept"}'
     before = metric(served, kept)
@@ -169,13 +171,14 @@ def test_a_chat_protects_by_name(client, served, tiny_llama, protect):
         messages=[{"role": "system", "content": system}, {"role": "user", "content": question}],
         tools=[tool],
         tool_choice="none",
-        **OFTEN | {"extra_body": {"vllm_xargs": {"claa_protect": protect}}},
+        **OFTEN | {"extra_body": {"vllm_xargs": {"claa_protect": protect} if protect else {}}},
     )
     # A token is a byte.
     prompt = answer.usage.prompt_tokens
     first = prompt - len(f"{question}<|im_end|>\n<|im_start|>assistant\n")
-    begin = {"system": 0, "tools": len(f"<|im_start|>system\n{system}")}[protect[0]]
+    begin = len(f"<|im_start|>system\n{system}") if protect == ["tools"] else 0
     protected = first - begin + min(begin, 4)  # the sinks are kept anyway
+    protected = 0 if protect == "none" else protected
     assert metric(served, kept) - before == protected + (prompt - protected) // 5
 
 
@@ -210,5 +213,14 @@ def test_a_server_is_refused_in_one_sentence(tiny_llama, tmp_path):
     assert done.returncode == 2 and "method must drop tokens after a layer" in done.stderr
     done = refuse("--keep", "half")
     assert done.returncode == 2 and "keep must be a rate" in done.stderr
+    done = refuse("--protect", "sytem")
+    assert done.returncode == 2 and "protect must name any of system, tools, temp" in done.stderr
+    template = tmp_path / "template.jinja"
+    template.write_text(BARE)
+    done = refuse("--protect", "system", "--", "--chat-template", str(template))
+    assert done.returncode == 2 and '"system" needs a chat template that puts' in done.stderr
+    template.write_text(CHATML)
+    done = refuse("--protect", "system, tools", "--", f"--chat-template={template}")
+    assert done.returncode == 0 and '"protect": "system, tools"' in json.loads(done.stdout)[-2]
     done = refuse("--keep", "0.1", "--", "--port", "81")
     assert done.returncode == 0 and json.loads(done.stdout)[-2:] == ["--port", "81"]

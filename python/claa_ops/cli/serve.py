@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from itertools import pairwise
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -41,6 +43,13 @@ def serve(
     min_prompt: Annotated[
         int, typer.Option(min=0, help="Prompts of fewer tokens are served whole.")
     ] = 0,
+    protect: Annotated[
+        str,
+        typer.Option(
+            help="Parts of chats that are never dropped, unless a request says otherwise: system, "
+            "tools, template, with commas between. They come on top of --keep."
+        ),
+    ] = "",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print vLLM's command line and stop.")
     ] = False,
@@ -57,8 +66,11 @@ def serve(
             layer=layer,
             keep=budget,
             min_prompt=min_prompt,
+            protect=protect,
             **spec.settings,
         )
+        if protect:
+            _find_parts(model, protect, context.args)
         lines = plan(model, given["additional_config"]["claa"])
     except ValueError as error:
         raise InputError(str(error).removeprefix("claa: ")) from error
@@ -73,3 +85,17 @@ def serve(
         return
     sys.stdout.flush()
     os.execv(sys.executable, command)
+
+
+def _find_parts(model: str, protect: str, arguments: list[str]) -> None:
+    """Refuse parts that the chat template which vLLM will use cannot have."""
+    from transformers import AutoTokenizer
+
+    from claa_ops.huggingface.chat_parts import ChatParts
+
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    given |= dict(pairwise(arguments))
+    template = given.get("--chat-template")
+    if template is not None and Path(template).is_file():
+        template = Path(template).read_text(encoding="utf-8")
+    ChatParts(AutoTokenizer.from_pretrained(given.get("--tokenizer", model)), protect, template)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from claa_ops.huggingface.chat import NAMES, learn
+from claa_ops.huggingface.chat import learn, part_names
 from claa_ops.selection.protection import check_protect
 
 Protect = Tensor | Callable[[Tensor], Tensor]
@@ -43,10 +43,10 @@ class ChatParts:
     def __init__(
         self, tokenizer: Any, names: str | Sequence[str], chat_template: str | None = None
     ) -> None:
-        given = names.split(",") if isinstance(names, str) else list(names)
-        self.names = [name.strip() if isinstance(name, str) else name for name in given]
-        if not self.names or not all(name in NAMES for name in self.names):
-            raise ValueError(f"ChatParts: names must be any of {', '.join(NAMES)}, got {names!r}")
+        try:
+            self.names = part_names(names)
+        except ValueError as error:
+            raise ValueError(f"ChatParts: names must be {error}, got {names!r}") from None
         try:
             self._chat = learn(tokenizer, chat_template)
             self._chat.spans(self.names, [])

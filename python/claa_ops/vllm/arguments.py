@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from claa_ops.vllm.architectures import ARCHITECTURES
@@ -16,6 +17,7 @@ def engine_args(
     layer: int | None = None,
     keep: float | int = 0.1,
     min_prompt: int = 0,
+    protect: str | Sequence[str] = (),
     **settings: Any,
 ) -> dict[str, Any]:
     """Arguments of ``vllm.LLM`` for a model with a selection.
@@ -27,6 +29,8 @@ def engine_args(
             next to it whose caches vLLM pads less.
         keep: the share, or number, of a prompt's tokens that the layers after it see.
         min_prompt: prompts of fewer tokens are served whole.
+        protect: parts of chats that are never dropped unless a request says otherwise, such as
+            ``"system,tools"``: see :class:`claa_ops.prefill.ChatParts`.
         settings: any other setting of the method, such as ``keep_kv``: what the caches of the
             layers up to the selection keep of a prompt that is over; all by default.
 
@@ -42,6 +46,8 @@ def engine_args(
     """
     architecture, num_layers = _read(model)
     given = {"method": method, "keep": keep, "min_prompt": min_prompt, **settings}
+    if protect:
+        given["protect"] = protect if isinstance(protect, str) else list(protect)
     if layer is None:
         layer = _roomy(parse(given, num_layers))
     given["layer"] = layer
@@ -71,6 +77,8 @@ def plan(model: str, given: dict[str, Any]) -> list[str]:
             f"claa: when a prompt is over, the caches of layers {settings.compressed[0]} to "
             f"{settings.layer} keep {share[1]:.0%} of it"
         ]
+    if settings.protect:
+        lines.append(f"claa: never dropped beside them: {', '.join(settings.protect)}")
     best = _roomy(settings)
     if best != settings.layer:
         waste = _groups(settings, best).waste(*share)

@@ -8,6 +8,7 @@ A request asks by ``SamplingParams(extra_args=...)``, or in an OpenAI server by 
     {"claa_protect": [0, 120, 300, 340]}    # never drop tokens 0 to 119 and 300 to 339
     {"claa_protect": "0,120,300,340"}       # the same, where a server takes no lists
     {"claa_protect": "system,tools"}        # nor what the chat template puts there
+    {"claa_protect": "none"}                # nothing, where the server protects by itself
 
 The front end checks it (:func:`resolve`) and writes down how many tokens are kept. Scheduler and
 workers read that number, so they agree, and nothing that a request says can stop them.
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from claa_ops.huggingface.chat import NAMES
+from claa_ops.huggingface.chat import part_names
 from claa_ops.selection import Budget
 from claa_ops.vllm.settings import Settings
 
@@ -28,13 +29,14 @@ KEEP, PROTECT = "claa_keep", "claa_protect"
 KEPT = "claa_kept"
 
 Spans = tuple[tuple[int, int], ...]
+Named = Callable[[Sequence[str]], list[int]]  # where the parts with these names begin and end
 
 
 def resolve(
     asked: Mapping[str, Any] | None,
     settings: Settings,
     prompt: int,
-    named: Callable[[Sequence[str]], list[int]] | None = None,
+    named: Named | None = None,
 ) -> dict[str, Any]:
     """What a request asks for, checked, with the number of tokens that it keeps.
 
@@ -63,16 +65,13 @@ def resolve(
             raise ValueError(f"claa: a request may set {KEEP} and {PROTECT}, got {name}")
     default = None if prompt < settings.min_prompt else settings.budget
     budget = _budget(given[KEEP]) if KEEP in given else default
-    spans: Spans = ()
     if PROTECT in given:
-        parts = _parts(given[PROTECT])
-        names = _names(parts, given[PROTECT])
-        if names and named is None:
-            raise ValueError(
-                f"claa: {PROTECT} must be positions where a prompt comes as embeddings, "
-                f"got {given[PROTECT]!r}"
-            )
-        spans = _spans(named(names) if names and named else parts, prompt)
+        spans = _spans_of(given[PROTECT], prompt, named)
+    elif settings.protect and named is not None:
+        spans = _spans(named(settings.protect), prompt)
+    else:
+        spans = ()
+    if spans or PROTECT in given:
         given[PROTECT] = list(chain(*spans))
     asks = KEEP in given or bool(spans)
     given[KEPT] = _kept(budget, spans, settings, prompt) if asks else settings.kept(prompt)
@@ -107,8 +106,21 @@ def _budget(keep: Any) -> Budget | None:
     return budget
 
 
+def _spans_of(protect: Any, prompt: int, named: Named | None) -> Spans:
+    """What a request protects, by position or by name."""
+    parts = _parts(protect)
+    names = _names(parts, protect)
+    if names and named is None:
+        raise ValueError(
+            f"claa: {PROTECT} must be positions where a prompt comes as embeddings, got {protect!r}"
+        )
+    return _spans(named(names) if names and named else parts, prompt)
+
+
 def _parts(protect: Any) -> Any:
     """What a request lists; with commas between in a string, which any server takes."""
+    if protect == "none":
+        return []
     if not isinstance(protect, str):
         return protect
 
@@ -122,13 +134,13 @@ def _names(parts: Any, protect: Any) -> list[str]:
     """The names among the parts; none if these are positions."""
     if not isinstance(parts, Sequence) or not any(isinstance(part, str) for part in parts):
         return []
-    names = [part.strip() if isinstance(part, str) else part for part in parts]
-    if not all(name in NAMES for name in names):
+    try:
+        return part_names(parts)
+    except ValueError as error:
         raise ValueError(
-            f"claa: {PROTECT} must name any of {', '.join(NAMES)}, or be pairs begin, end of "
-            f"tokens, got {protect!r}"
-        )
-    return names
+            f"claa: {PROTECT} must name {error}, or be none, or pairs begin, end of tokens, "
+            f"got {protect!r}"
+        ) from None
 
 
 def _spans(flat: Any, prompt: int) -> Spans:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from claa_ops.huggingface.chat import part_names
 from claa_ops.methods import FastKV, Pruning, find_method, make_method
 from claa_ops.selection import Budget, begin
 from claa_ops.selection.budget import is_count
@@ -23,6 +24,7 @@ class Settings:
         observed: the layers whose queries and keys the method ranks by, ascending; ``layer`` is the
             last of them.
         min_prompt: shorter prompts are served whole.
+        protect: the parts of chats that are never dropped, unless a request says otherwise.
         compressed: the layers up to ``layer`` whose caches are compressed once a prompt is over;
             the last of them is ``layer``, if there is any.
     """
@@ -34,6 +36,7 @@ class Settings:
     observed: tuple[int, ...]
     min_prompt: int = 0
     compressed: range = range(0)
+    protect: tuple[str, ...] = ()
 
     def kept(self, prompt: int) -> int:
         """How many tokens of a prompt of this length go deeper, if its request asks for nothing."""
@@ -61,7 +64,7 @@ def parse(given: Any, num_layers: int) -> Settings:
 
     Args:
         given: a mapping of ``method``, its name, ``min_prompt``, the length below which prompts are
-            served whole, and of any of that method's settings.
+            served whole, ``protect``, parts of chats by name, and of any of that method's settings.
         num_layers: how many layers the model has.
 
     Raises:
@@ -87,6 +90,7 @@ def parse(given: Any, num_layers: int) -> Settings:
         raise ValueError(
             f"claa: min_prompt must be a number of tokens, at least 0, got {min_prompt!r}"
         )
+    protect = _part_names(values.pop("protect", ()))
     # By default the layers up to the selection keep whole caches; the others all that they see.
     values.setdefault("keep_kv", 1.0)
     method = make_method(given["method"], num_layers=num_layers, **values)
@@ -108,7 +112,16 @@ def parse(given: Any, num_layers: int) -> Settings:
             f"claa: method must rank by its selection layer {layer}, got one that ranks by layers "
             f"{list(observed)}"
         )
-    return Settings(method, num_layers, layer, budget, observed, min_prompt, compressed)
+    return Settings(method, num_layers, layer, budget, observed, min_prompt, compressed, protect)
+
+
+def _part_names(given: Any) -> tuple[str, ...]:
+    if given == () or given is None:
+        return ()
+    try:
+        return tuple(part_names(given))
+    except ValueError as error:
+        raise ValueError(f"claa: protect must name {error}, got {given!r}") from None
 
 
 def _plain(value: Any) -> Any:
