@@ -309,3 +309,22 @@ def test_asl_keeps_them_whatever_layer_it_chooses(tau):
     trace = trace_over(method, query, key, ranking, None, protect)
     sure = protect[0].nonzero()[:, 0]
     assert all(torch.isin(sure, head).all() for held in trace.held for head in held[0])
+
+
+def test_a_compiled_prefill_keeps_the_same():
+    method = CLAA(keep=0.1, layer=1, first_full=0, keep_kv=0.2, window=5)
+    query, key, _ = drawn(1, 100)
+
+    def kept(protect):
+        state = prefill.begin(method, num_layers=LAYERS, prompt_length=100, protect=protect)
+        for layer in (0, 1):
+            state.observe(layer, query[layer], key[layer])
+            cached, _ = state.compress(layer, key[layer], key[layer])
+            index = state.select(layer)
+        return index, cached
+
+    compiled = torch.compile(kept, fullgraph=True, backend="eager")
+    for share in (0.3, 0.7):
+        protect = masks(1, 100, [share])
+        for found, expected in zip(compiled(protect), kept(protect), strict=True):
+            assert torch.equal(found, expected)
