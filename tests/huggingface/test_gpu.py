@@ -44,6 +44,19 @@ def on_gpu(*lengths: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return ids.cuda(), mask.cuda()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_protected_tokens_are_kept_wherever_their_mask_is(where):
+    ids, mask = on_gpu(200, 150)
+    protect = torch.zeros(2, 200, dtype=torch.bool, device=where)
+    protect[0, 20:80] = protect[1, 150:160] = True
+    prefilled = claa_ops.prefill.prefill(model_for(), ids, METHOD, mask, protect=protect)
+    kept = prefilled.positions
+    for row, share in enumerate([60 + 140 * 2 // 5, 10 + 140 * 2 // 5]):
+        assert int((kept[row] >= 0).sum()) == share
+        assert torch.isin(protect[row].nonzero()[:, 0].cuda(), kept[row]).all()
+
+
 @pytest.fixture
 def observed(monkeypatch):
     """What the attention shows to the method: (query, key, lse) of each layer."""

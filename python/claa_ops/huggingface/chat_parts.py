@@ -64,7 +64,7 @@ class ChatParts:
 
 
 def protected_of(protect: Protect | None, tokens: Tensor) -> Tensor | None:
-    """The mask ``[B, N]`` for these prompts.
+    """The mask ``[B, N]`` for these prompts, on their device.
 
     Args:
         protect: the mask, or a function of ``input_ids`` that makes it.
@@ -80,11 +80,12 @@ def protected_of(protect: Protect | None, tokens: Tensor) -> Tensor | None:
             "of token ids"
         )
     mask = protect(tokens) if callable(protect) else protect
-    if mask is not None:
-        batch, length = tokens.shape[:2]
-        check_protect("ClaaCache", mask, length)
-        if len(mask) != batch:
-            raise ValueError(
-                f"ClaaCache: protect must have shape [{batch}, {length}], got {list(mask.shape)}"
-            )
-    return mask
+    if mask is None:
+        return None
+    batch, length = tokens.shape[:2]
+    check_protect("ClaaCache", mask, length)
+    if len(mask) != batch:
+        raise ValueError(
+            f"ClaaCache: protect must have shape [{batch}, {length}], got {list(mask.shape)}"
+        )
+    return mask.to(tokens.device)

@@ -255,8 +255,7 @@ class _Work:
         self, prefill: RecordedPrefill, method: Method, prompts: list[EncodedPrompt]
     ) -> list[Json]:
         """What the journal keeps of each prompt; the prompts are of one kind."""
-        protect = protection(prompts, prefill.input_ids.shape[1])
-        prefilled = prefill.run(method, None if protect is None else protect.to(self._model.device))
+        prefilled = prefill.run(method, protection(prompts, prefill.input_ids.shape[1]))
         results = _costs(prefilled, prompts)
         targets = [prompt.target for prompt in prompts if prompt.target is not None]
         if not targets:
