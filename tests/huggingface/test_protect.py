@@ -204,7 +204,7 @@ def test_rows_of_one_length_that_protect_other_tokens_are_refused(model):
         (torch.ones(1, 59, dtype=torch.bool), ValueError, r"must have shape \[batch, 60\], got"),
         (torch.ones(2, 60, dtype=torch.bool), ValueError, r"must have shape \[1, 60\], got \[2, 6"),
         (torch.ones(1, 60), ValueError, "must be bool, got torch.float32"),
-        ("system", TypeError, "must be a tensor, got str"),
+        (lambda ids: ids.tolist(), TypeError, "must be a tensor, got list"),
         (lambda ids: ids, ValueError, "must be bool, got torch.int64"),
     ],
 )
@@ -217,6 +217,12 @@ def test_what_is_no_mask_of_the_prompt_is_refused_and_nothing_is_lost(
         model(ids, past_key_values=cache)
     cache.protect = None
     assert model(ids, past_key_values=cache).logits.isfinite().all()
+
+
+def test_what_is_neither_a_mask_nor_a_function_is_refused_at_once(model):
+    message = "^ClaaCache: protect must be a mask, or a function of input_ids .*, got str$"
+    with pytest.raises(TypeError, match=message), attached(model, METHOD, protect="system"):
+        pass
 
 
 def test_embeddings_need_a_mask(model):

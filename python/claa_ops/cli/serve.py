@@ -98,4 +98,8 @@ def _find_parts(model: str, protect: str, arguments: list[str]) -> None:
     template = given.get("--chat-template")
     if template is not None and Path(template).is_file():
         template = Path(template).read_text(encoding="utf-8")
-    ChatParts(AutoTokenizer.from_pretrained(given.get("--tokenizer", model)), protect, template)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(given.get("--tokenizer", model))
+    except OSError as error:
+        raise InputError(f"cannot load the tokenizer, whose chat has the parts: {error}") from error
+    ChatParts(tokenizer, protect, template)

@@ -88,7 +88,8 @@ class ClaaCache(AttachedCache):
         state: the :class:`PrefillState` of the prompt; None before the prefill.
 
     Raises:
-        TypeError: ``method`` is not a method, or ``config`` not a configuration.
+        TypeError: ``method`` is not a method, ``config`` not a configuration, or ``protect`` is
+            neither a mask nor a function.
         ValueError: the method does not fit the model or prefills twice, or a layer is of a kind
             not served; later, in a forward or in ``generate``, for what is not served, as above.
 
@@ -115,6 +116,11 @@ class ClaaCache(AttachedCache):
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(
                 f"ClaaCache: config must be that of a model, got {type(config).__name__}"
+            )
+        if not (protect is None or isinstance(protect, Tensor) or callable(protect)):
+            raise TypeError(
+                "ClaaCache: protect must be a mask, or a function of input_ids such as ChatParts, "
+                f"got {type(protect).__name__}"
             )
         self.kinds = tuple(cache_layers(config))
         self.layer_types = [kind.name for kind in self.kinds]
