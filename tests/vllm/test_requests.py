@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+from claa_ops.huggingface.chat import NoChatTemplate
 from claa_ops.prefill import begin as begin_prefill
 from claa_ops.vllm.requests import resolve
 from claa_ops.vllm.settings import parse
@@ -101,6 +102,13 @@ def test_a_server_may_protect_by_itself_unless_a_request_says_otherwise(protect)
     assert ask({"claa_protect": "none"}) == ask({"claa_protect": []}) == ([], 200)
     assert ask(None, where=None) == (None, 200)  # a prompt of embeddings has no names
     assert ask(None, where=lambda names: []) == (None, 200)
+
+    def no_template(names):
+        raise NoChatTemplate("there is none")
+
+    assert ask(None, where=no_template) == (None, 200)  # no chat, as there are none yet
+    with pytest.raises(ValueError, match="there is none"):
+        ask({"claa_protect": "system"}, where=no_template)
 
 
 def test_names_of_what_a_prompt_has_not_change_nothing():

@@ -23,6 +23,10 @@ Render = Callable[[list[dict[str, Any]], list[dict[str, Any]] | None], list[int]
 Context = Callable[[Any, str], tuple[list[dict[str, Any]], list[dict[str, Any]] | None]]
 
 
+class NoChatTemplate(ValueError):
+    """There is no chat template, or no tokenizer that could have one."""
+
+
 @dataclass(frozen=True)
 class Section:
     """Tokens around a content: those in front of it and behind it.
@@ -138,11 +142,11 @@ def learn(tokenizer: Any, template: str | None = None) -> Chat:
         template: in place of the tokenizer's own.
 
     Raises:
-        ValueError: there is no tokenizer, or it has no chat template.
+        NoChatTemplate: there is no tokenizer, or it has no chat template.
     """
     render = _renderer(tokenizer, template)
     if render([_say("user", "Hello")], None) is None:
-        raise ValueError(
+        raise NoChatTemplate(
             "what is protected must be positions where there is no chat template and tokenizer, "
             "got a name"
         )

@@ -127,7 +127,7 @@ def check_request(request: Any, settings: Settings, chat: Callable[[], Chat]) ->
         try:
             return chat().spans(names, ids)
         except ValueError as error:
-            raise ValueError(f"claa: {requests.PROTECT}: {error}") from None
+            raise type(error)(f"claa: {requests.PROTECT}: {error}") from None
 
     named = None if ids is None else find
     params.extra_args = requests.resolve(params.extra_args, settings, prompt, named)

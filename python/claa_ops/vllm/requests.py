@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from claa_ops.huggingface.chat import part_names
+from claa_ops.huggingface.chat import NoChatTemplate, part_names
 from claa_ops.selection import Budget
 from claa_ops.vllm.settings import Settings
 
@@ -68,7 +68,7 @@ def resolve(
     if PROTECT in given:
         spans = _spans_of(given[PROTECT], prompt, named)
     elif settings.protect and named is not None:
-        spans = _spans(named(settings.protect), prompt)
+        spans = _spans(_parts_of_chat(settings.protect, named), prompt)
     else:
         spans = ()
     if spans or PROTECT in given:
@@ -104,6 +104,14 @@ def _budget(keep: Any) -> Budget | None:
             f'claa: {KEEP} must be a rate in (0, 1], a number of tokens or "all", got {keep!r}'
         )
     return budget
+
+
+def _parts_of_chat(names: Sequence[str], named: Named) -> list[int]:
+    """Where a prompt has them; nowhere as long as no chat template is known: it is no chat."""
+    try:
+        return named(names)
+    except NoChatTemplate:
+        return []
 
 
 def _spans_of(protect: Any, prompt: int, named: Named | None) -> Spans:
