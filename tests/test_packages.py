@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "python" / "claa_ops"
 
 # Each knows those above it in this list. `prefill` is the public face of two of them; the adapters
 # of two libraries, `huggingface` and `vllm`, do not know each other.
-LEVELS = ["ops", "selection", "methods", "vllm", "huggingface", "evaluate", "cli"]
+LEVELS = ["ops", "selection", "methods", "chat", "vllm", "huggingface", "evaluate", "cli"]
 FACES = {"reference": "ops", "prefill": "huggingface", "lm_eval": "evaluate", "info": "huggingface"}
 # What everything may use: where the libraries are, and what an extra brings.
 COMMON = {"_build_info", "_extras", "_library"}

@@ -9,11 +9,10 @@ from claa_ops import attached
 from claa_ops.methods import CLAA, GemFilter, Hops, Peak
 from claa_ops.prefill import ChatParts, ClaaCache, StaticClaaCache, attach, generate, prefill
 from support import chat_templates as forms
+from support.chat_templates import HELP, TOOLS, TURNS
 from support.tiny_checkpoint import tiny_tokenizer
 from support.tiny_models import build, prompt
 from support.tiny_models import generate as generate_with
-
-from .test_chat import HELP, TOOLS, TURNS
 
 METHOD = CLAA(keep=0.1, keep_kv=0.05, layer=2, last_n=2, first_full=1)
 NEW = {"max_new_tokens": 5, "do_sample": False}

@@ -1,4 +1,4 @@
-"""Short chat templates of the forms that models have, and tokenizers whose tokens span borders."""
+"""Short chat templates of the forms that models have, what is said, and tokenizers for both."""
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -115,6 +115,29 @@ SPECIAL = {
 
 # Punctuation takes the line ends behind it into its token, as in Llama 3's tokenizer and Qwen's.
 _PIECES = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+
+
+# What is said in them.
+PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "description": "As in }\n\n</tools>[/AVAILABLE_TOOLS"},
+        "days": {"type": "object", "properties": {}},
+    },
+    "required": ["city"],
+}
+# As requests give them: in this order of keys, with and without parameters.
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}},
+    {"type": "function", "function": {"name": "now", "description": 'The "time".'}},
+    {"function": {"name": "stop", "parameters": {}}, "type": "function"},
+]
+HELP = {"role": "system", "content": "You help.\n"}
+TURNS = [
+    {"role": "user", "content": "What is <tools>\n{} good for, dear USER?"},
+    {"role": "assistant", "content": "# Tools\n\nare system or user."},
+    {"role": "user", "content": '{"a": 3}, said the user\n\nwhat?'},
+]
 
 
 def chat_tokenizer(template: str, merges: bool = True) -> PreTrainedTokenizerFast:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from claa_ops.huggingface.chat import NoChatTemplate
+from claa_ops.chat import NoChatTemplate
 from claa_ops.prefill import begin as begin_prefill
 from claa_ops.vllm.requests import resolve
 from claa_ops.vllm.settings import parse

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from claa_ops.huggingface.chat import learn, part_names
+from claa_ops.chat import learn, part_names
 from claa_ops.selection.protection import check_protect
 
 Protect = Tensor | Callable[[Tensor], Tensor]

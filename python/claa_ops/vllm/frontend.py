@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import claa_ops.vllm.requests as requests
-from claa_ops.huggingface.chat import Chat, learn
+from claa_ops.chat import Chat, learn
 from claa_ops.vllm.metrics import count
 from claa_ops.vllm.refusals import check
 from claa_ops.vllm.settings import Settings, parse

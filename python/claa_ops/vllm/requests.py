@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from claa_ops.huggingface.chat import NoChatTemplate, part_names
+from claa_ops.chat import NoChatTemplate, part_names
 from claa_ops.selection import Budget
 from claa_ops.vllm.settings import Settings
 

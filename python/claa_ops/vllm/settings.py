@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from claa_ops.huggingface.chat import part_names
+from claa_ops.chat import part_names
 from claa_ops.methods import FastKV, Pruning, find_method, make_method
 from claa_ops.selection import Budget, begin
 from claa_ops.selection.budget import is_count

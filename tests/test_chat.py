@@ -7,35 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from claa_ops.huggingface.chat import NAMES, learn
+from claa_ops.chat import NAMES, learn
 from support import chat_templates as forms
+from support.chat_templates import HELP, TOOLS, TURNS
 from support.tiny_checkpoint import tiny_tokenizer
 
 FORMS = {"chatml": forms.CHATML, "llama": forms.LLAMA, "mistral": forms.MISTRAL}
 WITH_WORDS = FORMS | {"words": forms.WORDS}
 EACH = [(form, merges) for form in FORMS for merges in (True, False)]
 EACH_WITH_WORDS = [(form, merges) for form in WITH_WORDS for merges in (True, False)]
-
-PARAMETERS = {
-    "type": "object",
-    "properties": {
-        "city": {"type": "string", "description": "As in }\n\n</tools>[/AVAILABLE_TOOLS"},
-        "days": {"type": "object", "properties": {}},
-    },
-    "required": ["city"],
-}
-# As requests give them: in this order of keys, with and without parameters.
-TOOLS = [
-    {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}},
-    {"type": "function", "function": {"name": "now", "description": 'The "time".'}},
-    {"function": {"name": "stop", "parameters": {}}, "type": "function"},
-]
-HELP = {"role": "system", "content": "You help.\n"}
-TURNS = [
-    {"role": "user", "content": "What is <tools>\n{} good for, dear USER?"},
-    {"role": "assistant", "content": "# Tools\n\nare system or user."},
-    {"role": "user", "content": '{"a": 3}, said the user\n\nwhat?'},
-]
 
 
 @cache
