@@ -120,18 +120,12 @@ class Chat:
         return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def part_names(given: Any) -> list[str]:
-    """Names of parts, of a list or with commas between.
-
-    Raises:
-        ValueError: there is none, or one that is not of :data:`NAMES`; with what is wanted.
-    """
+def part_names(given: Any) -> list[str] | None:
+    """Names of parts, of a list or with commas between; None if there is none, or another one."""
     parts: list[Any] = given.split(",") if isinstance(given, str) else []
     parts = list(given) if isinstance(given, list | tuple) else parts
     names = [part.strip() if isinstance(part, str) else part for part in parts]
-    if not names or not all(name in NAMES for name in names):
-        raise ValueError(f"any of {', '.join(NAMES)}")
-    return names
+    return names if names and all(name in NAMES for name in names) else None
 
 
 def learn(tokenizer: Any, template: str | None = None) -> Chat:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from claa_ops.chat import learn, part_names
+from claa_ops.chat import NAMES, learn, part_names
 from claa_ops.selection.protection import check_protect
 
 Protect = Tensor | Callable[[Tensor], Tensor]
@@ -43,13 +43,13 @@ class ChatParts:
     def __init__(
         self, tokenizer: Any, names: str | Sequence[str], chat_template: str | None = None
     ) -> None:
-        try:
-            self.names = part_names(names)
-        except ValueError as error:
-            raise ValueError(f"ChatParts: names must be {error}, got {names!r}") from None
+        found = part_names(names)
+        if found is None:
+            raise ValueError(f"ChatParts: names must be any of {', '.join(NAMES)}, got {names!r}")
+        self.names = found
         try:
             self._chat = learn(tokenizer, chat_template)
-            self._chat.spans(self.names, [])
+            self._chat.spans(found, [])
         except ValueError as error:
             raise ValueError(f"ChatParts: {error}") from None
 

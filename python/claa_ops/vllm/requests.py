@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from claa_ops.chat import NoChatTemplate, part_names
+from claa_ops.chat import NAMES, NoChatTemplate, part_names
 from claa_ops.selection import Budget
 from claa_ops.vllm.settings import Settings
 
@@ -142,13 +142,13 @@ def _names(parts: Any, protect: Any) -> list[str]:
     """The names among the parts; none if these are positions."""
     if not isinstance(parts, Sequence) or not any(isinstance(part, str) for part in parts):
         return []
-    try:
-        return part_names(parts)
-    except ValueError as error:
+    names = part_names(parts)
+    if names is None:
         raise ValueError(
-            f"claa: {PROTECT} must name {error}, or be none, or pairs begin, end of tokens, "
-            f"got {protect!r}"
-        ) from None
+            f"claa: {PROTECT} must name any of {', '.join(NAMES)}, or be none, or pairs begin, end "
+            f"of tokens, got {protect!r}"
+        )
+    return names
 
 
 def _spans(flat: Any, prompt: int) -> Spans:

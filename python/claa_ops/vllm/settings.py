@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from claa_ops.chat import part_names
+from claa_ops.chat import NAMES, part_names
 from claa_ops.methods import FastKV, Pruning, find_method, make_method
 from claa_ops.selection import Budget, begin
 from claa_ops.selection.budget import is_count
@@ -118,10 +118,10 @@ def parse(given: Any, num_layers: int) -> Settings:
 def _part_names(given: Any) -> tuple[str, ...]:
     if given == () or given is None:
         return ()
-    try:
-        return tuple(part_names(given))
-    except ValueError as error:
-        raise ValueError(f"claa: protect must name {error}, got {given!r}") from None
+    names = part_names(given)
+    if names is None:
+        raise ValueError(f"claa: protect must name any of {', '.join(NAMES)}, got {given!r}")
+    return tuple(names)
 
 
 def _plain(value: Any) -> Any:
