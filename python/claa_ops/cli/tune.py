@@ -49,7 +49,8 @@ _OPTIONS = {
     ),
     "length": typer.Option(
         min=64,
-        help="Tokens of the prompts made here. Default: 768, 1,536 or 3,072, what the time allows.",
+        help="Tokens of the prompts made here. Default: 768, 1,536 or 3,072, what the time allows "
+        "and the model can do at least half of the tasks with.",
     ),
     "prompts": typer.Option(min=1, max=1_000, help="Prompts of each task, at most."),
     "seed": typer.Option(min=0, help="Of the prompts; `evaluate` never has the same ones."),

@@ -16,7 +16,7 @@ from claa_ops.evaluate.tune.judge import SOME, Aim, Prompt, Score, Verdict, judg
 from claa_ops.evaluate.tune.rounds import Rounds, answered, asked, known
 
 ABLE = 0.3  # the share of right answers below which a task says nothing about a setting
-_TRIED = 4  # prompts of a task after which that is decided
+TRIED = 4  # prompts of a task after which that is decided
 _BESIDE = 7  # settings that share the rounds after the first; one less each time
 _LEAST = 3  # but for these
 _AT_ONCE = 4  # prompts after which a setting may be seen to fail
@@ -121,6 +121,11 @@ class Race:
                 for chain in self.chains:
                     chain.take(self._fails, self._holds)
 
+    def able(self) -> tuple[int, int]:
+        """How many tasks full prefill can do, and how many there are, by the first rounds alone."""
+        self._step(0, range(TRIED))
+        return len(self.counted()), len(self.answered())
+
     def verdicts(self) -> list[Verdict]:
         """What is known of each setting that was tried, the cheapest first."""
         tried = [cell for chain in self.chains for cell in chain.cells if cell in self._shares]
@@ -198,7 +203,7 @@ class Race:
         hopeless = {
             task
             for task, (share, prompts) in self.answered().items()
-            if share < ABLE and prompts >= _TRIED
+            if share < ABLE and prompts >= TRIED
         }
         if index == len(self._made):
             made = [example for each in rounds for example in self.rounds.take(each)]

@@ -141,31 +141,44 @@ def tune(settings: Settings, on_step: Callable[[str], None]) -> Found:
     deadline = time.monotonic() + settings.seconds
     full, chains = _candidates(settings, model)
     with Journal(tuned_folder() / f"{model_identity(model)}.jsonl") as journal:
+        problems: list[str] = []
+
+        def race_at(length: int, chains: list[Chain]) -> Race:
+            return Race(
+                model,
+                tokenizer,
+                full,
+                chains,
+                Rounds(
+                    settings.all_tasks,
+                    length,
+                    settings.seed,
+                    settings.filler,
+                    PromptCounter(tokenizer, settings.chat),
+                    problems.append,
+                ),
+                journal,
+                Aim(settings.aim, settings.worst),
+                settings.chat,
+                settings.rows,
+                lambda: time.monotonic() > deadline,
+                on_step,
+                problems.append,
+            )
+
+        def can_do(length: int) -> bool:
+            on_step(f"asking full prefill, {length:,} tokens")
+            trial = race_at(length, [])
+            able, tasks = trial.able()
+            return trial.end != "all" or 2 * able >= tasks
+
         on_step("measuring a prefill")
         length = _length(settings, model, journal, len(chains))
-        problems: list[str] = []
-        race = Race(
-            model,
-            tokenizer,
-            full,
-            chains,
-            Rounds(
-                settings.all_tasks,
-                length,
-                settings.seed,
-                settings.filler,
-                PromptCounter(tokenizer, settings.chat),
-                problems.append,
-            ),
-            journal,
-            Aim(settings.aim, settings.worst),
-            settings.chat,
-            settings.rows,
-            lambda: time.monotonic() > deadline,
-            on_step,
-            problems.append,
-        )
+        race = race_at(length, chains)
         try:
+            if settings.length is None:
+                length = doable(length, can_do)
+                race = race_at(length, chains)
             race.run(settings.prompts)
         except KeyboardInterrupt:
             race.end = "interrupt"
@@ -249,6 +262,13 @@ def _length(settings: Settings, model: PreTrainedModel, journal: Journal, chains
         length *= 2
     length = min(length, int(_BESIDE * context))
     journal.add(key, {"length": length})
+    return length
+
+
+def doable(length: int, can_do: Callable[[int], bool]) -> int:
+    """This length, or the half of it and so on, so that the model can do its tasks, if it can."""
+    while length // 2 >= _SHORTEST and not can_do(length):
+        length //= 2
     return length
 
 

@@ -74,7 +74,8 @@ class Settings:
         aim: the least share of full prefill's score over all prompts.
         worst: the same of each task.
         tasks: as `check_task` reads them; None for `TASKS`.
-        length: tokens of the prompts that are made here; None for what time allows.
+        length: tokens of the prompts that are made here; None for as many as time allows and full
+            prefill can do at least half of the tasks with.
         prompts: of each task, at most.
         seed, filler: of the prompts, see `Rounds`.
         time_limit: minutes; None for three on a GPU and ten on a CPU.
