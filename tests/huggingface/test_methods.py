@@ -177,7 +177,9 @@ def slow_peak(
     return llama.run(ids, STEPS, compress=compress, select=select)
 
 
-def slow_hops(llama, ids, *, hops, question, seeds, temperature, least, kernel, **settings):
+def slow_hops(
+    llama, ids, *, hops, question, opening, seeds, temperature, least, kernel, **settings
+):
     led: list[list[dict[int, float]]] = []  # of the first selection: the echo, and the hops
 
     def rank(peaks, seen):
@@ -190,11 +192,12 @@ def slow_hops(llama, ids, *, hops, question, seeds, temperature, least, kernel, 
                 both = zip(slow_methods.places(peaks), slow_methods.places(echo), strict=True)
                 start = -torch.tensor([min(pair) for pair in both]).double()
             if hops:
+                first = torch.arange(len(peaks)) < opening
                 linked = slow_methods.hop_scores(
-                    start,
+                    start.masked_fill(first, torch.inf),
                     states[: len(peaks)],
                     hops=hops,
-                    seeds=seeds,
+                    seeds=opening + seeds,
                     temperature=temperature,
                     kernel=kernel,
                 )
@@ -541,6 +544,7 @@ CASES = {
             num_sinks=0,
             question=9,
             reach=12,
+            opening=5,
             num_seeds=6,
             least=4,
             temperature=0.2,
@@ -553,6 +557,7 @@ CASES = {
             kernel=5,
             hops=3,
             question=9,
+            opening=5,
             seeds=6,
             least=4,
             temperature=0.2,
@@ -568,6 +573,7 @@ CASES = {
             window=8,
             question=9,
             reach=12,
+            opening=0,
             num_seeds=6,
             least=6,
             temperature=0.2,
@@ -581,6 +587,7 @@ CASES = {
             kernel=5,
             hops=3,
             question=9,
+            opening=0,
             seeds=6,
             least=6,
             temperature=0.2,
@@ -606,6 +613,7 @@ CASES = {
             num_sinks=4,
             hops=3,
             question=0,
+            opening=48,
             seeds=64,
             least=5,
             temperature=0.05,
@@ -631,6 +639,7 @@ CASES = {
             kernel=5,
             hops=0,
             question=9,
+            opening=0,
             seeds=64,
             least=10,
             temperature=0.05,

@@ -68,7 +68,7 @@ def test_the_links_of_a_chain_are_kept_that_peak_drops():
     found = {}
     for method in (
         Peak(keep=40, layer=1, **SETTINGS),
-        Hops(keep=40, layer=1, question=0, least=8, num_seeds=6, **SETTINGS),
+        Hops(keep=40, layer=1, question=0, opening=0, least=8, num_seeds=6, **SETTINGS),
     ):
         state = selected(method, query, key, value)
         found[type(method)] = [
@@ -82,9 +82,8 @@ def test_the_links_of_a_chain_are_kept_that_peak_drops():
 
 def test_the_ranking_is_that_of_the_specification():
     query, key, value = inputs(seed=1)
-    method = Hops(
-        keep=60, layer=1, question=0, hops=4, temperature=0.1, least=8, num_seeds=16, **SETTINGS
-    )
+    settings = {"question": 0, "opening": 0, "least": 8, "num_seeds": 16}
+    method = Hops(keep=60, layer=1, hops=4, temperature=0.1, **settings, **SETTINGS)
     state = selected(method, query, key, value)
     peaks = selected(Peak(keep=60, layer=1, **SETTINGS), query, key, value).importance
     found = reference.hop_tokens(peaks, value[1], hops=4, num_seeds=16, kernel_size=5)
@@ -120,6 +119,17 @@ def test_what_follows_an_echo_of_the_question_is_kept():
         state = selected(Hops(keep=80, layer=1, **settings, **SETTINGS), query, key, value)
         for row in state.positions.tolist():
             assert (set(range(60, 80)) <= set(row)) == found
+
+
+def test_a_question_before_the_text_is_followed():
+    query, key, value = inputs(seed=5)
+    asked = torch.randn(2, 2, 5, 16, generator=torch.Generator().manual_seed(7))
+    value[:, :, :, 10:15] = value[:, :, :, 120:125] = 3 * asked
+    settings = {"question": 0, "least": 8, "num_seeds": 6}
+    for opening, found in ((0, False), (20, True)):
+        method = Hops(keep=60, layer=1, opening=opening, **settings, **SETTINGS)
+        for row in selected(method, query, key, value).positions.tolist():
+            assert (set(range(120, 125)) <= set(row)) == found
 
 
 def test_hidden_states_may_stand_for_values():

@@ -25,9 +25,10 @@ class Hops(Peak):
     A question names what it asks for, and early states of the same words are alike. So a token is
     an echo if its state is like that of one of the prompt's last tokens, and what comes after an
     echo is likely the answer; no attention of the first layers has to find it. The best tokens by
-    :class:`Peak` and by the echo are seeds; tokens whose states are like theirs are the first hop
-    and the seeds of the second, and so on (:func:`claa_ops.hop_tokens`): the next links of a chain
-    share words with the ones before, which the question does not name.
+    :class:`Peak` and by the echo are seeds, and so are the prompt's first ones, since a question
+    may stand before the text too. Tokens whose states are like theirs are the first hop and the
+    seeds of the second, and so on (:func:`claa_ops.hop_tokens`): the next links of a chain share
+    words with the ones before, which the question does not name.
 
     Each ranking has a share of the budget, Peak and the echo two, each hop one; and Peak and the
     echo have the first ``least`` tokens. In stages each selection ranks what is left, by the peaks
@@ -43,7 +44,10 @@ class Hops(Peak):
         hops: how many hops; 0 for none.
         question: how many of the prompt's last tokens the echo is of; 0 for no echo.
         reach: tokens after an echo that are as important as the echo itself; even.
-        num_seeds: tokens that a hop starts from.
+        opening: how many of the prompt's first tokens are seeds; 0 for none. The question is among
+            them where nothing but a short system prompt stands before it.
+        num_seeds: the best tokens that a hop starts from, beside the opening; later hops start from
+            as many as both.
         temperature: of the similarity; the lower, the fewer tokens a seed leads to.
         least: tokens of the budget that no hop has a share of.
         states: what of a token is compared: its ``"value"`` in the selection layer, which is small
@@ -65,6 +69,7 @@ class Hops(Peak):
     hops: int = 3
     question: int = 32
     reach: int = field(default=48, kw_only=True)
+    opening: int = field(default=48, kw_only=True)
     num_seeds: int = field(default=64, kw_only=True)
     temperature: float = field(default=0.05, kw_only=True)
     least: int = field(default=160, kw_only=True)
@@ -77,6 +82,7 @@ class Hops(Peak):
         self.require(is_count(self.question, 0), "question", "an integer of at least 0")
         even = is_count(self.reach, 0) and self.reach % 2 == 0 and self.reach < 2**15
         self.require(even, "reach", "an even number of tokens below 32,768")
+        self.require(is_count(self.opening, 0), "opening", "an integer of at least 0")
         self.require(is_count(self.num_seeds, 1), "num_seeds", "a positive integer")
         warm = is_number(self.temperature) and self.temperature >= 0.025
         self.require(warm, "temperature", "at least 0.025")
@@ -139,7 +145,12 @@ class Hops(Peak):
             places = _places(torch.stack([peaks, echo], dim=1), layer.start)
             seeds = -places.amin(dim=1)
         if self.hops:
-            settings = {"num_seeds": self.num_seeds, "kernel_size": self.kernel_size}
+            place = torch.arange(layer.context, device=seeds.device)
+            if layer.start is not None:
+                place = place - layer.start[:, None]
+            seeds = seeds.masked_fill((place >= 0) & (place < self.opening), torch.inf)
+            number = self.num_seeds + self.opening
+            settings = {"num_seeds": number, "kernel_size": self.kernel_size}
             found.append(self._similar(layer, seeds, hops=self.hops, **settings))
         return torch.cat(found, dim=1)
 
