@@ -2,8 +2,8 @@
 
 On a machine with a network::
 
-    python -m bench.vllm_site build/vllm-site            # downloads 1.4 GB, leaves 22 parts of 45 MB
-    python -m bench.vllm_site build/vllm-site --oldest   # for the torch there: 350 MB, 3 parts
+    python -m bench.vllm_site build/vllm-site           # downloads 1.4 GB, leaves 22 parts of 45 MB
+    python -m bench.vllm_site build/vllm-site --oldest  # for the torch there: 350 MB, 3 parts
 
 On the other one, with all parts in a folder::
 
