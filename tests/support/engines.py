@@ -125,7 +125,7 @@ class Engine:
     def hits(self) -> list[int]:
         """From now on, how much of each prompt was cached."""
         manager = self.scheduler.kv_cache_manager
-        return _noting(manager, "get_computed_blocks", lambda found, request: found[1])
+        return _noting(manager, "get_computed_blocks", lambda found, *_: found[1])
 
     def preemptions(self) -> list[int]:
         """From now on, how many tokens each preempted request had answered."""
@@ -256,13 +256,12 @@ def alone(model: str, asked: Sequence[Prompt], method: Method, new: int = 12) ->
     return answers
 
 
-def interpret_v2_runner() -> None:
-    """Have the V2 runner, whose kernels are Triton's, run on a CPU.
+def interpret_triton() -> None:
+    """Have vLLM take Triton on a CPU, whose interpreter runs the V2 runner's kernels.
 
-    To be called before anything imports triton.
+    To be called before anything imports vLLM, in a process that was started with
+    TRITON_INTERPRET=1: Triton reads it when it is imported.
     """
-    os.environ["TRITON_INTERPRET"] = "1"
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     import triton.backends
 
     driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})

@@ -18,13 +18,14 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU: make test-gpu-vllm", allow_module_level=True)
 
 from claa_ops.methods import CLAA, Hops, Method, Peak
+from claa_ops.vllm.refusals import has_place_for_compressed
 from support.engines import Answer, alone, begin_log, engine, logged, prompts
 
 GIB = 2**30
 GPU: dict[str, Any] = {
     "dtype": "bfloat16",
     "kv_cache_memory_bytes": 2 * GIB,
-    "gpu_memory_utilization": 0.5,
+    "gpu_memory_utilization": 0.1,
 }
 SIZES = [1, 2, 4, 8]  # of captured batches
 GRAPHS = {"enforce_eager": False, "max_num_seqs": 8}
@@ -178,6 +179,23 @@ def test_preempted_requests_keep_what_they_kept_before(tiny_llama, eager):
     assert preempted
     wanted = [its for ids, its in zip(ASKED, eager["peak"], strict=True) if len(ids) < 450]
     assert same_kept(answers, wanted) > 0.9
+
+
+@pytest.mark.skipif(
+    not has_place_for_compressed(),
+    reason="this vLLM has no place for compressed caches, and refuses them: test_refusals.py",
+)
+@pytest.mark.parametrize("step", [8192, 256])
+def test_compressed_caches_answer_as_the_adapters_do(tiny_llama, step):
+    """In float32, in which answers on a GPU and on a CPU are nearly always the same."""
+    options = dict(dtype="float32", attention_backend="TRITON_ATTN", max_num_batched_tokens=step)
+    wanted = alone(tiny_llama, ASKED, Peak(layer=3, keep=0.3, keep_kv=0.3))
+    with gpu_engine(tiny_llama, PEAK | {"keep_kv": 0.3}, **options) as running:
+        answers = running.answers(ASKED)
+        running.assert_idle()
+    assert same_kept(answers, wanted) > 0.98
+    same = [mine.tokens == its.tokens for mine, its in zip(answers, wanted, strict=True)]
+    assert sum(same) / len(same) > 0.7
 
 
 def test_requests_of_one_batch_may_keep_different_shares(tiny_llama):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,9 +14,17 @@ from claa_ops.vllm.groups import Groups, HiddenPages, layers_near
 COUNTS = [(a, b) for a in range(1, 26) for b in range(1, 26)]
 
 
+def deal(specs: dict[str, Any]) -> list[Any]:
+    """The groups to which vLLM deals layers."""
+    try:
+        import vllm.v1.core.kv_cache_planning as owner
+    except ImportError:  # before 0.33
+        import vllm.v1.core.kv_cache_utils as owner
+    return owner._get_kv_cache_groups_uniform_page_size(specs)
+
+
 def test_groups_are_those_of_vllm():
     pytest.importorskip("vllm.version", reason="vLLM is not in this environment: make test-vllm")
-    from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     from claa_ops.selection import Budget
@@ -28,7 +38,7 @@ def test_groups_are_those_of_vllm():
         specs = {f"front.{i}": full for i in range(front)}
         specs |= {f"back.{i}": kept for i in range(back)}
         specs |= {f"hidden.{i}": hidden for i in range(groups.size)}
-        dealt = _get_kv_cache_groups_uniform_page_size(specs)
+        dealt = deal(specs)
         of = [type(group.kv_cache_spec) for group in dealt]
         assert of.count(FullAttentionSpec) == groups.front_groups
         assert of.count(KeptAttentionSpec) == groups.back_groups
@@ -38,7 +48,6 @@ def test_groups_are_those_of_vllm():
 
 def test_groups_with_compressed_caches_are_those_of_vllm():
     pytest.importorskip("vllm.version", reason="vLLM is not in this environment: make test-vllm")
-    from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     from claa_ops.selection import Budget
@@ -55,7 +64,7 @@ def test_groups_with_compressed_caches_are_those_of_vllm():
         specs |= {f"some.{i}": some for i in range(compressed)}
         specs |= {f"back.{i}": kept for i in range(back)}
         specs |= {f"hidden.{i}": hidden for i in range(groups.size)}
-        dealt = _get_kv_cache_groups_uniform_page_size(specs)
+        dealt = deal(specs)
         of = [type(group.kv_cache_spec) for group in dealt]
         assert of.count(CompressedAttentionSpec) == groups.compressed_groups
         assert of.count(FullAttentionSpec) == groups.front_groups - groups.compressed_groups

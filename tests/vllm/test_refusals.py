@@ -103,7 +103,7 @@ def test_a_model_of_another_family(tiny_llama):
 
 def test_a_release_outside_the_range(tiny_llama, monkeypatch):
     monkeypatch.setattr("vllm.__version__", "0.24.0")
-    with pytest.raises(ValueError, match=r"at least 0\.25\.1 and below 0\.33, got 0\.24\.0"):
+    with pytest.raises(ValueError, match=r"at least 0\.25\.1 and below 0\.34, got 0\.24\.0"):
         configure(tiny_llama)
 
 
@@ -123,11 +123,11 @@ def test_compressed_caches_need_a_vllm_that_has_a_place_for_them(tiny_llama, mon
     ("version", "served"),
     [
         ("0.25.1", True),
-        ("0.32.0", True),
-        ("0.32.4rc1+cu130", True),
+        ("0.33.0", True),
+        ("0.33.4rc1+cu130", True),
         ("0.25.0", False),
-        ("0.33.0", False),
-        ("0.33.0rc1", False),
+        ("0.34.0", False),
+        ("0.34.0rc1", False),
         ("1.0", False),
     ],
 )

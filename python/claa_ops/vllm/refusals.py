@@ -11,7 +11,7 @@ from claa_ops.vllm.architectures import ARCHITECTURES
 from claa_ops.vllm.settings import Settings, parse
 
 # What the extra `vllm` of pyproject.toml admits.
-OLDEST, NEWER_THAN_NEWEST = (0, 25, 1), (0, 33)
+OLDEST, NEWER_THAN_NEWEST = (0, 25, 1), (0, 34)
 
 PLAIN_CACHES = ("auto", "float32", "float16", "bfloat16")
 
@@ -20,7 +20,7 @@ def supported(version: str) -> bool:
     """Whether this is a release of vLLM that the plug-in knows.
 
     Example:
-        >>> supported("0.32.0+cpu"), supported("0.24.0"), supported("0.33.0rc1")
+        >>> supported("0.33.0+cpu"), supported("0.24.0"), supported("0.34.0rc1")
         (True, False, False)
     """
     release = Version(version).release

@@ -79,11 +79,17 @@ def register() -> None:
             self.cudagraph_manager.claa_prompts = _has_prompts(self.model_state, scheduler_output)
         return execute(self, scheduler_output, *args, **kwargs)
 
+    # Called by keyword as well: the names are part of the interface.
     @functools.wraps(dispatch)
     def dispatch_(
-        self: Any, num_reqs: int, num_tokens: int, uniform: int | None, *args: Any, **kwargs: Any
+        self: Any,
+        num_reqs: int,
+        num_tokens: int,
+        uniform_token_count: int | None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        uniform = None if getattr(self, "claa_prompts", False) else uniform
+        uniform = None if getattr(self, "claa_prompts", False) else uniform_token_count
         return dispatch(self, num_reqs, num_tokens, uniform, *args, **kwargs)
 
     GPUModelRunner.execute_model = execute_model

@@ -46,12 +46,12 @@ def _wrap_hits(manager: Any) -> None:
     plain = manager.get_computed_blocks
 
     @functools.wraps(plain)
-    def get_computed_blocks(self: Any, request: Any) -> Any:
+    def get_computed_blocks(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         managers = self.coordinator.single_type_managers
         for each in managers:
             if isinstance(each, PromptManager):
                 each.note(request)
-        found, length, *rest = plain(self, request)
+        found, length, *rest = plain(self, request, *args, **kwargs)
         limit = longest_hit(managers, request.num_prompt_tokens)
         if limit is None or length <= limit:
             return (found, length, *rest)
