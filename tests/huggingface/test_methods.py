@@ -192,12 +192,12 @@ def slow_hops(
                 both = zip(slow_methods.places(peaks), slow_methods.places(echo), strict=True)
                 start = -torch.tensor([min(pair) for pair in both]).double()
             if hops:
-                first = torch.arange(len(peaks)) < opening
+                first = torch.arange(len(peaks)) < seeds // 2
                 linked = slow_methods.hop_scores(
-                    start.masked_fill(first, torch.inf),
+                    start.masked_fill(first & opening, torch.inf),
                     states[: len(peaks)],
                     hops=hops,
-                    seeds=opening + seeds,
+                    seeds=seeds,
                     temperature=temperature,
                     kernel=kernel,
                 )
@@ -544,7 +544,6 @@ CASES = {
             num_sinks=0,
             question=9,
             reach=12,
-            opening=5,
             num_seeds=6,
             least=4,
             temperature=0.2,
@@ -557,7 +556,7 @@ CASES = {
             kernel=5,
             hops=3,
             question=9,
-            opening=5,
+            opening=True,
             seeds=6,
             least=4,
             temperature=0.2,
@@ -573,7 +572,7 @@ CASES = {
             window=8,
             question=9,
             reach=12,
-            opening=0,
+            opening=False,
             num_seeds=6,
             least=6,
             temperature=0.2,
@@ -587,7 +586,7 @@ CASES = {
             kernel=5,
             hops=3,
             question=9,
-            opening=0,
+            opening=False,
             seeds=6,
             least=6,
             temperature=0.2,
@@ -613,7 +612,7 @@ CASES = {
             num_sinks=4,
             hops=3,
             question=0,
-            opening=48,
+            opening=True,
             seeds=64,
             least=5,
             temperature=0.05,
@@ -639,7 +638,7 @@ CASES = {
             kernel=5,
             hops=0,
             question=9,
-            opening=0,
+            opening=False,
             seeds=64,
             least=10,
             temperature=0.05,

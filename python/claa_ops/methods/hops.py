@@ -44,10 +44,9 @@ class Hops(Peak):
         hops: how many hops; 0 for none.
         question: how many of the prompt's last tokens the echo is of; 0 for no echo.
         reach: tokens after an echo that are as important as the echo itself; even.
-        opening: how many of the prompt's first tokens are seeds; 0 for none. The question is among
-            them where nothing but a short system prompt stands before it.
-        num_seeds: the best tokens that a hop starts from, beside the opening; later hops start from
-            as many as both.
+        num_seeds: tokens that a hop starts from.
+        opening: whether half of the first hop's seeds are the prompt's first tokens. The question
+            is among them where nothing but a short system prompt stands before it.
         temperature: of the similarity; the lower, the fewer tokens a seed leads to.
         least: tokens of the budget that no hop has a share of.
         states: what of a token is compared: its ``"value"`` in the selection layer, which is small
@@ -69,8 +68,8 @@ class Hops(Peak):
     hops: int = 3
     question: int = 32
     reach: int = field(default=48, kw_only=True)
-    opening: int = field(default=48, kw_only=True)
     num_seeds: int = field(default=64, kw_only=True)
+    opening: bool = field(default=True, kw_only=True)
     temperature: float = field(default=0.05, kw_only=True)
     least: int = field(default=160, kw_only=True)
     keep_least: int = field(default=256, kw_only=True)
@@ -82,7 +81,6 @@ class Hops(Peak):
         self.require(is_count(self.question, 0), "question", "an integer of at least 0")
         even = is_count(self.reach, 0) and self.reach % 2 == 0 and self.reach < 2**15
         self.require(even, "reach", "an even number of tokens below 32,768")
-        self.require(is_count(self.opening, 0), "opening", "an integer of at least 0")
         self.require(is_count(self.num_seeds, 1), "num_seeds", "a positive integer")
         warm = is_number(self.temperature) and self.temperature >= 0.025
         self.require(warm, "temperature", "at least 0.025")
@@ -145,14 +143,18 @@ class Hops(Peak):
             places = _places(torch.stack([peaks, echo], dim=1), layer.start)
             seeds = -places.amin(dim=1)
         if self.hops:
-            place = torch.arange(layer.context, device=seeds.device)
-            if layer.start is not None:
-                place = place - layer.start[:, None]
-            seeds = seeds.masked_fill((place >= 0) & (place < self.opening), torch.inf)
-            number = self.num_seeds + self.opening
-            settings = {"num_seeds": number, "kernel_size": self.kernel_size}
+            if self.opening:
+                seeds = seeds.masked_fill(self._is_opening(layer), torch.inf)
+            settings = {"num_seeds": self.num_seeds, "kernel_size": self.kernel_size}
             found.append(self._similar(layer, seeds, hops=self.hops, **settings))
         return torch.cat(found, dim=1)
+
+    def _is_opening(self, layer: Layer) -> Tensor:
+        """``[M]``, or ``[B, M]`` with padding: whether a token is one of the prompt's first."""
+        place = torch.arange(layer.context, device=layer.key.device)
+        if layer.start is not None:
+            place = place - layer.start[:, None]
+        return (place >= 0) & (place < self.num_seeds // 2)
 
     def _echo(self, layer: Layer) -> Tensor:
         """``[B, M]``: how like a token is to one of the question; 0 in the question itself."""
