@@ -37,9 +37,9 @@ class Hops(Peak):
 
     Args:
         keep, layer, keep_kv, first_full, equal_cache, keep_least, mass: see :class:`Pruning`.
-            The defaults are those with which docs/quality.md measures it: three tenths of the
-            prompt continue after the layer at a ninth of the depth, and caches hold whatever
-            reached their layer.
+            The defaults are those with which docs/quality.md measures it, but for ``opening``:
+            three tenths of the prompt continue after the layer at a ninth of the depth, and caches
+            hold whatever reached their layer.
         num_sinks, window, kernel_size, pool_mode: see :class:`Peak`.
         hops: how many hops; 0 for none.
         question: how many of the prompt's last tokens the echo is of; 0 for no echo.
