@@ -3,13 +3,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from claa_ops.methods.peak import Peak
 from claa_ops.ops.pool_heads import pool_heads
 from claa_ops.selection.budget import Size, Sizes, is_count, larger, smaller
 from claa_ops.selection.layer import Layer
+from claa_ops.selection.padding import places_in_prompt
 from claa_ops.selection.state import PrefillState
 
 
@@ -111,8 +111,7 @@ class Coarse(Peak):
         if "part" in state.notes:
             state.notes["highest"] = self.highest(layer)
         elif layer.index == self.stage(state.num_layers) and self._drops(state, layer.index):
-            place = torch.arange(layer.context, device=layer.key.device)
-            place = place[None] if layer.start is None else place - layer.start[:, None]
+            place = places_in_prompt(layer.context, layer.start, layer.key.device)
             in_part = (place % self.every == 0).float()
             state.update_ranking(in_part.expand(layer.key.shape[0], -1))
 

@@ -12,7 +12,7 @@ from claa_ops.ops.hop_tokens import hop_tokens
 from claa_ops.ops.pool_heads import pool_heads
 from claa_ops.selection.budget import is_count, is_number
 from claa_ops.selection.layer import Layer
-from claa_ops.selection.padding import gather_kept, mask_padding
+from claa_ops.selection.padding import gather_kept, mask_padding, places_in_prompt
 from claa_ops.selection.state import PrefillState
 
 _BEFORE = 8  # tokens before an echo that are as important as the echo
@@ -144,17 +144,12 @@ class Hops(Peak):
             seeds = -places.amin(dim=1)
         if self.hops:
             if self.opening:
-                seeds = seeds.masked_fill(self._is_opening(layer), torch.inf)
+                place = places_in_prompt(layer.context, layer.start, seeds.device)
+                first = (place >= 0) & (place < self.num_seeds // 2)
+                seeds = seeds.masked_fill(first, torch.inf)
             settings = {"num_seeds": self.num_seeds, "kernel_size": self.kernel_size}
             found.append(self._similar(layer, seeds, hops=self.hops, **settings))
         return torch.cat(found, dim=1)
-
-    def _is_opening(self, layer: Layer) -> Tensor:
-        """``[M]``, or ``[B, M]`` with padding: whether a token is one of the prompt's first."""
-        place = torch.arange(layer.context, device=layer.key.device)
-        if layer.start is not None:
-            place = place - layer.start[:, None]
-        return (place >= 0) & (place < self.num_seeds // 2)
 
     def _echo(self, layer: Layer) -> Tensor:
         """``[B, M]``: how like a token is to one of the question; 0 in the question itself."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from claa_ops.selection.budget import is_count, is_number
 from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method
+from claa_ops.selection.padding import places_in_prompt
 from claa_ops.selection.state import PrefillState
 
 
@@ -98,8 +99,7 @@ class UniPrefill(Method):
         if layer not in self.selection_layers(state.num_layers) or state.running is None:
             return None
         mass = state.running.double()
-        start = mass.new_zeros(1, dtype=torch.int64) if state.start is None else state.start
-        place = (torch.arange(state.length, device=mass.device) - start[:, None]).expand_as(mass)
+        place = places_in_prompt(state.length, state.start, mass.device).expand_as(mass)
         block = (place // self.block).clamp_min(0)  # padding has no mass
         sums = torch.zeros_like(mass).scatter_add_(1, block, mass)
         ordered, order = sums.sort(dim=1, descending=True, stable=True)

@@ -12,6 +12,12 @@ def gather_kept(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(-1, at.clamp_min(0)).masked_fill(at < 0, 0)
 
 
+def places_in_prompt(tokens: int, start: Tensor | None, device: torch.device) -> Tensor:
+    """``[1 or B, n]``, int64: the place of each of n tokens, from 0; below 0 at padding."""
+    place = torch.arange(tokens, device=device)[None]
+    return place if start is None else place - start[:, None]
+
+
 def mask_padding(scores: Tensor, start: Tensor | None, fill: float) -> Tensor:
     """Scores ``[B, ..., M]`` with ``fill`` at padding, before ``start`` ``[B]``."""
     if start is None:

@@ -14,7 +14,7 @@ from claa_ops.ops.gather_kv import gather_kv
 from claa_ops.selection.budget import Sizes
 from claa_ops.selection.layer import Layer
 from claa_ops.selection.method import Method
-from claa_ops.selection.padding import gather_kept
+from claa_ops.selection.padding import gather_kept, places_in_prompt
 from claa_ops.selection.parallel import Reduce
 from claa_ops.selection.protection import Protection, check_protect
 from claa_ops.selection.taken import TakenUp
@@ -250,9 +250,7 @@ class PrefillState:
         protected = self.protected
         if protected is None:
             return None
-        place = torch.arange(context, device=protected.device)[None]
-        if self.start is not None:
-            place = place - self.start[:, None]
+        place = places_in_prompt(context, self.start, protected.device)
         sinks = (place >= 0) & (place < num_sinks) & protected.any(dim=1, keepdim=True)
         tokens = protected[:, :context] | sinks
         return Protection(tokens, tokens.sum(dim=1))
